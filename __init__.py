@@ -1,0 +1,39 @@
+"""iceformer: long-context transformers on CPUs, with two-stage top-k attention compiled ahead of time.
+
+The public API and nothing else. Every name is imported on first use, so `import iceformer` is light and a process that
+only runs an artifact never imports what converting and compiling need.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attention.config import Dense, TwoStage
+    from .convert.checkpoint import load_model
+    from .convert.convert import convert_checkpoint
+    from .deploy.compile import compile
+    from .deploy.session import load
+
+__version__ = "0.1.0"
+__all__ = ["Dense", "TwoStage", "compile", "convert_checkpoint", "load", "load_model"]
+
+_HOME = {
+    "Dense": "attention.config",
+    "TwoStage": "attention.config",
+    "compile": "deploy.compile",
+    "convert_checkpoint": "convert.convert",
+    "load": "deploy.session",
+    "load_model": "convert.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

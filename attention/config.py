@@ -1,0 +1,95 @@
+"""What a model's attention should be: `Dense` (exact) or `TwoStage` (selected), as frozen, checked dataclasses.
+
+They are plain values: hashable, so that jit can take them as static, and turned to and from JSON for the manifest of an
+artifact. Nothing here imports jax.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .methods import Method, make_method, method_to_dict
+
+Compensation = Literal["none", "block_mean"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Exact attention, computed block by block without an [n, n] array.
+
+    Attributes:
+        query_block: queries, in tokens, that are computed together.
+        key_block: keys, in tokens, that one step of the online softmax takes.
+    """
+
+    query_block: int = 256
+    key_block: int = 512
+
+    def __post_init__(self) -> None:
+        _check_power_of_two("query_block", self.query_block)
+        _check_power_of_two("key_block", self.key_block)
+
+
+@dataclass(frozen=True)
+class TwoStage:
+    """Two-stage top-k attention: rank key blocks cheaply, rank their tokens exactly, attend to the best `budget` keys.
+
+    Every query block shares one selection per KV head. The first `sink` tokens, the query block itself and `local`
+    tokens before it (and after it where attention is bidirectional) are always selected and count as budget.
+
+    Attributes:
+        method: stage 1, a name from the registry or a method with options of its own, e.g. `LowRank(rank=8)`.
+        budget: keys, in tokens, that a query finally attends to.
+        query_block: queries, in tokens, that share a selection.
+        key_block: keys, in tokens, that stage 1 ranks as one.
+        candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
+        sink: tokens at the start of the sequence that are always selected.
+        local: tokens next to the query block that are always selected.
+        exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question stands.
+        compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
+    """
+
+    method: Method | str = "low_rank"
+    budget: int = 1024
+    query_block: int = 64
+    key_block: int = 8
+    candidates: float = 2.0
+    sink: int = 8
+    local: int = 64
+    exact_last_block: bool = True
+    compensation: Compensation = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", make_method(self.method))
+        _check_power_of_two("query_block", self.query_block)
+        _check_power_of_two("key_block", self.key_block)
+        if self.budget < 1:
+            raise ValueError(f"budget is {self.budget}, expected at least 1 key")
+        if self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}, expected a multiple of the budget that is at least 1")
+        if self.sink < 0 or self.local < 0:
+            raise ValueError(f"sink is {self.sink} and local is {self.local}, expected numbers of tokens >= 0")
+        if self.compensation not in ("none", "block_mean"):
+            raise ValueError(f"compensation is {self.compensation!r}, expected 'none' or 'block_mean'")
+        forced = self.sink + 2 * self.local + self.query_block + 4 * self.key_block
+        if self.budget < forced:
+            raise ValueError(
+                f"budget is {self.budget}, but sink, local and the query block itself may force {forced} keys: "
+                "raise budget, or lower query_block, local or sink"
+            )
+
+
+AttentionConfig = Dense | TwoStage
+
+
+def attention_to_dict(config: AttentionConfig) -> dict[str, Any]:
+    """The JSON form of a configuration: its fields and a `kind`."""
+    if isinstance(config, Dense):
+        return {"kind": "dense", **asdict(config)}
+    assert isinstance(config.method, Method)
+    return {"kind": "two_stage", **asdict(config), "method": method_to_dict(config.method)}
+
+
+def _check_power_of_two(name: str, value: int) -> None:
+    if value < 1 or value & (value - 1):
+        raise ValueError(f"{name} is {value}, expected a power of two")
