@@ -1,7 +1,7 @@
 """What a model's attention should be: `Dense` (exact) or `TwoStage` (selected), as frozen, checked dataclasses.
 
-They are plain values: hashable, so that jit can take them as static, and turned to and from JSON for the manifest of an
-artifact. Nothing here imports jax.
+They are plain values: hashable, so that jit can take them as static, and they have a JSON form for an artifact's
+manifest.
 """
 
 from dataclasses import asdict, dataclass
@@ -44,8 +44,9 @@ class TwoStage:
         candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
         sink: tokens at the start of the sequence that are always selected.
         local: tokens next to the query block that are always selected.
-        exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question stands.
-        compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
+        exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question
+            stands. compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per
+            block.
     """
 
     method: Method | str = "low_rank"
@@ -82,12 +83,17 @@ class TwoStage:
 AttentionConfig = Dense | TwoStage
 
 
+def method_of(config: TwoStage) -> Method:
+    """The stage-1 method, which a configuration may be given by name but always holds as an object."""
+    assert isinstance(config.method, Method)
+    return config.method
+
+
 def attention_to_dict(config: AttentionConfig) -> dict[str, Any]:
     """The JSON form of a configuration: its fields and a `kind`."""
     if isinstance(config, Dense):
         return {"kind": "dense", **asdict(config)}
-    assert isinstance(config.method, Method)
-    return {"kind": "two_stage", **asdict(config), "method": method_to_dict(config.method)}
+    return {"kind": "two_stage", **asdict(config), "method": method_to_dict(method_of(config))}
 
 
 def _check_power_of_two(name: str, value: int) -> None:

@@ -1,0 +1,61 @@
+"""Attention as pure functions on arrays: exact, and two-stage with a top-k selection of the keys."""
+
+from jaxtyping import Array, Float, Int
+
+from .config import AttentionConfig, Dense, TwoStage, attention_to_dict, method_of
+from .exact import exact_attention
+from .methods import METHODS, LowRank, MeanPool, Method, make_method
+from .two_stage import two_stage_attention
+
+__all__ = [
+    "METHODS",
+    "AttentionConfig",
+    "Dense",
+    "LowRank",
+    "MeanPool",
+    "Method",
+    "TwoStage",
+    "attend",
+    "attention_to_dict",
+    "exact_attention",
+    "make_method",
+    "method_of",
+    "two_stage_attention",
+]
+
+
+def attend(
+    config: AttentionConfig,
+    query: Float[Array, "batch query_heads queries head_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    *,
+    offset: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
+) -> Float[Array, "batch query_heads queries head_dim"]:
+    """The attention that a configuration asks for; arguments as in `exact_attention`.
+
+    `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to. A
+    budget that covers every key is exact attention, and is computed as such.
+    """
+    if isinstance(config, TwoStage) and config.budget < key.shape[2]:
+        return two_stage_attention(
+            config,
+            query,
+            key,
+            value,
+            offset=offset,
+            lengths=lengths,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+            basis=basis,
+        )
+    blocks = {} if isinstance(config, TwoStage) else {"query_block": config.query_block, "key_block": config.key_block}
+    return exact_attention(
+        query, key, value, offset=offset, lengths=lengths, causal=causal, scale=scale, softcap=softcap, **blocks
+    )

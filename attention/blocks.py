@@ -1,0 +1,79 @@
+"""How attention is cut into work: query blocks that are computed together, over flat keys, in loops with dynamic
+bounds.
+
+A query block holds the `query_block` consecutive queries of all query heads that share one KV head, so that grouped-
+query attention selects and gathers once a group. Rows of a block are group-major: row = group * query_block + query.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = float(jnp.finfo(jnp.float32).min)
+"""The logit of a key that is not visible. Finite, so that no subtraction of it gives NaN."""
+
+
+class Visibility(NamedTuple):
+    """Which keys the queries of one block may see: key j iff j < length and (not causal or j <= position)."""
+
+    position: Int[Array, " rows"]
+    length: Int[Array, ""]
+    causal: bool
+
+    def end(self) -> Int[Array, ""]:
+        """The first key position that no query of the block sees."""
+        return jnp.minimum(self.length, jnp.max(self.position) + 1) if self.causal else self.length
+
+    def mask(self, key_position: Int[Array, " keys"]) -> Bool[Array, "rows keys"]:
+        """The visible keys among those at the given positions."""
+        visible = (key_position < self.length)[None, :]
+        return visible & (key_position[None, :] <= self.position[:, None]) if self.causal else visible
+
+
+def pad_axis(x: Array, axis: int, multiple: int) -> Array:
+    """x with zeros behind its end, so that the axis is a multiple of the given size."""
+    missing = -x.shape[axis] % multiple
+    if missing == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths)
+
+
+def merge_heads(x: Float[Array, "batch kv_heads keys head_dim"]) -> Float[Array, "heads keys head_dim"]:
+    """Keys or values with one axis for batch and KV heads, over which attention loops."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def split_queries(
+    query: Float[Array, "batch query_heads queries width"], kv_heads: int, query_block: int
+) -> Float[Array, "heads blocks rows width"]:
+    """Groups queries into blocks, behind each batch row and KV head, padded to whole blocks."""
+    batch, query_heads, _, width = query.shape
+    query = pad_axis(query, 2, query_block)
+    group, blocks = query_heads // kv_heads, query.shape[2] // query_block
+    query = query.reshape(batch * kv_heads, group, blocks, query_block, width).transpose(0, 2, 1, 3, 4)
+    return query.reshape(batch * kv_heads, blocks, group * query_block, width)
+
+
+def join_queries(
+    blocked: Float[Array, "heads blocks rows head_dim"], batch: int, queries: int, query_block: int
+) -> Float[Array, "batch query_heads queries head_dim"]:
+    """Undoes `split_queries`, without the padding."""
+    heads, blocks, rows, head_dim = blocked.shape
+    blocked = blocked.reshape(heads, blocks, rows // query_block, query_block, head_dim).transpose(0, 2, 1, 3, 4)
+    return blocked.reshape(batch, -1, blocks * query_block, head_dim)[:, :, :queries]
+
+
+def visibility_of_block(
+    block: Int[Array, ""], offset: Int[Array, ""], length: Int[Array, ""], causal: bool, rows: int, query_block: int
+) -> Visibility:
+    """What the rows of a query block see, when the call's first query stands at `offset`."""
+    within = jnp.arange(rows, dtype=jnp.int32) % query_block
+    return Visibility(offset + block * query_block + within, length, causal)
+
+
+def valid_blocks(offset: Int[Array, ""], length: Int[Array, ""], blocks: int, query_block: int) -> Int[Array, ""]:
+    """How many of the query blocks hold a query before `length`; the rest is padding, which nobody computes."""
+    return jnp.clip((length - offset + query_block - 1) // query_block, 0, blocks)

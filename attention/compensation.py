@@ -1,0 +1,72 @@
+"""Compensation for the keys that a selection leaves out: each block of them enters the softmax as one mean key.
+
+A block of c left-out keys with mean key k and mean value v counts as one key of logit query . k * scale + log c and of
+value v, a second-order approximation that is exact where the block's keys are equal (METHODS: block means).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .blocks import MASKED, Visibility
+from .exact import Partial, merge, normalise
+from .ops import cap, matmul, matmul_transposed
+
+MEAN_BLOCK = 64
+"""Keys, in tokens, that share one mean."""
+
+
+class BlockSums(NamedTuple):
+    """Sums of the keys and of the values of every `MEAN_BLOCK` tokens, in float32."""
+
+    key: Float[Array, "heads mean_blocks head_dim"]
+    value: Float[Array, "heads mean_blocks head_dim"]
+
+
+class Selection(NamedTuple):
+    """The keys that a query block attends to; `visible` is False for the places that hold none."""
+
+    position: Int[Array, " budget"]
+    visible: Bool[Array, " budget"]
+    key: Float[Array, "budget head_dim"]
+    value: Float[Array, "budget head_dim"]
+
+
+def block_sums(key: Float[Array, "heads keys head_dim"], value: Float[Array, "heads keys head_dim"]) -> BlockSums:
+    """Sums over blocks; `keys` is a multiple of `MEAN_BLOCK`."""
+
+    def sums(x: Array) -> Array:
+        return jnp.sum(x.reshape(x.shape[0], -1, MEAN_BLOCK, x.shape[2]).astype(jnp.float32), axis=2)
+
+    return BlockSums(sums(key), sums(value))
+
+
+def compensate(
+    part: Partial,
+    query: Float[Array, "rows head_dim"],
+    selection: Selection,
+    sums: BlockSums,
+    head: Int[Array, ""],
+    visibility: Visibility,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Adds the means of what `selection` leaves out, in the blocks that every query of the block sees whole."""
+    blocks = sums.key.shape[1]
+    block = selection.position // MEAN_BLOCK
+    taken = selection.visible.astype(jnp.float32)
+    left = MEAN_BLOCK - jnp.zeros(blocks).at[block].add(taken)
+    key_sum = sums.key[head].at[block].add(-taken[:, None] * selection.key.astype(jnp.float32))
+    value_sum = sums.value[head].at[block].add(-taken[:, None] * selection.value.astype(jnp.float32))
+
+    seen = jnp.minimum(visibility.length, jnp.min(visibility.position)) if visibility.causal else visibility.length
+    usable = (left > 0) & ((jnp.arange(blocks) + 1) * MEAN_BLOCK <= seen)
+    count = jnp.where(usable, left, 1.0)
+    mean_key = (key_sum / count[:, None]).astype(query.dtype)
+    logits = cap(matmul_transposed(query, mean_key) * scale, softcap) + jnp.log(count)
+    logits = jnp.where(usable, logits, MASKED)
+    largest = jnp.max(logits, axis=1)
+    weights = jnp.where(usable, jnp.exp(logits - largest[:, None]), 0.0)
+    means = normalise(matmul(weights, value_sum / count[:, None]), largest, jnp.sum(weights, axis=1))
+    return merge(part, means)

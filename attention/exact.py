@@ -1,0 +1,161 @@
+"""Exact attention, block by block with an online softmax: no array grows with the square of the length.
+
+The reference of two-stage attention, what short sequences use, and what every decoding step uses.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from .blocks import (
+    MASKED,
+    Visibility,
+    join_queries,
+    merge_heads,
+    pad_axis,
+    split_queries,
+    valid_blocks,
+    visibility_of_block,
+)
+from .ops import cap, matmul, matmul_transposed
+
+Mask = Bool[Array, "#batch #query_heads queries keys"] | Float[Array, "#batch #query_heads queries keys"]
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the keys, which merges with that over other parts.
+
+    `output` is normalised over the part; `lse` is the log-sum-exp of its logits, `MASKED` where no key is visible.
+    """
+
+    output: Float[Array, "rows head_dim"]
+    lse: Float[Array, " rows"]
+
+
+def exact_attention(
+    query: Float[Array, "batch query_heads queries head_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    *,
+    offset: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    mask: Mask | None = None,
+    query_block: int = 256,
+    key_block: int = 512,
+) -> Float[Array, "batch query_heads queries head_dim"]:
+    """softmax(query . key * scale) . value over the keys that each query sees.
+
+    Args:
+        query: queries, `query_heads` a multiple of `kv_heads`.
+        key: keys.
+        value: values.
+        offset: absolute position of each row's first query, in tokens.
+        lengths: valid tokens of each row; keys from there on are not seen, queries from there on give meaningless rows.
+        causal: whether a query sees only keys up to its own position.
+        scale: factor of the logits, 1 / sqrt(head_dim) by default.
+        softcap: cap of the logits (Gemma 2), applied after the scale and before the masks.
+        mask: further mask: True where a key takes part, or floats that are added to the logits.
+        query_block: queries computed together.
+        key_block: keys of one step of the online softmax.
+
+    Returns:
+        The attention output in the query's dtype; 0 for a query that sees no key.
+    """
+    batch, kv_heads, keys, head_dim = key.shape
+    query_heads, queries = query.shape[1:3]
+    query_block = min(query_block, next_power_of_two(queries))
+    key_block = min(key_block, next_power_of_two(keys))
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    blocked = split_queries(query, kv_heads, query_block)
+    key, value = (merge_heads(pad_axis(x, 2, key_block)) for x in (key, value))
+    bias = None if mask is None else _blocked_bias(mask, (batch, query_heads), kv_heads, query_block, key_block)
+    heads, blocks, rows = blocked.shape[:3]
+    lengths = jnp.minimum(lengths, keys)
+
+    def attend_head(head: Int[Array, ""], out: Array) -> Array:
+        first, length = offset[head // kv_heads], lengths[head // kv_heads]
+
+        def attend_block(block: Int[Array, ""], out: Array) -> Array:
+            visibility = visibility_of_block(block, first, length, causal, rows, query_block)
+            tile = None if bias is None else bias[head, block]
+            part = exact_block(blocked[head, block], key, value, head, visibility, scale, softcap, key_block, tile)
+            return out.at[head, block].set(part.output.astype(out.dtype))
+
+        return lax.fori_loop(0, valid_blocks(first, length, blocks, query_block), attend_block, out)
+
+    out = lax.fori_loop(0, heads, attend_head, jnp.zeros_like(blocked))
+    return join_queries(out, batch, queries, query_block)
+
+
+def exact_block(
+    query: Float[Array, "rows head_dim"],
+    key: Float[Array, "heads keys head_dim"],
+    value: Float[Array, "heads keys head_dim"],
+    head: Int[Array, ""],
+    visibility: Visibility,
+    scale: float,
+    softcap: float | None,
+    key_block: int,
+    bias: Float[Array, "rows keys"] | None = None,
+) -> Partial:
+    """Exact attention of one query block, over key tiles up to the last visible one (FlashAttention's recurrence)."""
+    rows, head_dim = query.shape
+
+    def tile(x: Array, start: Int[Array, ""]) -> Array:
+        return lax.dynamic_slice(x, (head, start, 0), (1, key_block, head_dim))[0]
+
+    def step(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, largest, weight = state
+        start = index * key_block
+        logits = cap(matmul_transposed(query, tile(key, start)) * scale, softcap)
+        if bias is not None:
+            logits = jnp.maximum(logits + lax.dynamic_slice(bias, (0, start), (rows, key_block)), MASKED)
+        position = start + jnp.arange(key_block, dtype=jnp.int32)
+        logits = jnp.where(visibility.mask(position), logits, MASKED)
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=1))
+        weights = jnp.where(logits > MASKED, jnp.exp(logits - new_largest[:, None]), 0.0)
+        decay = jnp.exp(largest - new_largest)
+        total = total * decay[:, None] + matmul(weights.astype(value.dtype), tile(value, start))
+        return total, new_largest, weight * decay + jnp.sum(weights, axis=1)
+
+    steps = (visibility.end() + key_block - 1) // key_block
+    nothing = (jnp.zeros((rows, head_dim)), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
+    return normalise(*lax.fori_loop(0, steps, step, nothing))
+
+
+def normalise(
+    total: Float[Array, "rows head_dim"], largest: Float[Array, " rows"], weight: Float[Array, " rows"]
+) -> Partial:
+    """Divides a sum of values by the weight it was summed with; 0 and `MASKED` for a row of no weight."""
+    some = weight > 0
+    weight = jnp.where(some, weight, 1.0)
+    output = jnp.where(some[:, None], total / weight[:, None], 0.0)
+    return Partial(output, jnp.where(some, largest + jnp.log(weight), MASKED))
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the keys of two disjoint parts."""
+    largest = jnp.maximum(a.lse, b.lse)
+    weight_a, weight_b = (jnp.where(x.lse > MASKED, jnp.exp(x.lse - largest), 0.0) for x in (a, b))
+    total = a.output * weight_a[:, None] + b.output * weight_b[:, None]
+    return normalise(total, largest, weight_a + weight_b)
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _blocked_bias(
+    mask: Array, heads: tuple[int, int], kv_heads: int, query_block: int, key_block: int
+) -> Float[Array, "heads blocks rows keys"]:
+    """A mask as additive floats, cut as the queries are."""
+    bias = jnp.where(mask, 0.0, MASKED) if mask.dtype == jnp.bool_ else mask.astype(jnp.float32)
+    bias = jnp.broadcast_to(jnp.maximum(bias, MASKED), (*heads, *mask.shape[2:]))
+    return split_queries(pad_axis(bias, 3, key_block), kv_heads, query_block)

@@ -1,0 +1,72 @@
+"""Low-rank scores, token by token: queries and keys keep the few directions in which their product lives.
+
+Source: Loki (Singhania et al., arXiv 2406.02542) keeps the principal components of the keys. Here the two projections
+are those of the best rank-r approximation of the *logits* over a calibration text (see `calibrate.py`), which keeps
+more at the same rank, because a direction in which keys vary but no query looks costs nothing to drop.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ..ops import matmul, matmul_transposed
+from .base import Method
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """Scores the largest `projected query . projected key` of each key block.
+
+    Attributes:
+        rank: dimensions that the projections keep.
+        ranking_queries: queries of a query block that take part in stage 1, those with the largest projected norm;
+            0 takes all of them.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    needs_basis: ClassVar[bool] = True
+
+    rank: int = 16
+    ranking_queries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, expected at least 1")
+        if self.ranking_queries < 0:
+            raise ValueError(f"ranking_queries is {self.ranking_queries}, expected 0 (all) or more")
+
+    def summarize(
+        self,
+        key: Float[Array, "heads blocks key_block head_dim"],
+        basis: Float[Array, "heads 2 head_dim rank"] | None,
+    ) -> Float[Array, "heads blocks key_block rank"]:
+        heads, blocks, key_block, head_dim = key.shape
+        projection = _required(basis)[:, 1].astype(key.dtype)
+        flat = key.reshape(heads, blocks * key_block, head_dim)
+        projected = jnp.einsum("hnd,hdr->hnr", flat, projection, preferred_element_type=jnp.float32)
+        return projected.astype(key.dtype).reshape(heads, blocks, key_block, -1)
+
+    def project(
+        self, query: Float[Array, "queries head_dim"], basis: Float[Array, "2 head_dim rank"] | None
+    ) -> Float[Array, "ranking_queries rank"]:
+        projected = matmul(query, _required(basis)[0].astype(query.dtype))
+        if 0 < self.ranking_queries < query.shape[0]:
+            norms = jnp.sum(jnp.square(projected), axis=-1)
+            projected = projected[lax.top_k(norms, self.ranking_queries)[1]]
+        return projected.astype(query.dtype)
+
+    def block_logits(
+        self, query: Float[Array, "ranking_queries rank"], summary: Float[Array, "blocks key_block rank"]
+    ) -> Float[Array, "blocks ranking_queries"]:
+        blocks, key_block, rank = summary.shape
+        logits = matmul_transposed(summary.reshape(blocks * key_block, rank), query)
+        return jnp.max(logits.reshape(blocks, key_block, -1), axis=1)
+
+
+def _required(basis: Array | None) -> Array:
+    if basis is None:
+        raise ValueError("low_rank needs calibrated projections: pass basis=, made by iceformer.attention.calibrate")
+    return basis

@@ -1,0 +1,82 @@
+"""Which keys a query block attends to: stage 1 ranks key blocks, stage 2 ranks their tokens by exact logits.
+
+Importance means the largest softmax weight that any query of the block gives to a key or key block. It is normalised
+per query first, because the largest raw logit would favour the queries with the largest norm.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from .blocks import MASKED, Visibility
+from .methods import Method
+
+FORCED = float(jnp.finfo(jnp.float32).max)
+"""The importance of what is always selected."""
+
+
+class Forced(NamedTuple):
+    """The parts of a sequence that a query block always selects, as positions: [0, sink_end) and [start, end)."""
+
+    sink_end: Int[Array, ""]
+    start: Int[Array, ""]
+    end: Int[Array, ""]
+
+    def covers(self, position: Int[Array, " n"]) -> Bool[Array, " n"]:
+        """Whether each position is in one of the two parts."""
+        return (position < self.sink_end) | ((position >= self.start) & (position < self.end))
+
+
+def forced_members(visibility: Visibility, sink: int, local: int, key_block: int) -> Forced:
+    """The sink, the query block itself and its neighbours, in whole key blocks."""
+    first, last = jnp.min(visibility.position), jnp.max(visibility.position)
+    start = jnp.maximum(first - local, 0) // key_block * key_block
+    end = visibility.end() if visibility.causal else jnp.minimum(last + 1 + local, visibility.length)
+    return Forced(jnp.asarray(-(-sink // key_block) * key_block, jnp.int32), start, end)
+
+
+def block_importance(
+    method: Method,
+    query: Float[Array, "ranking_queries features"],
+    summary: Float[Array, "heads blocks ..."],
+    head: Int[Array, ""],
+    visible_blocks: Int[Array, ""],
+    tile: int,
+) -> Float[Array, " blocks"]:
+    """Stage 1: the importance of the first `visible_blocks` key blocks, `MASKED` for the rest.
+
+    Summaries are read `tile` blocks at a time up to the last visible one, so the cost follows what is visible.
+    """
+    blocks = summary.shape[1]
+
+    def score(index: Int[Array, ""], logits: Array) -> Array:
+        start = (head, index * tile, *(0,) * (summary.ndim - 2))
+        part = lax.dynamic_slice(summary, start, (1, tile, *summary.shape[2:]))[0]
+        return lax.dynamic_update_slice(logits, method.block_logits(query, part), (index * tile, 0))
+
+    tiles = (visible_blocks + tile - 1) // tile
+    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, query.shape[0]), MASKED))
+    visible = jnp.arange(blocks) < visible_blocks
+    return largest_weight(jnp.where(visible[:, None], logits, MASKED))
+
+
+def largest_weight(logits: Float[Array, "keys queries"]) -> Float[Array, " keys"]:
+    """The log of the largest softmax weight that any query gives to each key; `MASKED` where no query sees the key."""
+    normaliser = jax.nn.logsumexp(logits, axis=0)
+    return jnp.max(jnp.where(logits > MASKED, logits - normaliser, MASKED), axis=1)
+
+
+def select(
+    importance: Float[Array, " n"], forced: Bool[Array, " n"], visible: Bool[Array, " n"], count: int
+) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
+    """The `count` most important of the visible, forced ones first, ties to the lower index.
+
+    Returns:
+        Indices, and whether each is visible: where fewer than `count` are, the rest is not.
+    """
+    importance = jnp.where(visible, jnp.where(forced, FORCED, importance), MASKED)
+    chosen = lax.top_k(importance, count)[1]
+    return chosen, visible[chosen]

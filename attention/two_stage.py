@@ -1,0 +1,185 @@
+"""Two-stage top-k attention: rank key blocks, rank the tokens of the best exactly, gather, exact softmax.
+
+Query blocks that see no more keys than the budget, and the last block of a prompt, are attended exactly.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from .blocks import (
+    MASKED,
+    Visibility,
+    join_queries,
+    merge_heads,
+    pad_axis,
+    split_queries,
+    valid_blocks,
+    visibility_of_block,
+)
+from .compensation import MEAN_BLOCK, BlockSums, Selection, block_sums, compensate
+from .config import TwoStage, method_of
+from .exact import Partial, exact_block, next_power_of_two, normalise
+from .ops import cap, matmul_transposed, transposed_matmul
+from .selection import Forced, block_importance, forced_members, largest_weight, select
+
+_EXACT_KEY_BLOCK = 512
+_STAGE_1_TILE = 2048
+"""Keys that stage 1 scores at a time: with 64 queries, half a megabyte of scores, which stays in the L2 cache."""
+
+
+class PreparedKeys(NamedTuple):
+    """The keys and values of every head, padded, with what stage 1 and the compensation keep of them."""
+
+    key: Float[Array, "heads keys head_dim"]
+    value: Float[Array, "heads keys head_dim"]
+    basis: Float[Array, "heads 2 head_dim rank"] | None
+    summary: Float[Array, "heads blocks ..."]
+    sums: BlockSums | None
+
+
+def two_stage_attention(
+    config: TwoStage,
+    query: Float[Array, "batch query_heads queries head_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    *,
+    offset: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
+) -> Float[Array, "batch query_heads queries head_dim"]:
+    """Attention over the `config.budget` keys that each query block finds most important.
+
+    Arguments and result are those of `exact_attention`; `basis` holds the projections that `low_rank` needs.
+    """
+    batch, kv_heads, keys, head_dim = key.shape
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    blocked = split_queries(query, kv_heads, config.query_block)
+    heads, blocks, rows = blocked.shape[:3]
+    prepared = prepare_keys(config, key, value, basis)
+    exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[1])
+    lengths = jnp.minimum(lengths, keys)
+
+    def attend_head(head: Int[Array, ""], out: Array) -> Array:
+        start, length = offset[head // kv_heads], lengths[head // kv_heads]
+        count = valid_blocks(start, length, blocks, config.query_block)
+        first, last = selected_blocks(config, start, length, count, causal)
+
+        def selected(block: Int[Array, ""], out: Array) -> Array:
+            visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
+            part = selected_block(config, blocked[head, block], prepared, head, visibility, scale, softcap)
+            return out.at[head, block].set(part.output.astype(out.dtype))
+
+        def exact(index: Int[Array, ""], out: Array) -> Array:
+            # The exact blocks stand before and behind the selected ones: one loop serves both.
+            block = jnp.where(index < first, index, last + index - first)
+            visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
+            part = exact_block(
+                blocked[head, block], prepared.key, prepared.value, head, visibility, scale, softcap, exact_key_block
+            )
+            return out.at[head, block].set(part.output.astype(out.dtype))
+
+        out = lax.fori_loop(first, last, selected, out)
+        return lax.fori_loop(0, first + count - last, exact, out)
+
+    out = lax.fori_loop(0, heads, attend_head, jnp.zeros_like(blocked))
+    return join_queries(out, batch, query.shape[2], config.query_block)
+
+
+def prepare_keys(
+    config: TwoStage,
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    basis: Float[Array, "kv_heads 2 head_dim rank"] | None,
+) -> PreparedKeys:
+    """Pads keys to whole stage-1 tiles and summarises their blocks."""
+    multiple = max(min(_STAGE_1_TILE, next_power_of_two(key.shape[2])), config.key_block, MEAN_BLOCK)
+    key, value = (merge_heads(pad_axis(x, 2, multiple)) for x in (key, value))
+    heads, _, head_dim = key.shape
+    basis = None if basis is None else jnp.tile(basis, (heads // basis.shape[0], 1, 1, 1))
+    summary = method_of(config).summarize(key.reshape(heads, -1, config.key_block, head_dim), basis)
+    sums = block_sums(key, value) if config.compensation == "block_mean" else None
+    return PreparedKeys(key, value, basis, summary, sums)
+
+
+def selected_blocks(
+    config: TwoStage, offset: Int[Array, ""], length: Int[Array, ""], count: Int[Array, ""], causal: bool
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The query blocks [first, last) among the `count` of a call that attend to a selection; the others attend exactly.
+
+    Blocks before `first` see no more keys than the budget. Blocks from `last` on hold one of the last `query_block`
+    tokens of the row.
+    """
+    size = config.query_block
+    few_keys = jnp.clip((config.budget - offset) // size, 0, count) if causal else 0
+    first = jnp.where(length <= config.budget, count, few_keys)
+    last = jnp.clip((length - size - offset) // size, 0, count) if config.exact_last_block else count
+    return first, jnp.maximum(first, last)
+
+
+def selected_block(
+    config: TwoStage,
+    query: Float[Array, "rows head_dim"],
+    keys: PreparedKeys,
+    head: Int[Array, ""],
+    visibility: Visibility,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Attention of one query block over its selection: stage 1, stage 2, gather, exact softmax."""
+    length, head_dim = keys.key.shape[1:]
+    block_length = config.key_block
+    forced = forced_members(visibility, config.sink, config.local, block_length)
+
+    block, block_visible = _stage_1(config, query, keys, head, visibility, forced, scale)
+    position = (block[:, None] * block_length + jnp.arange(block_length, dtype=jnp.int32)).reshape(-1)
+    candidate = keys.key.reshape(-1, block_length, head_dim)[head * (length // block_length) + block]
+    candidate = candidate.reshape(-1, head_dim)
+    visible = visibility.mask(position).T & jnp.repeat(block_visible, block_length)[:, None]
+    logits = jnp.where(visible, cap(matmul_transposed(candidate, query) * scale, softcap), MASKED)
+
+    chosen, chosen_visible = select(
+        largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
+    )
+    value = keys.value.reshape(-1, head_dim)[head * length + position[chosen]]
+    part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
+    if keys.sums is None:
+        return part
+    selection = Selection(position[chosen], chosen_visible, candidate[chosen], value)
+    return compensate(part, query, selection, keys.sums, head, visibility, scale, softcap)
+
+
+def _stage_1(
+    config: TwoStage,
+    query: Float[Array, "rows head_dim"],
+    keys: PreparedKeys,
+    head: Int[Array, ""],
+    visibility: Visibility,
+    forced: Forced,
+    scale: float,
+) -> tuple[Int[Array, " candidate_blocks"], Bool[Array, " candidate_blocks"]]:
+    """The key blocks whose tokens stage 2 looks at, and whether each is visible."""
+    method, block_length = method_of(config), config.key_block
+    blocks = keys.summary.shape[1]
+    count = min(blocks, -(-int(config.budget * config.candidates) // block_length))
+    # Only blocks that every query sees whole are ranked; a block at the edge of what is visible is forced.
+    ranked = (forced.start if visibility.causal else visibility.length) // block_length
+    features = method.project(query, None if keys.basis is None else keys.basis[head]) * scale
+    tile = min(blocks, _STAGE_1_TILE // block_length)
+    importance = block_importance(method, features.astype(query.dtype), keys.summary, head, ranked, tile)
+    block = jnp.arange(blocks, dtype=jnp.int32)
+    always = forced.covers(block * block_length) | (block >= ranked)
+    return select(importance, always, block * block_length < visibility.end(), count)
+
+
+def _softmax(logits: Float[Array, "keys rows"], value: Float[Array, "keys head_dim"]) -> Partial:
+    """The exact softmax over gathered keys and its product with their values."""
+    largest = jnp.max(logits, axis=0)
+    weights = jnp.where(logits > MASKED, jnp.exp(logits - largest), 0.0)
+    return normalise(transposed_matmul(weights.astype(value.dtype), value), largest, jnp.sum(weights, axis=0))
