@@ -1,0 +1,75 @@
+"""The checkpoint: a folder with Orbax parameters, the config and tokenizer files of its source, and where it came from.
+
+params/   config.json   tokenizer.json, ... (where the source has them)   iceformer.json
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ..model.llama import LlamaForCausalLM
+from ..model.registry import abstract_module, build
+from .reader import read_json
+
+PARAMS = "params"
+CONFIG = "config.json"
+PROVENANCE = "iceformer.json"
+FORMAT_VERSION = 1
+_DTYPES = ("float32", "bfloat16", "float16")
+_FILE_BYTES = 2**26
+
+
+def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> LlamaForCausalLM:
+    """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
+
+    Args:
+        checkpoint: the folder.
+        dtype: dtype of parameters and activations, float32, bfloat16 or float16, whatever the checkpoint holds.
+
+    Raises:
+        FileNotFoundError: no such folder, or not a checkpoint.
+        ValueError: a checkpoint of another format, parameters that do not fit its config, or an unknown dtype.
+    """
+    checkpoint = Path(checkpoint)
+    if (name := jnp.dtype(dtype).name) not in _DTYPES:
+        raise ValueError(f"dtype is {name}, expected one of: {', '.join(_DTYPES)}")
+    _check(checkpoint)
+    module = abstract_module(*build(read_json(checkpoint / CONFIG)), dtype)
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, _restore(checkpoint / PARAMS, nnx.to_pure_dict(state)))
+    return nnx.merge(graph, state)
+
+
+def save_params(folder: Path, params: dict[str, Any]) -> None:
+    """Writes a tree of jax arrays with Orbax to a folder that does not exist yet."""
+    # Small files and a small window keep what Orbax holds beside the parameters to some hundred megabytes.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES))
+
+
+def _check(checkpoint: Path) -> None:
+    if not (checkpoint / PROVENANCE).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} is not an iceformer checkpoint ({PROVENANCE} is missing): make one with `iceformer convert`"
+        )
+    version = read_json(checkpoint / PROVENANCE).get("format")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{checkpoint} has format {version!r}, expected {FORMAT_VERSION}: convert the source again")
+    if not (checkpoint / PARAMS).is_dir():
+        raise FileNotFoundError(f"{checkpoint} lacks {PARAMS}/: convert the source again")
+
+
+def _restore(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.absolute(), wanted)
+    except Exception as error:
+        # Orbax and TensorStore raise errors of many kinds for files that are damaged or of other shapes.
+        raise ValueError(f"{folder} cannot be read or does not fit its config ({error}): convert again") from error

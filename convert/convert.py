@@ -1,0 +1,103 @@
+"""`convert_checkpoint`: a Hugging Face folder in, a checkpoint folder out, whole or not at all."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
+from rich.progress import track
+
+from .. import __version__
+from ..model.registry import abstract_module, build
+from .checkpoint import CONFIG, FORMAT_VERSION, PARAMS, PROVENANCE, save_params
+from .folder import check_absent, new_folder
+from .names import NAMES, Plan, make_plan
+from .reader import Weights, open_weights, read_json
+
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+"""Files that go to the checkpoint as they are, where the source has them."""
+
+
+def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool = False) -> Path:
+    """Converts a Hugging Face folder with safetensors weights to a checkpoint; parameters keep their dtype.
+
+    Args:
+        source: the folder: config.json, model.safetensors or shards with their index, tokenizer files if it has them.
+        target: the checkpoint to make; its parents are made too.
+        progress: whether to show a progress bar on stderr.
+
+    Returns:
+        The target.
+
+    Raises:
+        FileNotFoundError: no such source, or a file of it is missing.
+        FileExistsError: the target exists.
+        ValueError: an unknown architecture or config field, a truncated or corrupt file, tensors that do not fit the
+            config (all of them are listed), or weights that are not finite.
+    """
+    source, target = Path(source), Path(target)
+    check_absent(target)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights")
+    companions = [name for name in COMPANIONS if (source / name).exists()]
+    for name in companions:
+        read_json(source / name)
+    architecture, config = build(read_json(source / CONFIG))
+    weights = open_weights(source)
+    tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
+    plan = make_plan(NAMES[config.model_type], weights.tensors, {path: leaf.shape for path, leaf in tree.items()})
+    params = _fill(weights, plan, progress)
+    with new_folder(target) as folder:
+        save_params(folder / PARAMS, params)
+        for name in (CONFIG, *companions):
+            shutil.copyfile(source / name, folder / name)
+        (folder / PROVENANCE).write_text(json.dumps(_provenance(source, weights), indent=2) + "\n")
+    return target
+
+
+def _fill(weights: Weights, plan: Plan, progress: bool) -> dict[str, Any]:
+    params, broken = {}, []
+    for name, tensor in _tracked(weights, progress):
+        if not np.isfinite(tensor).all():
+            broken.append(name)
+        if destination := plan.fills.get(name):
+            value = tensor.T if destination.transpose else tensor
+            params[destination.path] = jax.device_put(np.ascontiguousarray(value), jax.devices("cpu")[0])
+    if broken:
+        raise ValueError("NaN or infinite values in: " + ", ".join(sorted(broken)))
+    for name, path in plan.ties.items():
+        if not np.array_equal(weights.read_one(name), params[path]):
+            raise ValueError(f"{name} differs from the embedding, but tie_word_embeddings is true: set it to false")
+    return unflatten_dict(params)
+
+
+def _tracked(weights: Weights, progress: bool) -> Iterable[tuple[str, np.ndarray]]:
+    return track(
+        weights.read(),
+        description="Converting",
+        total=len(weights.tensors),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
+
+
+def _provenance(source: Path, weights: Weights) -> dict[str, Any]:
+    return {
+        "format": FORMAT_VERSION,
+        "iceformer": __version__,
+        "source": source.resolve().name,
+        "sha256": {file.name: _sha256(file) for file in weights.files},
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

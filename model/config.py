@@ -1,0 +1,56 @@
+"""Checked reading of a Hugging Face config: typed fields with defaults, and errors that name the field.
+
+A field that is absent or null takes its default, as in transformers.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def read_integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number of at least 1; ValueError if it is something else, or absent without a default."""
+    value = _value(config, name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"config: {name} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A finite number above 0; ValueError if it is something else, or absent without a default."""
+    value = _value(config, name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"config: {name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+def read_boolean(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """True or false; ValueError if it is something else."""
+    value = _value(config, name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"config: {name} is {value!r}, expected true or false")
+    return value
+
+
+def read_choice(config: Mapping[str, Any], name: str, choices: Iterable[str], default: str) -> str:
+    """One of `choices`; ValueError, with all of them, if it is something else."""
+    value = _value(config, name, default)
+    if value not in (supported := sorted(choices)):
+        raise ValueError(f"config: {name} is {value!r}, supported are: {', '.join(supported)}")
+    return value
+
+
+def require(config: Mapping[str, Any], name: str, supported: object) -> None:
+    """ValueError unless the field is absent, null or `supported`."""
+    value = config.get(name)
+    if value is not None and value != supported:
+        raise ValueError(f"config: {name} is {json.dumps(value)}, supported is only {json.dumps(supported)}")
+
+
+def _value(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    if value is not None:
+        return value
+    if default is None:
+        raise ValueError(f"config: {name} is missing")
+    return default

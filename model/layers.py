@@ -1,0 +1,99 @@
+"""Layers that architectures share.
+
+Activations have the parameters' dtype; products accumulate in float32, norms and activation functions are computed in it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+"""Activation functions by the name that a config's `hidden_act` gives."""
+
+_initial = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
+    ) -> None:
+        self.kernel = nnx.Param(_initial(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
+        return self.float32(x).astype(x.dtype)
+
+    def float32(self, x: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
+        """The same without rounding the result to x's dtype."""
+        product = lax.dot_general(
+            x, self.kernel[...], (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return product if self.bias is None else product + self.bias[...].astype(jnp.float32)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors by token id. An id outside of the table gives NaN."""
+
+    def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
+        self.embedding = nnx.Param(_initial(rngs.params(), (num_embeddings, features), param_dtype))
+
+    def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens features"]:
+        return jnp.take(self.embedding[...], ids, axis=0, mode="fill")
+
+    def logits(self, x: Float[Array, "*rows features"]) -> Float32[Array, "*rows num_embeddings"]:
+        """`x @ table.T`: what a model with tied embeddings has for an output layer."""
+        table = self.embedding[...]
+        return lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last dimension."""
+
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * lax.rsqrt(mean_square + self.epsilon)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        self.gate_proj = linear(hidden_size, intermediate_size)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+        self.hidden_act = hidden_act
+
+    def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
+        gate = ACTIVATIONS[self.hidden_act](self.gate_proj.float32(x))
+        return self.down_proj((gate * self.up_proj.float32(x)).astype(x.dtype))

@@ -1,0 +1,52 @@
+"""The registry of architectures, by a config's `model_type`. A new architecture is one file and one line here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+from jax.typing import DTypeLike
+
+from .llama import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The classes of one model type; the module's name is the one that configs list under `architectures`."""
+
+    config: type[LlamaConfig]
+    module: type[LlamaForCausalLM]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    LlamaConfig.model_type: Architecture(LlamaConfig, LlamaForCausalLM),
+}
+
+
+def build(config: Mapping[str, Any]) -> tuple[Architecture, LlamaConfig]:
+    """The architecture that a Hugging Face config asks for, and the config checked.
+
+    A config without `model_type` is known by the class name under `architectures`.
+
+    Raises:
+        ValueError: an unknown architecture, or a field that the architecture refuses.
+    """
+    architecture = ARCHITECTURES.get(str(config.get("model_type"))) or _by_class_name(config)
+    if architecture is None:
+        raise ValueError(
+            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}, "
+            f"supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return architecture, architecture.config.from_hf(config)
+
+
+def abstract_module(architecture: Architecture, config: LlamaConfig, dtype: DTypeLike) -> LlamaForCausalLM:
+    """The module with shapes and dtypes in place of parameters."""
+    return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+
+
+def _by_class_name(config: Mapping[str, Any]) -> Architecture | None:
+    if config.get("model_type") is not None:
+        return None
+    names = config.get("architectures") or ()
+    return next((known for known in ARCHITECTURES.values() if known.module.__name__ in names), None)
