@@ -1,0 +1,305 @@
+"""The `iceformer` command: each subcommand calls one public function and prints what it gives.
+
+Results go to stdout, progress and errors to stderr; a known error is one red line and exit code 1.
+"""
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .deploy.session import Progress, Session
+
+app = typer.Typer(
+    help="Long-context transformers on CPUs: convert a checkpoint, compile it ahead of time, run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stdout, stderr = Console(), Console(stderr=True)
+
+# Packages of the `convert` extra, which running an artifact does not need.
+_CONVERT_PACKAGES = {"flax", "jaxtyping", "orbax"}
+
+
+class AttentionKind(StrEnum):
+    """Attention of prompts and scoring."""
+
+    TWO_STAGE = "two-stage"
+    DENSE = "dense"
+
+
+class Dtype(StrEnum):
+    """Number format of weights and KV cache."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Compensation(StrEnum):
+    """What stands for the keys that were not selected."""
+
+    NONE = "none"
+    BLOCK_MEAN = "block_mean"
+
+
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line (that of the process if `arguments` is None) and exits."""
+    warnings.showwarning = _print_warning
+    try:
+        app(args=arguments, prog_name="iceformer")
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _CONVERT_PACKAGES:
+            raise
+        _fail(f"converting and compiling need {error.name}: pip install 'iceformer[convert]'")
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Options before any subcommand."""
+    if version:
+        typer.echo(f"iceformer {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Hugging Face folder: config.json and *.safetensors.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
+) -> None:
+    """Convert a Hugging Face folder to a checkpoint (Flax parameters in Orbax, config, tokenizer)."""
+    from .convert.convert import convert_checkpoint
+
+    stdout.print(f"checkpoint: {convert_checkpoint(source, target, progress=True)}", soft_wrap=True)
+
+
+@app.command()
+def compile(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `iceformer convert`.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder to write; must not exist.")],
+    buckets: Annotated[str, typer.Option(help="Sequence capacities in tokens, rising, with commas.")] = "4096,16384",
+    attention: Annotated[
+        AttentionKind, typer.Option(help="Attention of prompts and scoring; new tokens always attend exactly.")
+    ] = AttentionKind.TWO_STAGE,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,
+    batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
+    chunk: Annotated[int, typer.Option(help="Tokens of a prompt that one call takes; divides every bucket.")] = 2048,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file that the method is fitted on.", show_default="a text in the package")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Two-stage: how blocks of keys are ranked.", show_default="low_rank")
+    ] = None,
+    method_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Two-stage: an option of the method, e.g. rank=8.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Two-stage: keys that a query attends to.", show_default="1024")
+    ] = None,
+    query_block: Annotated[int | None, typer.Option(help="Two-stage: queries that share a selection.")] = None,
+    key_block: Annotated[int | None, typer.Option(help="Two-stage: keys that are ranked as one.")] = None,
+    candidates: Annotated[
+        float | None, typer.Option(help="Two-stage: tokens left by stage 1, as a multiple of the budget.")
+    ] = None,
+    sink: Annotated[int | None, typer.Option(help="Two-stage: first tokens that are always selected.")] = None,
+    local: Annotated[int | None, typer.Option(help="Two-stage: neighbours that are always selected.")] = None,
+    exact_last_block: Annotated[
+        bool | None,
+        typer.Option("--exact-last-block/--no-exact-last-block", help="Two-stage: exact at a prompt's end."),
+    ] = None,
+    compensation: Annotated[
+        Compensation | None, typer.Option(help="Two-stage: what stands for the keys left out.", show_default="none")
+    ] = None,
+) -> None:
+    """Compile a checkpoint ahead of time, for this kind of CPU, into an artifact."""
+    from .attention.config import Dense, TwoStage
+    from .attention.methods import make_method
+    from .deploy.compile import compile as compile_checkpoint
+
+    if method_option and not method:
+        raise ValueError("--method-option needs --method: the name of the method that has the option")
+    given = {
+        "method": make_method(method, **_method_options(method_option or [])) if method else None,
+        "budget": budget,
+        "query_block": query_block,
+        "key_block": key_block,
+        "candidates": candidates,
+        "sink": sink,
+        "local": local,
+        "exact_last_block": exact_last_block,
+        "compensation": compensation.value if compensation else None,
+    }
+    two_stage: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if attention is AttentionKind.DENSE and two_stage:
+        raise ValueError(f"--{min(two_stage).replace('_', '-')} belongs to --attention two-stage, not to dense")
+    path = compile_checkpoint(
+        checkpoint,
+        artifact,
+        buckets=_integers(buckets, "--buckets"),
+        attention=Dense() if attention is AttentionKind.DENSE else TwoStage(**two_stage),
+        dtype=dtype.value,
+        batch=batch,
+        chunk=chunk,
+        calibration=calibration,
+        progress=True,
+    )
+    stdout.print(f"artifact: {path}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    artifact: ArtifactPath,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin. Ids if there is no tokenizer.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, draws.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Continue a prompt; the new text goes to stdout."""
+    from .deploy.session import load
+
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give the prompt either as an argument (- for stdin) or with --prompt-file")
+    if prompt_file:
+        text = prompt_file.read_text(encoding="utf-8")
+    else:
+        text = sys.stdin.read() if prompt == "-" else str(prompt)
+    session = load(artifact)
+    with _progress("prompt") as progress:
+        result = session.generate(_ids(session, text), max_new_tokens, temperature, seed, progress=progress)
+    typer.echo(" ".join(map(str, result.ids)) if result.text is None else result.text)
+
+
+@app.command()
+def score(
+    artifact: ArtifactPath,
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Text, or token ids: .npy, .json, or numbers if there is no tokenizer."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well the model predicts a text: mean log-probability, perplexity, greedy agreement."""
+    import numpy as np
+
+    from .deploy.session import load
+
+    session = load(artifact)
+    ids = _read_ids(session, file)
+    if len(ids) < 2:
+        raise ValueError(f"{file} has {len(ids)} tokens, expected at least 2: the first is only context")
+    start = time.perf_counter()
+    with _progress("score") as progress:
+        result = session.score(ids, progress=progress)
+    seconds = time.perf_counter() - start
+    mean = float(np.mean(result.logprobs))
+    figures = {
+        "tokens": len(ids),
+        "mean_logprob": mean,
+        "perplexity": math.exp(-mean),
+        "agreement": float(np.mean(result.argmax[:-1] == ids[1:])),
+        "seconds": round(seconds, 3),
+        "tier": session.tier,
+    }
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        stdout.print(f"{name:>12}  {value:.4f}" if isinstance(value, float) else f"{name:>12}  {value}")
+
+
+@app.command()
+def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
+    """Check an artifact's files and show what it holds."""
+    from .deploy.artifact import open_artifact
+    from .deploy.tables import code_table, file_table, summary_table
+
+    opened = open_artifact(artifact)
+    if as_json:
+        typer.echo(json.dumps({**asdict(opened.manifest), "tier": opened.tier, "differences": opened.differences}))
+        return
+    for table in (summary_table, code_table, file_table):
+        stdout.print(table(opened.manifest))
+    if opened.differences:
+        stdout.print(f"[yellow]Here its StableHLO would be compiled first: {escape('; '.join(opened.differences))}.")
+    else:
+        stdout.print("[green]All files are as they were compiled, and the machine code runs here.")
+
+
+def _ids(session: "Session", text: str) -> Any:
+    """The text itself for a model with tokenizer, else the token ids written in it."""
+    return text if session.has_tokenizer else _integers(text, "the prompt (the model has no tokenizer)")
+
+
+def _read_ids(session: "Session", file: Path) -> Any:
+    """Token ids from a file: .npy, .json, or a text for the model's tokenizer."""
+    import numpy as np
+
+    if file.suffix == ".npy":
+        return np.load(file, allow_pickle=False)
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        return np.asarray(json.loads(text))
+    return session.tokenize(text) if session.has_tokenizer else np.asarray(_integers(text, str(file)))
+
+
+def _integers(text: str, what: str) -> tuple[int, ...]:
+    """Integers between commas or blanks."""
+    try:
+        return tuple(int(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"{what} is {text[:40]!r}, expected integers with commas or blanks between them") from None
+
+
+def _method_options(assignments: list[str]) -> dict[str, Any]:
+    """Options of a method from NAME=VALUE, values as JSON."""
+    try:
+        return {name: json.loads(value) for name, _, value in (text.partition("=") for text in assignments)}
+    except ValueError:
+        raise ValueError(f"--method-option is {assignments}, expected NAME=VALUE with a number as value") from None
+
+
+@contextmanager
+def _progress(description: str) -> "Iterator[Progress]":
+    """A progress bar on stderr, as the callback that a session takes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_warning(message: Warning | str, *_: Any) -> None:
+    stderr.print(f"[yellow]warning: {escape(str(message))}", soft_wrap=True)
+
+
+def _fail(message: str) -> None:
+    stderr.print(f"[red]error: {escape(message)}", soft_wrap=True)
+    raise SystemExit(1)

@@ -1,0 +1,65 @@
+"""Which token ids the attention method is calibrated on, and how the manifest names them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .manifest import CalibrationInfo
+
+MAX_TOKENS = 4096
+DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+
+
+def calibration_ids(
+    source: str | Path | ArrayLike | None, tokenizer_json: Path, vocab_size: int, max_tokens: int
+) -> tuple[NDArray[np.int32], CalibrationInfo]:
+    """Ids [tokens], at most `max_tokens` and `MAX_TOKENS` of them, and their record.
+
+    Args:
+        source: a text file, token ids, or None for the text that ships with the package (for a model without
+            tokenizer: seeded random ids).
+        tokenizer_json: the checkpoint's tokenizer.json, which need not exist.
+        vocab_size: ids must be below it.
+        max_tokens: what the model takes at most.
+
+    Raises:
+        FileNotFoundError: no such text file.
+        ValueError: a text file for a model without tokenizer, no tokens at all, or an id outside the vocabulary.
+    """
+    limit = min(max_tokens, MAX_TOKENS)
+    if source is None and not tokenizer_json.exists():
+        kind, ids = "random ids", np.random.default_rng(0).integers(0, vocab_size, limit)
+    elif source is None:
+        kind, ids = "default text", _encode(DEFAULT_TEXT, tokenizer_json)
+    elif isinstance(source, str | Path):
+        kind, ids = "text", _encode(Path(source), tokenizer_json)
+    else:
+        kind, ids = "ids", np.asarray(source)
+    ids = _check(ids, vocab_size)[:limit].astype(np.int32)
+    return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
+
+
+def _encode(text: Path, tokenizer_json: Path) -> NDArray[Any]:
+    from tokenizers import Tokenizer
+
+    if not text.is_file():
+        raise FileNotFoundError(f"{text} is not a file: calibration takes a text file or an array of token ids")
+    if not tokenizer_json.exists():
+        raise ValueError(f"the checkpoint has no tokenizer for the calibration text {text.name}: give token ids")
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return np.asarray(tokenizer.encode(text.read_text(encoding="utf-8")).ids)
+
+
+def _check(ids: NDArray[Any], vocab_size: int) -> NDArray[Any]:
+    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"calibration has shape {ids.shape} and dtype {ids.dtype}, expected a 1-D array of at least one token id"
+        )
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"calibration has ids {ids.min()}..{ids.max()}, expected ids from 0 to {vocab_size - 1}")
+    return ids

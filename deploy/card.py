@@ -1,0 +1,61 @@
+"""README.md of an artifact: a card that tells people what the folder is and how to use it."""
+
+from .artifact import TOKENIZER
+from .manifest import Manifest
+from .tables import MEGABYTE, describe
+
+
+def card_text(manifest: Manifest, name: str) -> str:
+    """The card in Markdown; `name` is the artifact's folder."""
+    model, environment = manifest.model, manifest.environment
+    calibration = manifest.provenance.calibration
+    has_tokenizer = any(file.path == TOKENIZER for file in manifest.files)
+    prompt = '"Once upon a time"' if has_tokenizer else "[1, 2, 3]"
+    fitted = f" Calibrated on {calibration.kind} ({calibration.tokens} tokens)." if calibration else ""
+    return f"""\
+# {name}
+
+A {model.model_type} model of {model.parameters / 1e6:.2f} million parameters ({manifest.dtype}), compiled ahead of time
+by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{manifest.provenance.checkpoint}`.
+
+**This folder holds machine code. Load it only if you trust the person you have it from.**
+
+- Attention for prompts and scoring: {describe(manifest.attention)}.{fitted} New tokens attend exactly.
+- Compiled for {environment.machine} with {", ".join(environment.cpu_features) or "unknown CPU features"}
+  ({environment.cpu_model}), jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}.
+  Elsewhere the StableHLO in `portable/` is compiled on first use.
+- Weights: {manifest.weights.file.size / MEGABYTE:.1f} MB, shared by all buckets. Rows per call: {manifest.batch}.
+
+{_bucket_table(manifest)}
+
+## Use
+
+```python
+import iceformer
+
+session = iceformer.load("{name}")
+print(session.generate({prompt}, max_new_tokens=32))
+scores = session.score([1, 2, 3])  # scores.logprobs, scores.argmax
+```
+
+```
+iceformer inspect {name}
+iceformer generate {name} {prompt if has_tokenizer else '"1 2 3"'} --max-new-tokens 32
+```
+
+`manifest.json` describes every file; loading refuses a file whose sha256 differs.
+"""
+
+
+def _bucket_table(manifest: Manifest) -> str:
+    lines = [
+        "| bucket (tokens) | entry | code (MB) | temporary memory (MB) | KV cache (MB) | compiled in (s) |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {bucket.capacity} | {name} | {entry.native.size / MEGABYTE:.2f} | {entry.memory.temp_bytes / MEGABYTE:.1f} "
+        f"| {bucket.cache.size_in_bytes / MEGABYTE:.1f} | {entry.compile_seconds:.1f} |"
+        for bucket in manifest.buckets
+        for name, entry in bucket.entries.items()
+    ]
+    return "\n".join(lines)

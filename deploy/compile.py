@@ -1,0 +1,275 @@
+"""`compile` lowers a checkpoint's model ahead of time for fixed sequence buckets and writes the artifact.
+
+A checkpoint folder, bucket capacities and an attention configuration come in; a folder with machine code, portable
+StableHLO, weights and a manifest goes out, whole or not at all.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import __version__
+from ..attention.config import AttentionConfig, TwoStage, attention_to_dict
+from ..model.registry import build
+from . import artifact as folder_format
+from .calibration import calibration_ids
+from .card import card_text
+from .cpu import features_up_to
+from .entries import Entries
+from .lowering import compile_bucket
+from .manifest import (
+    ENTRIES,
+    SCHEMA,
+    ArrayInfo,
+    CacheInfo,
+    CalibrationInfo,
+    Environment,
+    FileInfo,
+    Manifest,
+    ModelInfo,
+    Provenance,
+    WeightsInfo,
+)
+from .weights import write_weights
+
+DTYPES = ("float32", "bfloat16")
+_CONFIG = "config.json"
+_PROVENANCE = "iceformer.json"
+
+
+def compile(
+    checkpoint: str | Path,
+    artifact: str | Path,
+    *,
+    buckets: Sequence[int] = (4096, 16384),
+    attention: AttentionConfig | None = None,
+    dtype: str = "float32",
+    batch: int = 1,
+    chunk: int = 2048,
+    calibration: str | Path | ArrayLike | None = None,
+    progress: bool = False,
+) -> Path:
+    """Compiles a checkpoint for this machine's kind of CPU and writes the artifact.
+
+    Args:
+        checkpoint: a folder written by `iceformer.convert_checkpoint`.
+        artifact: the folder to write, which must not exist.
+        buckets: rising sequence capacities in tokens; a prompt runs in the smallest one that holds it.
+        attention: of prompts and scoring, `TwoStage(...)` or `Dense()`; None is `TwoStage()`. Single new tokens always
+            attend exactly.
+        dtype: "float32" or "bfloat16", of weights and KV cache.
+        batch: rows of every call.
+        chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk).
+        calibration: what the attention method is fitted on, if it needs that: a text file, token ids, or None for the
+            text that ships with the package (seeded random ids for a model without tokenizer). At most 4096 tokens.
+        progress: show a progress bar, and print a table at the end.
+
+    Returns:
+        The artifact's path.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not there or not whole.
+        FileExistsError: the artifact exists.
+        ValueError: options that make no sense together, or code that another process could not load.
+    """
+    checkpoint, target = Path(checkpoint), Path(artifact)
+    attention = TwoStage() if attention is None else attention
+    folder_format.refuse_existing(target)
+    raw_config = _read_config(checkpoint)
+    _, config = build(raw_config)
+    check_options(config, buckets=buckets, dtype=dtype, batch=batch, chunk=chunk)
+
+    # Not at the top: Orbax takes seconds to import, and the checks above need none of it.
+    from ..convert.checkpoint import load_model
+
+    with jax.default_device(jax.devices("cpu")[0]), _reporter(2 + len(buckets) * len(ENTRIES), progress) as report:
+        report("loading the checkpoint")
+        model = load_model(checkpoint, dtype=dtype)
+        report("calibrating the attention")
+        bases, calibrated_on = _calibrate(model, attention, checkpoint, calibration)
+        entries = Entries.of(model, attention, bases)
+        with folder_format.new_folder(target) as folder:
+            weights = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
+            compiled = tuple(
+                compile_bucket(
+                    folder,
+                    entries,
+                    capacity=capacity,
+                    chunk=min(chunk, capacity),
+                    batch=batch,
+                    cache=_cache_info(config, batch, capacity, dtype),
+                    report=report,
+                )
+                for capacity in buckets
+            )
+            manifest = Manifest(
+                schema=SCHEMA,
+                iceformer=__version__,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                environment=_compile_environment(),
+                model=_model_info(raw_config, config, checkpoint, weights),
+                attention=attention_to_dict(attention),
+                dtype=dtype,
+                batch=batch,
+                weights=WeightsInfo(write_weights(folder / folder_format.WEIGHTS, weights), entries.names),
+                buckets=compiled,
+                files=_copy_files(checkpoint, folder),
+                provenance=Provenance(checkpoint.resolve().name, _source(checkpoint), calibrated_on),
+            )
+            card = folder_format.write_file(folder, folder_format.CARD, card_text(manifest, target.name).encode())
+            manifest = dataclasses.replace(manifest, files=(*manifest.files, card))
+            folder_format.write_manifest(folder, manifest)
+    if progress:
+        _print_table(manifest)
+    return target
+
+
+def check_options(config: Any, *, buckets: Sequence[int], dtype: str, batch: int, chunk: int) -> None:
+    """Raises ValueError, with what was found and expected, for options that cannot be compiled."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}")
+    if batch < 1 or chunk < 1:
+        raise ValueError(f"batch is {batch} and chunk is {chunk}, expected at least 1 each")
+    if not buckets or min(buckets) < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
+        raise ValueError(f"buckets are {tuple(buckets)}, expected rising numbers of tokens, each once")
+    for capacity in buckets:
+        if capacity % min(chunk, capacity):
+            raise ValueError(f"bucket {capacity} is not a multiple of chunk {chunk}: change one of them")
+    # With dynamic rope, max_position_embeddings is where stretching begins, not where the model ends.
+    limit = config.max_position_embeddings
+    if buckets[-1] > limit and config.rope.rope_type != "dynamic":
+        raise ValueError(
+            f"bucket {buckets[-1]} is longer than the {limit} positions that the model was trained for "
+            f"(max_position_embeddings in {_CONFIG}): choose buckets up to {limit}"
+        )
+
+
+def _read_config(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's config.json, after a look whether the folder is a checkpoint at all."""
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint} is not a folder: expected a checkpoint written by `iceformer convert`")
+    missing = [name for name in (_CONFIG, _PROVENANCE, "params") if not (checkpoint / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{checkpoint} lacks {', '.join(missing)}: expected a checkpoint; "
+            f"`iceformer convert {checkpoint} CHECKPOINT` makes one of a Hugging Face folder"
+        )
+    return _read_json(checkpoint / _CONFIG)
+
+
+def _source(checkpoint: Path) -> dict[str, Any]:
+    return _read_json(checkpoint / _PROVENANCE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): convert the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object: convert the checkpoint again")
+    return value
+
+
+def _calibrate(
+    model: Any, attention: AttentionConfig, checkpoint: Path, source: str | Path | ArrayLike | None
+) -> tuple[tuple[jax.Array, ...] | None, CalibrationInfo | None]:
+    """The attention method's basis for each layer and what it comes from; None and None if it needs none."""
+    from .calibrate import calibrate
+
+    if not isinstance(attention, TwoStage):
+        return None, None
+    config = model.config
+    ids, info = calibration_ids(
+        source, checkpoint / folder_format.TOKENIZER, config.vocab_size, config.max_position_embeddings
+    )
+    bases = calibrate(model, attention, ids[None])
+    return bases, (None if bases is None else info)
+
+
+def _cache_info(config: Any, batch: int, capacity: int, dtype: str) -> CacheInfo:
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    return CacheInfo(config.num_hidden_layers, ArrayInfo(shape, dtype))
+
+
+def _compile_environment() -> Environment:
+    """This host's environment, with the CPU features that XLA was allowed to use."""
+    host = folder_format.host_environment()
+    flag = re.search(r"--xla_cpu_max_isa=(\w+)", folder_format.xla_flags_text())
+    features = features_up_to(frozenset(host.cpu_features), flag[1] if flag else None)
+    return dataclasses.replace(host, cpu_features=tuple(sorted(features)))
+
+
+def _model_info(
+    raw_config: dict[str, Any], config: Any, checkpoint: Path, weights: Mapping[str, NDArray[Any]]
+) -> ModelInfo:
+    return ModelInfo(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        parameters=sum(array.size for name, array in weights.items() if not name.startswith("bases.")),
+        eos_token_ids=eos_token_ids(raw_config, checkpoint / folder_format.GENERATION_CONFIG),
+        config=raw_config,
+    )
+
+
+def eos_token_ids(config: Mapping[str, Any], generation_config: Path) -> tuple[int, ...]:
+    """Ids that end a text: those of generation_config.json if it names any, else those of config.json."""
+    generation = _read_json(generation_config) if generation_config.exists() else {}
+    found = generation.get("eos_token_id")
+    found = config.get("eos_token_id") if found is None else found
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
+def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
+    """Copies the tokenizer and the generation config where the checkpoint has them."""
+    names = (folder_format.TOKENIZER, folder_format.GENERATION_CONFIG)
+    return tuple(
+        folder_format.write_file(folder, name, (checkpoint / name).read_bytes())
+        for name in names
+        if (checkpoint / name).exists()
+    )
+
+
+@contextmanager
+def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
+    """A function that moves a progress bar one step, to what begins now; it does nothing if `show` is false."""
+    if not show:
+        yield lambda description: None
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=steps)
+        started = 0
+
+        def report(description: str) -> None:
+            nonlocal started
+            bar.update(task, description=description, completed=started)
+            started += 1
+
+        yield report
+        bar.update(task, description="compiled", completed=steps)
+
+
+def _print_table(manifest: Manifest) -> None:
+    from rich.console import Console
+
+    from .tables import code_table
+
+    Console().print(code_table(manifest))

@@ -1,0 +1,152 @@
+"""The three functions that are compiled for each bucket: prefill, decode and score.
+
+All take the weights as a flat tuple in the order of their names and the KV cache as plain tuples, and are pure: the
+cache that goes in is donated, the one that comes out takes its place.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ..attention import AttentionConfig, Dense
+from ..attention.cache import KVCache, LayerCache
+
+PlainCache = tuple[tuple[Array, Array], ...]
+Weights = tuple[Array, ...]
+
+# Positions whose logits [positions, vocab] are held at once in `score`.
+SCORE_BLOCK = 256
+_BASES = "bases."
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A model taken apart into named arrays, and the functions over them.
+
+    Attributes:
+        names: of the weights, sorted; calibrated bases are among them as `bases.0`, `bases.1`, ...
+        weights: the arrays, in the order of `names`.
+        rebuild: the module from its parameters by name.
+        attention: of the prompt; `decode` is always exact.
+    """
+
+    names: tuple[str, ...]
+    weights: Weights
+    rebuild: Callable[[Mapping[str, Array]], Any]
+    attention: AttentionConfig
+
+    @classmethod
+    def of(cls, model: nnx.Module, attention: AttentionConfig, bases: tuple[Array, ...] | None) -> "Entries":
+        """Takes a model and its calibrated bases (one array for each layer, or None) apart."""
+        graph, state = nnx.split(model)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+        paths = [".".join(str(key.key) for key in path) for path, _ in leaves]
+
+        def rebuild(named: Mapping[str, Array]) -> Any:
+            return nnx.merge(graph, jax.tree.unflatten(tree, [named[path] for path in paths]))
+
+        named = dict(zip(paths, (leaf for _, leaf in leaves), strict=True))
+        named |= {f"{_BASES}{layer}": basis for layer, basis in enumerate(bases or ())}
+        names = tuple(sorted(named))
+        return cls(names, tuple(named[name] for name in names), rebuild, attention)
+
+    def prefill(
+        self,
+        weights: Weights,
+        cache: PlainCache,
+        tokens: Int[Array, "batch chunk"],
+        offset: Int[Array, ""],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[PlainCache, Float[Array, "batch vocab"]]:
+        """Takes one chunk of prompts, `offset .. offset + chunk`.
+
+        `lengths` are those of the whole prompts, the same in every chunk. The logits are those after each row's last
+        token, and mean something only for rows whose last token lies in this chunk.
+        """
+        model, hidden, cache = self._hidden(weights, cache, tokens, offset, lengths)
+        last = jnp.clip(lengths - 1 - offset, 0, tokens.shape[1] - 1)
+        return cache, model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    def decode(
+        self,
+        weights: Weights,
+        cache: PlainCache,
+        tokens: Int[Array, " batch"],
+        positions: Int[Array, " batch"],
+    ) -> tuple[PlainCache, Float[Array, "batch vocab"]]:
+        """Takes one token a row at `positions` and gives the logits after it.
+
+        Attention is exact whatever the prompt's was: one query reads the cache once, which no selection makes cheaper.
+        """
+        model, bases = self._model(weights)
+        hidden, new = model.hidden_states(
+            tokens[:, None],
+            offset=positions,
+            lengths=positions + 1,
+            cache=_layers(cache),
+            attention=Dense(),
+            bases=bases,
+        )
+        return _plain(new), model.logits(hidden[:, 0])
+
+    def score(
+        self,
+        weights: Weights,
+        cache: PlainCache,
+        tokens: Int[Array, "batch chunk"],
+        targets: Int[Array, "batch chunk"],
+        offset: Int[Array, ""],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[PlainCache, Float[Array, "batch chunk"], Int[Array, "batch chunk"]]:
+        """Takes one chunk as `prefill` does, and gives each target's log-probability and the most likely token."""
+        model, hidden, cache = self._hidden(weights, cache, tokens, offset, lengths)
+        batch, chunk, size = hidden.shape
+        block = score_block(chunk)
+
+        def score_positions(args: tuple[Array, Array]) -> tuple[Array, Array]:
+            logits = model.logits(args[0])
+            given = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
+            logprobs = given - jax.nn.logsumexp(logits, axis=-1)
+            return logprobs, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        blocks = (hidden.reshape(-1, block, size), targets.reshape(-1, block))
+        logprobs, argmax = lax.map(score_positions, blocks)
+        return cache, logprobs.reshape(batch, chunk), argmax.reshape(batch, chunk)
+
+    def _hidden(
+        self, weights: Weights, cache: PlainCache, tokens: Array, offset: Array, lengths: Array
+    ) -> tuple[Any, Float[Array, "batch chunk hidden"], PlainCache]:
+        model, bases = self._model(weights)
+        hidden, new = model.hidden_states(
+            tokens,
+            offset=jnp.broadcast_to(offset, lengths.shape),
+            lengths=lengths,
+            cache=_layers(cache),
+            attention=self.attention,
+            bases=bases,
+        )
+        return model, hidden, _plain(new)
+
+    def _model(self, weights: Weights) -> tuple[Any, tuple[Array, ...] | None]:
+        named = dict(zip(self.names, weights, strict=True))
+        bases = tuple(named[f"{_BASES}{layer}"] for layer in range(sum(name.startswith(_BASES) for name in named)))
+        return self.rebuild(named), bases or None
+
+
+def score_block(chunk: int) -> int:
+    """The largest divisor of a chunk that is at most SCORE_BLOCK."""
+    return next(size for size in range(min(chunk, SCORE_BLOCK), 0, -1) if chunk % size == 0)
+
+
+def _layers(cache: PlainCache) -> KVCache:
+    return tuple(LayerCache(key, value) for key, value in cache)
+
+
+def _plain(cache: KVCache) -> PlainCache:
+    return tuple((key, value) for key, value in cache)

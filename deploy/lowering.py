@@ -1,0 +1,116 @@
+"""Lowers and compiles the entries of one bucket, and writes their machine code and StableHLO into the artifact."""
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.experimental import serialize_executable
+
+from .artifact import write_file
+from .entries import Entries
+from .manifest import ENTRIES, ArrayInfo, BucketInfo, CacheInfo, EntryInfo, MemoryInfo
+
+# Custom calls that XLA's CPU runtime carries itself. Others (LAPACK) crash a process that did not register them.
+KNOWN_CUSTOM_CALLS = frozenset({"TopK", "__onednn$matmul", "__onednn$softmax", "__onednn$layernorm"})
+
+
+def compile_bucket(
+    folder: Path,
+    entries: Entries,
+    *,
+    capacity: int,
+    chunk: int,
+    batch: int,
+    cache: CacheInfo,
+    report: Callable[[str], None],
+) -> BucketInfo:
+    """Compiles prefill, decode and score for one capacity and writes them under `folder`.
+
+    Args:
+        folder: the artifact that is being written.
+        entries: the model.
+        capacity: of the cache, in tokens.
+        chunk: tokens of a prompt that one call takes.
+        batch: rows.
+        cache: shape of the cache.
+        report: called with a line of text before each entry.
+
+    Raises:
+        ValueError: the code calls something that a process which loads it may not have.
+    """
+    infos = {}
+    for name in ENTRIES:
+        report(f"compiling {name} for {capacity} tokens")
+        infos[name] = _compile_entry(folder, entries, name, capacity, cache, _arguments(name, batch, chunk))
+    return BucketInfo(capacity, chunk, cache, infos)
+
+
+def _arguments(entry: str, batch: int, chunk: int) -> dict[str, ArrayInfo]:
+    """What an entry takes after weights and cache."""
+    row, piece = ArrayInfo((batch,), "int32"), ArrayInfo((batch, chunk), "int32")
+    offset = ArrayInfo((), "int32")
+    return {
+        "prefill": {"tokens": piece, "offset": offset, "lengths": row},
+        "decode": {"tokens": row, "positions": row},
+        "score": {"tokens": piece, "targets": piece, "offset": offset, "lengths": row},
+    }[entry]
+
+
+_RESULTS = {"prefill": ("logits",), "decode": ("logits",), "score": ("logprobs", "argmax")}
+
+
+def _compile_entry(
+    folder: Path, entries: Entries, name: str, capacity: int, cache: CacheInfo, arguments: dict[str, ArrayInfo]
+) -> EntryInfo:
+    weights = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in entries.weights)
+    spec_of_cache = tuple((_spec(key), _spec(value)) for key, value in cache.tree)
+    specs = (weights, spec_of_cache, *(_spec(array) for array in arguments.values()))
+    jitted = jax.jit(getattr(entries, name), donate_argnums=1)
+    lowered = jitted.lower(*specs)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
+    _check_custom_calls(name, custom_calls)
+    payload, _, _ = serialize_executable.serialize(compiled)
+    portable = export.export(jitted, platforms=("cpu",))(*specs).serialize()
+    _, *results = lowered.out_info
+    return EntryInfo(
+        native=write_file(folder, f"native/{capacity}/{name}.bin", payload),
+        portable=write_file(folder, f"portable/{capacity}/{name}.stablehlo", bytes(portable)),
+        arguments=arguments,
+        results={key: _info(array) for key, array in zip(_RESULTS[name], results, strict=True)},
+        stablehlo_sha256=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        custom_calls=custom_calls,
+        memory=_memory(compiled),
+        compile_seconds=round(seconds, 3),
+    )
+
+
+def _check_custom_calls(entry: str, targets: tuple[str, ...]) -> None:
+    unknown = sorted(set(targets) - KNOWN_CUSTOM_CALLS)
+    if unknown:
+        raise ValueError(
+            f"{entry} calls {', '.join(unknown)}, which another process may not have: only "
+            f"{', '.join(sorted(KNOWN_CUSTOM_CALLS))} can be stored; use another method of attention"
+        )
+
+
+def _memory(compiled: jax.stages.Compiled) -> MemoryInfo:
+    stats = compiled.memory_analysis()
+    return MemoryInfo(stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.temp_size_in_bytes)
+
+
+def _spec(array: ArrayInfo) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
+
+
+def _info(array: Any) -> ArrayInfo:
+    return ArrayInfo(tuple(array.shape), str(np.dtype(array.dtype)))

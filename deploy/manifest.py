@@ -1,0 +1,288 @@
+"""manifest.json of an artifact as frozen dataclasses, with a strict parser.
+
+Everything a session knows about an artifact before it opens machine code stands here. Standard library only: pydantic
+is not among what running an artifact needs.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+SCHEMA = 1
+ENTRIES = ("prefill", "decode", "score")
+
+Record = TypeVar("Record")
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be used here; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of the artifact: its path inside the folder (with `/`), size in bytes, and sha256 as hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.path)
+        if not self.path or path.is_absolute() or ".." in path.parts or "\\" in self.path:
+            raise ArtifactError(f"manifest.json names the file {self.path!r}, which is not a path inside the artifact")
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Shape and dtype of an argument or a result."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What machine code depends on.
+
+    Attributes:
+        jax, jaxlib, python: versions; Python's is major.minor.
+        machine: the architecture, e.g. "x86_64".
+        cpu_model: the processor's name, for people.
+        cpu_features: instruction sets that the machine code may use, as /proc/cpuinfo names them.
+        xla_flags: the flags of XLA_FLAGS that change code, sorted.
+    """
+
+    jax: str
+    jaxlib: str
+    python: str
+    machine: str
+    cpu_model: str
+    cpu_features: tuple[str, ...]
+    xla_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a session needs to know of the model, and its whole config.json in `config`."""
+
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int
+    parameters: int
+    eos_token_ids: tuple[int, ...]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """The weights file, and the names of its tensors in the order in which every entry takes them."""
+
+    file: FileInfo
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """Bytes that one call needs: its arguments, its results, and what it allocates in between."""
+
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+
+
+@dataclass(frozen=True)
+class EntryInfo:
+    """One compiled function of a bucket.
+
+    It takes the weights, the cache and then `arguments`, and gives the cache and then `results`, in the order written.
+    """
+
+    native: FileInfo
+    portable: FileInfo
+    arguments: dict[str, ArrayInfo]
+    results: dict[str, ArrayInfo]
+    stablehlo_sha256: str
+    custom_calls: tuple[str, ...]
+    memory: MemoryInfo
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """A bucket's KV cache: `layers` pairs of key and value arrays of one shape."""
+
+    layers: int
+    array: ArrayInfo
+
+    @property
+    def tree(self) -> tuple[tuple[ArrayInfo, ArrayInfo], ...]:
+        """The cache as the entries take it."""
+        return ((self.array, self.array),) * self.layers
+
+    @property
+    def size_in_bytes(self) -> int:
+        """Memory of the whole cache."""
+        itemsize = {"float32": 4, "bfloat16": 2}[self.array.dtype]
+        return 2 * self.layers * math.prod(self.array.shape) * itemsize
+
+
+@dataclass(frozen=True)
+class BucketInfo:
+    """One capacity, in tokens, with its chunk, in tokens, and its entries by name."""
+
+    capacity: int
+    chunk: int
+    cache: CacheInfo
+    entries: dict[str, EntryInfo]
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """What the attention was calibrated on.
+
+    Attributes:
+        kind: "default text", "text", "ids" or "random ids".
+        tokens: how many.
+        sha256: of the ids as int32.
+    """
+
+    kind: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The checkpoint's folder name, its iceformer.json (source and hashes), and what calibrated the attention."""
+
+    checkpoint: str
+    source: dict[str, Any]
+    calibration: CalibrationInfo | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about an artifact except its weights and machine code.
+
+    Attributes:
+        schema: version of this format.
+        iceformer: version of the package that wrote it.
+        created: UTC time, ISO 8601.
+        environment: where it was compiled.
+        model: what was compiled.
+        attention: the attention's configuration, with `kind` "dense" or "two_stage".
+        dtype: dtype of weights and cache.
+        batch: rows of every call.
+        weights: the weights file.
+        buckets: by rising capacity.
+        files: everything else in the folder (tokenizer, generation config, card).
+        provenance: where it came from.
+    """
+
+    schema: int
+    iceformer: str
+    created: str
+    environment: Environment
+    model: ModelInfo
+    attention: dict[str, Any]
+    dtype: str
+    batch: int
+    weights: WeightsInfo
+    buckets: tuple[BucketInfo, ...]
+    files: tuple[FileInfo, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        capacities = [bucket.capacity for bucket in self.buckets]
+        if not capacities or capacities != sorted(set(capacities)):
+            raise ArtifactError(f"manifest.json has buckets {capacities}, expected rising capacities")
+        for bucket in self.buckets:
+            if tuple(bucket.entries) != ENTRIES:
+                raise ArtifactError(
+                    f"manifest.json has entries {list(bucket.entries)} in bucket {bucket.capacity}, "
+                    f"expected {list(ENTRIES)}"
+                )
+            if bucket.chunk < 1 or bucket.capacity % bucket.chunk:
+                raise ArtifactError(
+                    f"manifest.json has chunk {bucket.chunk} in bucket {bucket.capacity}, expected a divisor"
+                )
+
+    def all_files(self) -> list[FileInfo]:
+        """Every file that the manifest vouches for."""
+        entries = [entry for bucket in self.buckets for entry in bucket.entries.values()]
+        code = [file for entry in entries for file in (entry.native, entry.portable)]
+        return [self.weights.file, *self.files, *code]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str | bytes) -> Manifest:
+    """Reads manifest.json.
+
+    Raises:
+        ArtifactError: not JSON, another schema version, or a field that is missing, unknown or of the wrong type.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"manifest.json is not JSON ({error}): compile the artifact again") from error
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if schema != SCHEMA:
+        raise ArtifactError(
+            f"manifest.json has schema {schema!r} and this iceformer reads schema {SCHEMA}: "
+            "compile the artifact again with this version"
+        )
+    return _parse_record(Manifest, value, "")
+
+
+def _parse_record(cls: type[Record], value: object, where: str) -> Record:
+    """A dataclass from a JSON object with exactly its fields."""
+    if not isinstance(value, dict):
+        raise _mismatch(where, value, "an object")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    missing, unknown = hints.keys() - value.keys(), value.keys() - hints.keys()
+    if missing or unknown:
+        name = min(missing or unknown)
+        raise ArtifactError(f"manifest.json {'lacks' if missing else 'has an unknown'} field {prefix}{name}")
+    return cls(**{name: _parse(hint, value[name], prefix + name) for name, hint in hints.items()})
+
+
+def _parse(hint: Any, value: object, where: str) -> Any:
+    """A value of the annotated type: a dataclass, tuple, dict, optional or plain JSON type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else _parse(inner, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _mismatch(where, value, "a list")
+        return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _mismatch(where, value, "an object")
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _parse_record(typing.cast(type, hint), value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise _mismatch(where, value, {int: "an integer", float: "a number", str: "a string"}[hint])
+    if hint is int and typing.cast(int, value) < 0:
+        raise _mismatch(where, value, "an integer that is not negative")
+    return value
+
+
+def _mismatch(where: str, value: object, expected: str) -> ArtifactError:
+    found = json.dumps(value)
+    found = found if len(found) <= 40 else found[:40] + "…"
+    return ArtifactError(f"manifest.json has {found} in {where or 'its root'}, expected {expected}")

@@ -1,0 +1,363 @@
+"""`load` opens an artifact into a session that scores and generates without tracing or compiling anything.
+
+Imports only jax, numpy and (when text comes in) tokenizers. Everything on the host is numpy: the only things that run
+under XLA are the artifact's own entries.
+"""
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .artifact import TOKENIZER, WEIGHTS, Artifact, Tier, open_artifact
+from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
+from .manifest import ArtifactError, BucketInfo, FileInfo, Manifest
+from .sampling import check_temperature, sample
+from .weights import put_weights, read_weights
+
+FinishReason = Literal["stop", "length", "capacity"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What the model thinks of one sequence of n tokens.
+
+    Attributes:
+        logprobs: float32 [n - 1], natural logarithm of the probability of each given next token.
+        argmax: int32 [n], the model's own next token at each position.
+    """
+
+    logprobs: NDArray[np.float32]
+    argmax: NDArray[np.int32]
+
+
+class Scores(list[Score]):
+    """The scores of several sequences; `logprobs` and `argmax` are lists with one array for each of them."""
+
+    @property
+    def logprobs(self) -> list[NDArray[np.float32]]:
+        """One float32 [n - 1] array for each sequence."""
+        return [score.logprobs for score in self]
+
+    @property
+    def argmax(self) -> list[NDArray[np.int32]]:
+        """One int32 [n] array for each sequence."""
+        return [score.argmax for score in self]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What the model wrote.
+
+    Attributes:
+        text: the new tokens as text, special tokens left out; None for a model without tokenizer.
+        ids: int32, the new tokens only; the token that ended it is the last of them.
+        finish_reason: "stop" at an end-of-sequence token, "length" after max_new_tokens, "capacity" when the largest
+            bucket was full.
+        prompt_tokens: length of the prompt in tokens.
+    """
+
+    text: str | None
+    ids: NDArray[np.int32]
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+def load(artifact: str | Path) -> "Session":
+    """Opens an artifact written by `iceformer.compile`.
+
+    Every file is checked against the manifest first. The folder holds machine code: load only artifacts from people you
+    trust.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ArtifactError: a file is missing or was changed, or the artifact cannot be used here at all.
+
+    Warns:
+        PortableTierWarning: the machine code does not fit this host; its StableHLO is compiled here on first use.
+    """
+    return Session(open_artifact(artifact))
+
+
+class Session:
+    """An open artifact: machine code and weights in memory, and one KV cache for each bucket that was used.
+
+    Calls from several threads are taken one after the other.
+
+    Attributes:
+        info: the manifest.
+        tier: "native" if the artifact's machine code runs, "portable" if its StableHLO is compiled here on first use.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.info: Manifest = artifact.manifest
+        self._artifact = artifact
+        self._device = jax.devices("cpu")[0]
+        self._entries, self.tier = self._load_entries()
+        self._weights = self._load_weights()
+        self._caches: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def score(self, ids: ArrayLike | Sequence[ArrayLike], *, progress: Progress | None = None) -> Score | Scores:
+        """Log-probabilities of given tokens and the model's own choices.
+
+        Args:
+            ids: token ids, a 1-D integer array or a list of ints; or a list of such sequences of any lengths.
+            progress: called with the tokens done and the tokens in all after each chunk.
+
+        Returns:
+            A `Score`, or `Scores` with one for each sequence of a list. Takes time for the true length, rounded up to
+            chunks, and never holds logits of more than a few hundred positions.
+
+        Raises:
+            ValueError: an empty sequence, an id outside the vocabulary, or more tokens than the largest bucket has.
+        """
+        nested = _is_nested(ids)
+        named = {f"sequence {index}": row for index, row in enumerate(ids)} if nested else {"the sequence": ids}
+        rows = [self._check_ids(row, name) for name, row in named.items()]
+        with self._lock:
+            scores = self._score_rows(rows, progress)
+        return scores if nested else scores[0]
+
+    def generate(
+        self,
+        prompt: str | ArrayLike,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        *,
+        progress: Progress | None = None,
+    ) -> Generation:
+        """Continues a prompt.
+
+        Args:
+            prompt: text, or token ids as a 1-D integer array or list.
+            max_new_tokens: how many tokens to write at most.
+            temperature: 0 takes the most likely token each time; above 0 draws from softmax(logits / temperature).
+            seed: of the draws.
+            progress: called with the prompt tokens done and the prompt tokens in all after each chunk.
+
+        Raises:
+            ValueError: an empty prompt, text for a model without tokenizer, an id outside the vocabulary, more tokens
+                than the largest bucket has, or a temperature or max_new_tokens that makes no sense.
+        """
+        check_temperature(temperature)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        ids = self._check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, "the prompt")
+        generator = np.random.default_rng(seed)
+        new: list[int] = []
+        reason: FinishReason = "length"
+        with self._lock:
+            bucket = self._bucket_for(len(ids) + max_new_tokens - 1)
+            logits = self._prefill(bucket, ids, progress)
+            while True:
+                new.append(sample(logits, temperature, generator))
+                if new[-1] in self.info.model.eos_token_ids:
+                    reason = "stop"
+                    break
+                if len(new) == max_new_tokens:
+                    break
+                position = len(ids) + len(new) - 1
+                if position == bucket.capacity:
+                    reason = "capacity"
+                    break
+                logits = self._decode(bucket, new[-1], position)
+        text = self.detokenize(new) if self.has_tokenizer else None
+        return Generation(text, np.asarray(new, np.int32), reason, len(ids))
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Token ids of a text, with the special tokens that the model's tokenizer.json puts around it.
+
+        Raises:
+            ValueError: the artifact has no tokenizer.
+        """
+        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
+    def detokenize(self, ids: ArrayLike) -> str:
+        """The text of token ids, special tokens left out.
+
+        Raises:
+            ValueError: the artifact has no tokenizer.
+        """
+        return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the artifact has a tokenizer, so that prompts may be text."""
+        return self._tokenizer_file is not None
+
+    @property
+    def _tokenizer_file(self) -> FileInfo | None:
+        return next((file for file in self.info.files if file.path == TOKENIZER), None)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        file = self._tokenizer_file
+        if file is None:
+            raise ValueError("this model has no tokenizer: give and take token ids")
+        tokenizer = Tokenizer.from_str(self._artifact.read(file).decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _load_entries(self) -> tuple[dict[tuple[int, str], Executable], Tier]:
+        """Callables by capacity and entry, and the tier they are of."""
+        every = [(bucket, name, entry) for bucket in self.info.buckets for name, entry in bucket.entries.items()]
+        differences = list(self._artifact.differences)
+        if not differences:
+            try:
+                native = {
+                    (bucket.capacity, name): load_native(self._artifact, bucket, entry, self._device)
+                    for bucket, name, entry in every
+                }
+            except MachineCodeError as error:
+                differences.append(str(error))
+            else:
+                return native, "native"
+        seconds = sum(entry.compile_seconds for _, _, entry in every)
+        warnings.warn(
+            f"the machine code in {self._artifact.path} cannot run here ({'; '.join(differences)}): its StableHLO is "
+            f"compiled instead, each entry on first use (about {seconds:.0f} s for all of them); "
+            "compile the artifact again on this machine to avoid it",
+            PortableTierWarning,
+            stacklevel=4,
+        )
+        portable = {(bucket.capacity, name): PortableEntry(self._artifact, entry) for bucket, name, entry in every}
+        return portable, "portable"
+
+    def _load_weights(self) -> tuple[jax.Array, ...]:
+        arrays = put_weights(read_weights(self._artifact.path / WEIGHTS), self._device)
+        names = self.info.weights.names
+        if sorted(arrays) != sorted(names):
+            raise ArtifactError(f"{WEIGHTS} does not hold the tensors that the manifest names: compile again")
+        return tuple(arrays[name] for name in names)
+
+    def _check_ids(self, ids: ArrayLike, what: str) -> NDArray[np.int32]:
+        """Token ids as an int32 array that the executables can take."""
+        array = np.asarray(ids)
+        if array.size == 0:
+            raise ValueError(f"{what} is empty, expected at least one token")
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{what} has shape {array.shape} and dtype {array.dtype}, expected 1-D integers")
+        vocabulary = self.info.model.vocab_size
+        bad = np.flatnonzero((array < 0) | (array >= vocabulary))
+        if bad.size:
+            raise ValueError(
+                f"{what} has token id {array[bad[0]]} at position {bad[0]}, expected ids from 0 to {vocabulary - 1}"
+            )
+        largest = self.info.buckets[-1].capacity
+        if array.size > largest:
+            raise ValueError(
+                f"{what} has {array.size} tokens and the largest bucket takes {largest}: "
+                "shorten it, or compile the checkpoint with a larger bucket"
+            )
+        return array.astype(np.int32)
+
+    def _bucket_for(self, tokens: int) -> BucketInfo:
+        """The smallest bucket with room for so many tokens, or the largest one."""
+        return next((bucket for bucket in self.info.buckets if bucket.capacity >= tokens), self.info.buckets[-1])
+
+    def _score_rows(self, rows: list[NDArray[np.int32]], progress: Progress | None) -> Scores:
+        """Scores of checked rows, computed `batch` at a time among rows of similar length."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        groups = [order[start : start + self.info.batch] for start in range(0, len(order), self.info.batch)]
+        scores: dict[int, Score] = {}
+        done, total = 0, sum(len(row) for row in rows)
+        for group in groups:
+            members = [rows[index] for index in group]
+            logprobs, argmax = [], []
+            for end, chunk_logprobs, chunk_argmax in self._score_chunks(members):
+                logprobs.append(chunk_logprobs)
+                argmax.append(chunk_argmax)
+                if progress:
+                    progress(done + sum(min(len(row), end) for row in members), total)
+            done += sum(len(row) for row in members)
+            all_logprobs, all_argmax = np.concatenate(logprobs, axis=1), np.concatenate(argmax, axis=1)
+            for row, index in enumerate(group):
+                length = len(rows[index])
+                scores[index] = Score(all_logprobs[row, : length - 1].copy(), all_argmax[row, :length].copy())
+        return Scores(scores[index] for index in range(len(rows)))
+
+    def _score_chunks(
+        self, rows: list[NDArray[np.int32]]
+    ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int32]]]:
+        """End position, log-probabilities and argmax [batch, chunk] of each chunk of up to `batch` rows."""
+        longest = max(len(row) for row in rows)
+        bucket = self._bucket_for(longest)
+        tokens, lengths = self._pad(rows, bucket)
+        targets = np.roll(tokens, -1, axis=1)
+        for start in range(0, longest, bucket.chunk):
+            end = start + bucket.chunk
+            logprobs, argmax = self._call(
+                bucket, "score", _columns(tokens, start, end), _columns(targets, start, end), np.int32(start), lengths
+            )
+            yield end, np.array(logprobs), np.array(argmax)
+
+    def _prefill(self, bucket: BucketInfo, ids: NDArray[np.int32], progress: Progress | None) -> NDArray[np.float32]:
+        """Fills row 0 of the bucket's cache and gives the logits [vocab] after the last token."""
+        tokens, lengths = self._pad([ids], bucket)
+        logits = np.empty(0, np.float32)
+        for start in range(0, len(ids), bucket.chunk):
+            end = start + bucket.chunk
+            (result,) = self._call(bucket, "prefill", _columns(tokens, start, end), np.int32(start), lengths)
+            logits = np.asarray(result)[0]
+            if progress:
+                progress(min(end, len(ids)), len(ids))
+        return logits
+
+    def _decode(self, bucket: BucketInfo, token: int, position: int) -> NDArray[np.float32]:
+        """Logits [vocab] after one more token of row 0."""
+        tokens, positions = np.zeros(self.info.batch, np.int32), np.zeros(self.info.batch, np.int32)
+        tokens[0], positions[0] = token, position
+        (logits,) = self._call(bucket, "decode", tokens, positions)
+        return np.asarray(logits)[0]
+
+    def _pad(self, rows: list[NDArray[np.int32]], bucket: BucketInfo) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Rows as tokens [batch, whole chunks] and lengths [batch]; what is not there is token 0 and length 0."""
+        longest = max(len(row) for row in rows)
+        tokens = np.zeros((self.info.batch, -(-longest // bucket.chunk) * bucket.chunk), np.int32)
+        lengths = np.zeros(self.info.batch, np.int32)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = row
+            lengths[index] = len(row)
+        return tokens, lengths
+
+    def _call(self, bucket: BucketInfo, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """Runs an entry on the bucket's cache and gives its results without the cache.
+
+        The cache is donated: it leaves the session before the call, so that a call that is interrupted cannot leave a
+        dead one behind.
+        """
+        cache = self._caches.pop(bucket.capacity, None) or self._empty_cache(bucket)
+        cache, *results = self._entries[bucket.capacity, name](self._weights, cache, *arguments)
+        self._caches[bucket.capacity] = cache
+        return tuple(results)
+
+    def _empty_cache(self, bucket: BucketInfo) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        array = bucket.cache.array
+        zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
+
+        def put() -> jax.Array:
+            return jax.device_put(zeros, self._device, may_alias=False)
+
+        return tuple((put(), put()) for _ in range(bucket.cache.layers))
+
+
+def _columns(array: NDArray[np.int32], start: int, end: int) -> NDArray[np.int32]:
+    return np.ascontiguousarray(array[:, start:end])
+
+
+def _is_nested(ids: ArrayLike | Sequence[ArrayLike]) -> TypeGuard[Sequence[ArrayLike]]:
+    """Whether `ids` is a list of sequences rather than one sequence."""
+    return isinstance(ids, list | tuple) and len(ids) > 0 and np.ndim(ids[0]) > 0

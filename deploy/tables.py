@@ -1,0 +1,83 @@
+"""What an artifact holds, as rich tables for `iceformer compile` and `iceformer inspect`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from .manifest import Manifest
+
+MEGABYTE = 1e6
+
+
+def code_table(manifest: Manifest) -> Table:
+    """One line for each bucket and entry: size of the machine code, memory of a call, compile time."""
+    table = Table(title="compiled code", caption=f"batch {manifest.batch}, {manifest.dtype}")
+    for name in ("bucket", "chunk", "entry", "code MB", "temp MB", "cache MB", "compile s", "custom calls"):
+        table.add_column(name, justify="left" if name in ("entry", "custom calls") else "right")
+    for bucket in manifest.buckets:
+        for name, entry in bucket.entries.items():
+            table.add_row(
+                str(bucket.capacity),
+                str(bucket.chunk),
+                name,
+                f"{entry.native.size / MEGABYTE:.2f}",
+                f"{entry.memory.temp_bytes / MEGABYTE:.1f}",
+                f"{bucket.cache.size_in_bytes / MEGABYTE:.1f}",
+                f"{entry.compile_seconds:.1f}",
+                ", ".join(entry.custom_calls) or "-",
+            )
+        table.add_section()
+    return table
+
+
+def summary_table(manifest: Manifest) -> Table:
+    """What was compiled, for which machine, and where it came from."""
+    model, environment, provenance = manifest.model, manifest.environment, manifest.provenance
+    calibration = provenance.calibration
+    rows = {
+        "model": f"{model.model_type}, {model.parameters / 1e6:.2f}M parameters, {manifest.dtype}",
+        "context": f"{model.max_position_embeddings} tokens; buckets {_join(b.capacity for b in manifest.buckets)}",
+        "vocabulary": f"{model.vocab_size} ids; a text ends at {_join(model.eos_token_ids) or 'no id'}",
+        "attention": describe(manifest.attention),
+        "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
+        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors",
+        "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
+        "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",
+        "for": f"{environment.machine} ({environment.cpu_model}): {_join(environment.cpu_features)}",
+        "XLA_FLAGS": _join(environment.xla_flags) or "-",
+        "checkpoint": provenance.checkpoint,
+        "source": json.dumps(provenance.source.get("source", "-")),
+    }
+    table = Table(title="artifact", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def file_table(manifest: Manifest) -> Table:
+    """Every file of the artifact with its size and the start of its sha256."""
+    table = Table(title="files")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("sha256")
+    for file in manifest.all_files():
+        table.add_row(file.path, f"{file.size}", file.sha256[:16])
+    return table
+
+
+def describe(attention: Mapping[str, Any]) -> str:
+    """The attention's configuration in one line."""
+    if attention["kind"] == "dense":
+        return "exact"
+    method = dict(attention["method"])
+    name = method.pop("name")
+    options = {key: value for key, value in attention.items() if key not in ("kind", "method")} | method
+    return f"two-stage, {name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def _join(values: Any) -> str:
+    return " ".join(str(value) for value in values)
