@@ -28,7 +28,7 @@ def attend(
     config: AttentionConfig,
     query: Float[Array, "batch query_heads queries head_dim"],
     key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys value_dim"],
     *,
     offset: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
@@ -36,7 +36,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
-) -> Float[Array, "batch query_heads queries head_dim"]:
+) -> Float[Array, "batch query_heads queries value_dim"]:
     """The attention that a configuration asks for; arguments as in `exact_attention`.
 
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to. A
@@ -55,7 +55,16 @@ def attend(
             softcap=softcap,
             basis=basis,
         )
-    blocks = {} if isinstance(config, TwoStage) else {"query_block": config.query_block, "key_block": config.key_block}
+    dense = config if isinstance(config, Dense) else Dense()
     return exact_attention(
-        query, key, value, offset=offset, lengths=lengths, causal=causal, scale=scale, softcap=softcap, **blocks
+        query,
+        key,
+        value,
+        offset=offset,
+        lengths=lengths,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        query_block=dense.query_block,
+        key_block=dense.key_block,
     )

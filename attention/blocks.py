@@ -58,12 +58,12 @@ def split_queries(
 
 
 def join_queries(
-    blocked: Float[Array, "heads blocks rows head_dim"], batch: int, queries: int, query_block: int
-) -> Float[Array, "batch query_heads queries head_dim"]:
+    blocked: Float[Array, "heads blocks rows width"], batch: int, queries: int, query_block: int
+) -> Float[Array, "batch query_heads queries width"]:
     """Undoes `split_queries`, without the padding."""
-    heads, blocks, rows, head_dim = blocked.shape
-    blocked = blocked.reshape(heads, blocks, rows // query_block, query_block, head_dim).transpose(0, 2, 1, 3, 4)
-    return blocked.reshape(batch, -1, blocks * query_block, head_dim)[:, :, :queries]
+    heads, blocks, rows, width = blocked.shape
+    blocked = blocked.reshape(heads, blocks, rows // query_block, query_block, width).transpose(0, 2, 1, 3, 4)
+    return blocked.reshape(batch, -1, blocks * query_block, width)[:, :, :queries]
 
 
 def visibility_of_block(

@@ -21,7 +21,7 @@ class BlockSums(NamedTuple):
     """Sums of the keys and of the values of every `MEAN_BLOCK` tokens, in float32."""
 
     key: Float[Array, "heads mean_blocks head_dim"]
-    value: Float[Array, "heads mean_blocks head_dim"]
+    value: Float[Array, "heads mean_blocks value_dim"]
 
 
 class Selection(NamedTuple):
@@ -30,10 +30,10 @@ class Selection(NamedTuple):
     position: Int[Array, " budget"]
     visible: Bool[Array, " budget"]
     key: Float[Array, "budget head_dim"]
-    value: Float[Array, "budget head_dim"]
+    value: Float[Array, "budget value_dim"]
 
 
-def block_sums(key: Float[Array, "heads keys head_dim"], value: Float[Array, "heads keys head_dim"]) -> BlockSums:
+def block_sums(key: Float[Array, "heads keys head_dim"], value: Float[Array, "heads keys value_dim"]) -> BlockSums:
     """Sums over blocks; `keys` is a multiple of `MEAN_BLOCK`."""
 
     def sums(x: Array) -> Array:

@@ -5,11 +5,9 @@ manifest.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .methods import Method, make_method, method_to_dict
-
-Compensation = Literal["none", "block_mean"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class TwoStage:
         sink: tokens at the start of the sequence that are always selected.
         local: tokens next to the query block that are always selected.
         exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question
-            stands. compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per
-            block.
+            stands.
+        compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
     """
 
     method: Method | str = "low_rank"
@@ -57,7 +55,7 @@ class TwoStage:
     sink: int = 8
     local: int = 64
     exact_last_block: bool = True
-    compensation: Compensation = "none"
+    compensation: str = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):

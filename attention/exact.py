@@ -31,14 +31,14 @@ class Partial(NamedTuple):
     `output` is normalised over the part; `lse` is the log-sum-exp of its logits, `MASKED` where no key is visible.
     """
 
-    output: Float[Array, "rows head_dim"]
+    output: Float[Array, "rows value_dim"]
     lse: Float[Array, " rows"]
 
 
 def exact_attention(
     query: Float[Array, "batch query_heads queries head_dim"],
     key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys value_dim"],
     *,
     offset: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
@@ -48,7 +48,7 @@ def exact_attention(
     mask: Mask | None = None,
     query_block: int = 256,
     key_block: int = 512,
-) -> Float[Array, "batch query_heads queries head_dim"]:
+) -> Float[Array, "batch query_heads queries value_dim"]:
     """softmax(query . key * scale) . value over the keys that each query sees.
 
     Args:
@@ -87,16 +87,19 @@ def exact_attention(
             part = exact_block(blocked[head, block], key, value, head, visibility, scale, softcap, key_block, tile)
             return out.at[head, block].set(part.output.astype(out.dtype))
 
-        return lax.fori_loop(0, valid_blocks(first, length, blocks, query_block), attend_block, out)
+        # Without the causal mask queries may belong to another sequence than the keys, so all of them count.
+        count = valid_blocks(first, length, blocks, query_block) if causal else blocks
+        return lax.fori_loop(0, count, attend_block, out)
 
-    out = lax.fori_loop(0, heads, attend_head, jnp.zeros_like(blocked))
+    nothing = jnp.zeros((heads, blocks, rows, value.shape[-1]), query.dtype)
+    out = lax.fori_loop(0, heads, attend_head, nothing)
     return join_queries(out, batch, queries, query_block)
 
 
 def exact_block(
     query: Float[Array, "rows head_dim"],
     key: Float[Array, "heads keys head_dim"],
-    value: Float[Array, "heads keys head_dim"],
+    value: Float[Array, "heads keys value_dim"],
     head: Int[Array, ""],
     visibility: Visibility,
     scale: float,
@@ -105,10 +108,10 @@ def exact_block(
     bias: Float[Array, "rows keys"] | None = None,
 ) -> Partial:
     """Exact attention of one query block, over key tiles up to the last visible one (FlashAttention's recurrence)."""
-    rows, head_dim = query.shape
+    rows = query.shape[0]
 
     def tile(x: Array, start: Int[Array, ""]) -> Array:
-        return lax.dynamic_slice(x, (head, start, 0), (1, key_block, head_dim))[0]
+        return lax.dynamic_slice(x, (head, start, 0), (1, key_block, x.shape[2]))[0]
 
     def step(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, largest, weight = state
@@ -125,12 +128,12 @@ def exact_block(
         return total, new_largest, weight * decay + jnp.sum(weights, axis=1)
 
     steps = (visibility.end() + key_block - 1) // key_block
-    nothing = (jnp.zeros((rows, head_dim)), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
+    nothing = (jnp.zeros((rows, value.shape[2])), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
     return normalise(*lax.fori_loop(0, steps, step, nothing))
 
 
 def normalise(
-    total: Float[Array, "rows head_dim"], largest: Float[Array, " rows"], weight: Float[Array, " rows"]
+    total: Float[Array, "rows value_dim"], largest: Float[Array, " rows"], weight: Float[Array, " rows"]
 ) -> Partial:
     """Divides a sum of values by the weight it was summed with; 0 and `MASKED` for a row of no weight."""
     some = weight > 0

@@ -35,7 +35,7 @@ class PreparedKeys(NamedTuple):
     """The keys and values of every head, padded, with what stage 1 and the compensation keep of them."""
 
     key: Float[Array, "heads keys head_dim"]
-    value: Float[Array, "heads keys head_dim"]
+    value: Float[Array, "heads keys value_dim"]
     basis: Float[Array, "heads 2 head_dim rank"] | None
     summary: Float[Array, "heads blocks ..."]
     sums: BlockSums | None
@@ -45,7 +45,7 @@ def two_stage_attention(
     config: TwoStage,
     query: Float[Array, "batch query_heads queries head_dim"],
     key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys value_dim"],
     *,
     offset: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
@@ -53,7 +53,7 @@ def two_stage_attention(
     scale: float | None = None,
     softcap: float | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
-) -> Float[Array, "batch query_heads queries head_dim"]:
+) -> Float[Array, "batch query_heads queries value_dim"]:
     """Attention over the `config.budget` keys that each query block finds most important.
 
     Arguments and result are those of `exact_attention`; `basis` holds the projections that `low_rank` needs.
@@ -88,14 +88,15 @@ def two_stage_attention(
         out = lax.fori_loop(first, last, selected, out)
         return lax.fori_loop(0, first + count - last, exact, out)
 
-    out = lax.fori_loop(0, heads, attend_head, jnp.zeros_like(blocked))
+    nothing = jnp.zeros((heads, blocks, rows, value.shape[-1]), query.dtype)
+    out = lax.fori_loop(0, heads, attend_head, nothing)
     return join_queries(out, batch, query.shape[2], config.query_block)
 
 
 def prepare_keys(
     config: TwoStage,
     key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys value_dim"],
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None,
 ) -> PreparedKeys:
     """Pads keys to whole stage-1 tiles and summarises their blocks."""
@@ -147,7 +148,7 @@ def selected_block(
     chosen, chosen_visible = select(
         largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
     )
-    value = keys.value.reshape(-1, head_dim)[head * length + position[chosen]]
+    value = keys.value.reshape(-1, keys.value.shape[2])[head * length + position[chosen]]
     part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
     if keys.sums is None:
         return part
@@ -178,7 +179,7 @@ def _stage_1(
     return select(importance, always, block * block_length < visibility.end(), count)
 
 
-def _softmax(logits: Float[Array, "keys rows"], value: Float[Array, "keys head_dim"]) -> Partial:
+def _softmax(logits: Float[Array, "keys rows"], value: Float[Array, "keys value_dim"]) -> Partial:
     """The exact softmax over gathered keys and its product with their values."""
     largest = jnp.max(logits, axis=0)
     weights = jnp.where(logits > MASKED, jnp.exp(logits - largest), 0.0)

@@ -1,0 +1,67 @@
+"""Selection and its configuration: ties, forced members, too few visible, and what a configuration refuses."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iceformer.attention import METHODS, Dense, LowRank, TwoStage, attention_to_dict, make_method
+from iceformer.attention.selection import select
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    importance=st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0]), min_size=24, max_size=24),
+    forced=st.sets(st.integers(0, 23), max_size=6),
+    visible=st.sets(st.integers(0, 23)),
+    count=st.sampled_from([1, 8, 24]),
+)
+def test_select_takes_forced_then_best_with_ties_to_the_lower_index(importance, forced, visible, count) -> None:
+    ranked = sorted(visible, key=lambda i: (i not in forced, 0 if i in forced else -importance[i], i))[:count]
+    chosen, chosen_visible = select(
+        jnp.asarray(importance),
+        jnp.asarray([i in forced for i in range(24)]),
+        jnp.asarray([i in visible for i in range(24)]),
+        count,
+    )
+    assert [int(i) for i, good in zip(chosen, chosen_visible, strict=True) if good] == ranked
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "budget is 0"),
+        ({"budget": 100}, "may force"),
+        ({"query_block": 48}, "power of two"),
+        ({"key_block": 0}, "power of two"),
+        ({"candidates": 0.5}, "candidates is 0.5"),
+        ({"sink": -1}, "sink is -1"),
+        ({"compensation": "mean"}, "compensation is 'mean'"),
+        ({"method": "nearest"}, "expected one of: low_rank, mean_pool"),
+    ],
+)
+def test_configuration_refuses(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwoStage(**options)
+
+
+def test_methods_refuse_options_they_do_not_have() -> None:
+    with pytest.raises(ValueError, match="does not take"):
+        make_method("mean_pool", rank=4)
+    with pytest.raises(ValueError, match="rank is 0"):
+        LowRank(rank=0)
+
+
+def test_low_rank_without_projections_says_so() -> None:
+    with pytest.raises(ValueError, match="needs calibrated projections"):
+        LowRank().project(jnp.zeros((4, 8)), None)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_configurations_are_values(name) -> None:
+    assert TwoStage(method=name) == TwoStage(method=make_method(name))
+    assert hash(TwoStage(method=name)) == hash(TwoStage(method=make_method(name)))
+    assert json.loads(json.dumps(attention_to_dict(TwoStage(method=name))))["method"]["name"] == name
+    assert attention_to_dict(Dense())["kind"] == "dense"

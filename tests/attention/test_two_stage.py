@@ -1,0 +1,192 @@
+"""Two-stage attention, read through its weights: with the identity as values, the output is the attention matrix."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iceformer.attention import LowRank, MeanPool, TwoStage, two_stage_attention
+
+from .reference import naive_attention, random_inputs
+
+KEYS, HEAD_DIM, BLOCK = 96, 16, 8
+SMALL = {"budget": 40, "query_block": BLOCK, "key_block": 4, "sink": 4, "local": 4}
+CONFIGS = {
+    "low_rank": TwoStage(method=LowRank(rank=HEAD_DIM), **SMALL),
+    "low_rank, fewer queries": TwoStage(method=LowRank(rank=HEAD_DIM, ranking_queries=4), **SMALL),
+    "mean_pool": TwoStage(method=MeanPool(), exact_last_block=False, **SMALL),
+}
+FULL_RANK = jnp.broadcast_to(jnp.eye(HEAD_DIM), (2, 2, HEAD_DIM, HEAD_DIM))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="causal")
+def run(config, query, key, value, offset, lengths, causal):
+    return two_stage_attention(
+        config, query, key, value, offset=offset, lengths=lengths, causal=causal, basis=FULL_RANK
+    )
+
+
+def attention_matrix(config, query, key, lengths, causal, offset=(0, 0)) -> np.ndarray:
+    """[batch, heads, queries, keys]"""
+    identity = jnp.broadcast_to(jnp.eye(KEYS), (*key.shape[:2], KEYS, KEYS))
+    rows = jnp.asarray(offset, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    return np.asarray(run(config, jnp.asarray(query), jnp.asarray(key), identity, *rows, causal=causal))
+
+
+def visible(lengths: int, causal: bool) -> np.ndarray:
+    keys = np.arange(KEYS)
+    return (keys < lengths)[None, :] & ((keys[None, :] <= keys[:, None]) | (not causal))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    name=st.sampled_from(sorted(CONFIGS)),
+    lengths=st.tuples(st.integers(0, KEYS), st.integers(0, KEYS)),
+    causal=st.booleans(),
+    ties=st.booleans(),
+)
+def test_every_row_is_an_exact_softmax_over_a_shared_selection(seed, name, lengths, causal, ties) -> None:
+    config = CONFIGS[name]
+    query, key, _ = random_inputs(seed, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
+    if ties:
+        key = np.round(key[..., :1].repeat(HEAD_DIM, axis=-1))
+    weights = attention_matrix(config, query, key, lengths, causal)
+    assert np.isfinite(weights).all()
+    chosen = np.zeros(weights.shape, bool)
+    for row, length in enumerate(lengths):
+        allowed = visible(length, causal)
+        assert not weights[row, :, :length][:, ~allowed[:length]].any(), "a masked key has weight"
+        for start in range(0, length, BLOCK):
+            queries = slice(start, min(start + BLOCK, length))
+            for kv_head in range(2):
+                group = slice(2 * kv_head, 2 * kv_head + 2)
+                attended = weights[row, group, queries].any(axis=(0, 1))
+                last_block = config.exact_last_block and queries.stop > length - BLOCK
+                if last_block or length <= config.budget:
+                    attended[:] = True
+                assert last_block or length <= config.budget or attended.sum() <= config.budget
+                chosen[row, group, queries] = attended
+                forced = allowed[queries].any(axis=0) & (np.arange(KEYS) < config.sink)
+                assert attended[forced].all(), "the sink is not selected"
+                assert attended[queries].all(), "the query block itself is not selected"
+    arguments = {"offset": np.zeros(2, int), "lengths": np.array(lengths), "causal": causal}
+    expected = naive_attention(
+        query, key, np.broadcast_to(np.eye(KEYS), (2, 2, KEYS, KEYS)), chosen=chosen, **arguments
+    )
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(weights[row, :, :length], expected[row, :, :length], atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
+    # With full-rank scores and candidates for everything, the selection must be the best there is.
+    config = TwoStage(method=LowRank(rank=HEAD_DIM), candidates=4.0, exact_last_block=False, **SMALL)
+    query, key, _ = random_inputs(3, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
+    weights = attention_matrix(config, query, key, (KEYS, KEYS), causal)
+    identity = np.broadcast_to(np.eye(KEYS), (2, 2, KEYS, KEYS))
+    exact = naive_attention(
+        query, key, identity, offset=np.zeros(2, int), lengths=np.full(2, KEYS), causal=causal
+    ).reshape(2, 2, 2, KEYS, KEYS)
+    start = 64
+    importance = exact[:, :, :, start : start + BLOCK].max(axis=(2, 3))
+    end = start + BLOCK if causal else start + BLOCK + config.local
+    importance[..., : config.sink] = importance[..., start - config.local : end] = np.inf
+    best = np.argsort(-importance, axis=-1)[..., : config.budget]
+    attended = weights.reshape(2, 2, 2, KEYS, KEYS)[:, :, :, start : start + BLOCK].any(axis=(2, 3))
+    for row, head in np.ndindex(2, 2):
+        assert set(np.flatnonzero(attended[row, head])) == set(best[row, head])
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("causal", [True, False])
+def test_budget_for_every_key_equals_exact_attention(name, causal) -> None:
+    config = TwoStage(**{**SMALL, "budget": 128}, method=CONFIGS[name].method, exact_last_block=False)
+    query, key, value = random_inputs(4, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
+    rows = {"offset": np.zeros(2, np.int32), "lengths": np.array([KEYS, 61], np.int32)}
+    output = run(config, query, key, value, *(jnp.asarray(x) for x in rows.values()), causal=causal)
+    expected = naive_attention(query, key, value, causal=causal, **rows)
+    np.testing.assert_allclose(output[0], expected[0], atol=2e-6)
+    np.testing.assert_allclose(output[1, :, :61], expected[1, :, :61], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_chunks_of_a_prompt_equal_one_call(name) -> None:
+    config = CONFIGS[name]
+    query, key, value = random_inputs(5, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
+    lengths = jnp.asarray([KEYS, 77], jnp.int32)
+    whole = run(config, query, key, value, jnp.zeros(2, jnp.int32), lengths, causal=True)
+    for start in range(0, KEYS, 32):
+        # Keys that the chunk has not reached yet hold whatever the cache held before.
+        later = (np.arange(KEYS) >= start + 32)[None, None, :, None]
+        stale_key, stale_value = np.where(later, 7.0, key), np.where(later, 7.0, value)
+        part = run(
+            config,
+            query[:, :, start : start + 32],
+            *(jnp.asarray(x, jnp.float32) for x in (stale_key, stale_value)),
+            jnp.full(2, start, jnp.int32),
+            lengths,
+            causal=True,
+        )
+        for row, length in enumerate((KEYS, 77)):
+            valid = min(32, length - start)
+            np.testing.assert_allclose(
+                part[row, :, :valid], whole[row, :, start : start + valid], atol=2e-6, err_msg=f"row {row}"
+            )
+
+
+def test_a_needle_is_found_by_low_rank_and_lost_by_block_means() -> None:
+    rng = np.random.default_rng(6)
+    key = rng.standard_normal((1, 1, KEYS, HEAD_DIM)).astype(np.float32)
+    query = 0.1 * rng.standard_normal((1, 1, KEYS, HEAD_DIM)).astype(np.float32)
+    needle, asking = 21, 85
+    query[0, 0, asking] = 8.0 * key[0, 0, needle]
+    key[0, 0, needle + 1] = -key[0, 0, needle]  # so that the mean of the needle's block shows nothing of it
+    found = {}
+    for method in (LowRank(rank=HEAD_DIM), MeanPool()):
+        config = TwoStage(method=method, candidates=1.0, exact_last_block=False, **SMALL)
+        identity = jnp.eye(KEYS)[None, None]
+        weights = two_stage_attention(
+            config,
+            *map(jnp.asarray, (query, key, identity)),
+            offset=jnp.zeros(1, jnp.int32),
+            lengths=jnp.full(1, KEYS),
+            basis=FULL_RANK[:1],
+        )
+        found[method.name] = float(weights[0, 0, asking, needle])
+    assert found["low_rank"] > 0.9
+    assert found["mean_pool"] < 0.1
+
+
+def test_block_mean_compensation_is_exact_where_left_out_keys_are_equal() -> None:
+    keys = 256
+    config = TwoStage(method=MeanPool(), compensation="block_mean", exact_last_block=False, **SMALL)
+    query, _, value = random_inputs(7, 1, 2, 2, keys, keys, HEAD_DIM)
+    key = np.random.default_rng(7).standard_normal((1, 2, 4, 1, HEAD_DIM)).astype(np.float32)
+    key = key.repeat(64, axis=3).reshape(1, 2, keys, HEAD_DIM)
+    value = value.reshape(1, 2, 4, 64, HEAD_DIM).mean(axis=3, keepdims=True).repeat(64, 3).reshape(key.shape)
+    rows = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, keys, np.int32)}
+    expected = naive_attention(query, key, value, causal=True, **rows)
+    arrays = [jnp.asarray(x) for x in (query, key, value, *rows.values())]
+    compensated = run(config, *arrays, causal=True)
+    # A block that the query block sees only in part is not compensated: look where the query block starts a new one.
+    for start in (64, 128, 192):
+        np.testing.assert_allclose(
+            compensated[0, :, start : start + BLOCK], expected[0, :, start : start + BLOCK], atol=1e-5
+        )
+    plain = run(TwoStage(method=MeanPool(), exact_last_block=False, **SMALL), *arrays, causal=True)
+    assert np.abs(np.asarray(plain) - expected).max() > 0.01
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    query, key, value = map(jnp.asarray, random_inputs(8, 2, 4, 2, KEYS, KEYS, HEAD_DIM))
+    rows = (jnp.zeros(2, jnp.int32), jnp.full(2, KEYS, jnp.int32))
+    config = TwoStage(**{**SMALL, "budget": 90}, method=LowRank(rank=HEAD_DIM))
+    low = run(config, *(x.astype(jnp.bfloat16) for x in (query, key, value)), *rows, causal=True)
+    assert low.dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(low, np.float32) - np.asarray(run(config, query, key, value, *rows, causal=True)))
+    assert np.quantile(difference, 0.99) < 0.05
