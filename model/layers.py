@@ -1,6 +1,6 @@
 """Layers that architectures share.
 
-Activations have the parameters' dtype; products accumulate in float32, norms and activation functions are computed in it.
+Activations have the parameters' dtype; products accumulate in float32, the rest is computed in it.
 """
 
 from collections.abc import Callable

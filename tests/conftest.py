@@ -1,0 +1,80 @@
+"""Fixtures that all folders share: outside data, and a tiny random Llama as a source folder and as a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import iceformer
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 288,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of outside data; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("outside data is not in ../shared/data")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def save_llama() -> Callable[..., Any]:
+    """`save_llama(folder, seed=0, dtype="float32", max_shard_size="1GB", **config)` saves and returns a random Llama.
+
+    It is saved in `dtype` and returned as a torch `LlamaForCausalLM` in float32. Every parameter is random, biases and
+    norms too, and large enough that a mistake shows in the logits.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(
+        folder: Path, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "1GB", **config: Any
+    ) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **config})).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+        # Loaded again, because a cast of the model would round its rotary frequencies too.
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..., Any]) -> Path:
+    """A Hugging Face folder with a random Llama and a byte-level tokenizer. Not to be changed: copy it first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tiny_llama") / "source"
+    save_llama(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["the line of the record"],
+        trainers.BpeTrainer(vocab_size=TINY_LLAMA["vocab_size"], initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The checkpoint of `tiny_llama`. Not to be changed: copy it first."""
+    return iceformer.convert_checkpoint(tiny_llama, tmp_path_factory.mktemp("tiny_checkpoint") / "checkpoint")
