@@ -1,6 +1,7 @@
 """Exact attention against plain numpy, over shapes, lengths and offsets."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def test_ties_and_large_logits_stay_finite(fill) -> None:
 
 def test_bfloat16_stays_near_float32() -> None:
     query, key, value = map(jnp.asarray, random_inputs(1, 1, 4, 2, 40, 40, 64))
-    arguments = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 40), "causal": True}
+    arguments: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 40), "causal": True}
     low = exact_attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)), **arguments)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(
@@ -95,6 +96,6 @@ def test_merge_joins_two_halves_of_the_keys() -> None:
 @pytest.mark.parametrize("config", [Dense(), TwoStage(budget=1024)])
 def test_attend_is_exact_where_the_budget_covers_every_key(config) -> None:
     query, key, value = random_inputs(2, 1, 4, 2, 40, 40, 16)
-    rows = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, 40, np.int32)}
+    rows: dict[str, Any] = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, 40, np.int32)}
     output = attend(config, *map(jnp.asarray, (query, key, value)), **{k: jnp.asarray(v) for k, v in rows.items()})
     np.testing.assert_allclose(output, naive_attention(query, key, value, causal=True, **rows), atol=2e-6)

@@ -1,6 +1,7 @@
 """Two-stage attention, read through its weights: with the identity as values, the output is the attention matrix."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from iceformer.attention import LowRank, MeanPool, TwoStage, two_stage_attention
 from .reference import naive_attention, random_inputs
 
 KEYS, HEAD_DIM, BLOCK = 96, 16, 8
-SMALL = {"budget": 40, "query_block": BLOCK, "key_block": 4, "sink": 4, "local": 4}
+SMALL: dict[str, Any] = {"budget": 40, "query_block": BLOCK, "key_block": 4, "sink": 4, "local": 4}
 CONFIGS = {
     "low_rank": TwoStage(method=LowRank(rank=HEAD_DIM), **SMALL),
     "low_rank, fewer queries": TwoStage(method=LowRank(rank=HEAD_DIM, ranking_queries=4), **SMALL),
@@ -65,16 +66,16 @@ def test_every_row_is_an_exact_softmax_over_a_shared_selection(seed, name, lengt
             queries = slice(start, min(start + BLOCK, length))
             for kv_head in range(2):
                 group = slice(2 * kv_head, 2 * kv_head + 2)
-                attended = weights[row, group, queries].any(axis=(0, 1))
+                attended = np.asarray(weights[row, group, queries].any(axis=(0, 1)))
                 last_block = config.exact_last_block and queries.stop > length - BLOCK
                 if last_block or length <= config.budget:
                     attended[:] = True
                 assert last_block or length <= config.budget or attended.sum() <= config.budget
                 chosen[row, group, queries] = attended
-                forced = allowed[queries].any(axis=0) & (np.arange(KEYS) < config.sink)
+                forced = np.asarray(allowed[queries].any(axis=0)) & (np.arange(KEYS) < config.sink)
                 assert attended[forced].all(), "the sink is not selected"
                 assert attended[queries].all(), "the query block itself is not selected"
-    arguments = {"offset": np.zeros(2, int), "lengths": np.array(lengths), "causal": causal}
+    arguments: dict[str, Any] = {"offset": np.zeros(2, int), "lengths": np.array(lengths), "causal": causal}
     expected = naive_attention(
         query, key, np.broadcast_to(np.eye(KEYS), (2, 2, KEYS, KEYS)), chosen=chosen, **arguments
     )
@@ -97,7 +98,7 @@ def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
     end = start + BLOCK if causal else start + BLOCK + config.local
     importance[..., : config.sink] = importance[..., start - config.local : end] = np.inf
     best = np.argsort(-importance, axis=-1)[..., : config.budget]
-    attended = weights.reshape(2, 2, 2, KEYS, KEYS)[:, :, :, start : start + BLOCK].any(axis=(2, 3))
+    attended = np.asarray(weights.reshape(2, 2, 2, KEYS, KEYS)[:, :, :, start : start + BLOCK].any(axis=(2, 3)))
     for row, head in np.ndindex(2, 2):
         assert set(np.flatnonzero(attended[row, head])) == set(best[row, head])
 
@@ -107,7 +108,7 @@ def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
 def test_budget_for_every_key_equals_exact_attention(name, causal) -> None:
     config = TwoStage(**{**SMALL, "budget": 128}, method=CONFIGS[name].method, exact_last_block=False)
     query, key, value = random_inputs(4, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
-    rows = {"offset": np.zeros(2, np.int32), "lengths": np.array([KEYS, 61], np.int32)}
+    rows: dict[str, Any] = {"offset": np.zeros(2, np.int32), "lengths": np.array([KEYS, 61], np.int32)}
     output = run(config, query, key, value, *(jnp.asarray(x) for x in rows.values()), causal=causal)
     expected = naive_attention(query, key, value, causal=causal, **rows)
     np.testing.assert_allclose(output[0], expected[0], atol=2e-6)
@@ -169,7 +170,7 @@ def test_block_mean_compensation_is_exact_where_left_out_keys_are_equal() -> Non
     key = np.random.default_rng(7).standard_normal((1, 2, 4, 1, HEAD_DIM)).astype(np.float32)
     key = key.repeat(64, axis=3).reshape(1, 2, keys, HEAD_DIM)
     value = value.reshape(1, 2, 4, 64, HEAD_DIM).mean(axis=3, keepdims=True).repeat(64, 3).reshape(key.shape)
-    rows = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, keys, np.int32)}
+    rows: dict[str, Any] = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, keys, np.int32)}
     expected = naive_attention(query, key, value, causal=True, **rows)
     arrays = [jnp.asarray(x) for x in (query, key, value, *rows.values())]
     compensated = run(config, *arrays, causal=True)

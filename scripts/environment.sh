@@ -1,0 +1,19 @@
+# Sourced by demo.sh and test.sh, from the root of the checkout: a virtual environment in .venv, made once.
+# PYTHON names the interpreter that makes it, python3 by default.
+
+# install EXTRA: the project, editable, with that extra; does nothing where pyproject.toml has not changed since.
+install() {
+  local extra=$1 stamp=.venv/.installed-$1
+  if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+      echo "iceformer needs Python 3.11 or newer; set PYTHON to one" >&2
+      return 1
+    }
+    "${PYTHON:-python3}" -m venv .venv
+  fi
+  if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    echo "installing iceformer[$extra] into .venv ..." >&2
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" >&2
+    touch "$stamp"
+  fi
+}

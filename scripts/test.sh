@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs the project with its test extra into .venv, then runs every check: ruff, pyright, pytest.
+# Arguments go to pytest, e.g.  ./scripts/test.sh -m slow   or   ./scripts/test.sh tests/attention
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+install test
+
+mkdir -p .venv/typing
+ln -sfn ../.. .venv/typing/iceformer
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright --pythonpath .venv/bin/python
+.venv/bin/python -m pytest "$@"
