@@ -19,7 +19,7 @@ def naive_attention(
     batch, query_heads, queries, head_dim = query.shape
     group = query_heads // key.shape[1]
     out = np.zeros((batch, query_heads, queries, value.shape[-1]))
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     for row, head, index in np.ndindex(batch, query_heads, queries):
         position = offset[row] + index
         seen = [
@@ -29,7 +29,7 @@ def naive_attention(
         ]
         if not seen:
             continue
-        logits = key[row, head // group, seen].astype(np.float64) @ query[row, head, index].astype(np.float64) * scale
+        logits = key[row, head // group, seen].astype(np.float64) @ query[row, head, index].astype(np.float64) * factor
         if softcap is not None:
             logits = softcap * np.tanh(logits / softcap)
         weights = np.exp(logits - logits.max())

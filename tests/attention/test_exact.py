@@ -29,7 +29,7 @@ run = jax.jit(partial(exact_attention, query_block=8, key_block=16), static_argn
     softcap=st.sampled_from([None, 2.0]),
 )
 def test_equals_numpy(seed, heads, sizes, offset, lengths, causal, softcap) -> None:
-    query, key, value = random_inputs(seed, 2, *heads, *sizes, 16)
+    query, key, value = random_inputs(seed, 2, heads[0], heads[1], sizes[0], sizes[1], 16)
     offsets = np.array([offset, 0], np.int32)
     rows = np.array(lengths, np.int32)
     output = np.asarray(
