@@ -1,12 +1,17 @@
-"""Which token ids the attention method is calibrated on, and how the manifest names them."""
+"""Calibrating the attention method: on which token ids, how the manifest names them, and what comes of it."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
 from numpy.typing import ArrayLike, NDArray
 
+from ..attention import Method
 from .manifest import CalibrationInfo
 
 MAX_TOKENS = 4096
@@ -40,6 +45,17 @@ def calibration_ids(
         kind, ids = "ids", np.asarray(source)
     ids = _check(ids, vocab_size)[:limit].astype(np.int32)
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
+
+
+def calibrate(model: Any, method: Method, ids: Int[np.ndarray, " tokens"]) -> tuple[Array, ...]:
+    """What stage 1 needs, one array per layer, from the model's queries and keys over the ids with exact attention."""
+    graph, state = nnx.split(model)
+    collect = jax.jit(lambda state, ids, lengths: nnx.merge(graph, state).queries_and_keys(ids, lengths))
+    layers = collect(state, ids[None], np.array([ids.size], np.int32))
+    return tuple(
+        jnp.asarray(method.calibrate(np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)))
+        for query, key in layers
+    )
 
 
 def _encode(text: Path, tokenizer_json: Path) -> NDArray[Any]:

@@ -7,7 +7,6 @@ StableHLO, weights and a manifest goes out, whole or not at all.
 import dataclasses
 import datetime
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import __version__
-from ..attention.config import AttentionConfig, TwoStage, attention_to_dict
+from ..attention.config import AttentionConfig, TwoStage, attention_to_dict, method_of
+from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
+from ..convert.folder import check_absent, new_folder
+from ..convert.reader import read_json
 from ..model.registry import build
-from . import artifact as folder_format
-from .calibration import calibration_ids
+from . import artifact as layout
+from .calibration import calibrate, calibration_ids
 from .card import card_text
 from .cpu import features_up_to
 from .entries import Entries
@@ -43,8 +45,6 @@ from .manifest import (
 from .weights import write_weights
 
 DTYPES = ("float32", "bfloat16")
-_CONFIG = "config.json"
-_PROVENANCE = "iceformer.json"
 
 
 def compile(
@@ -84,13 +84,10 @@ def compile(
     """
     checkpoint, target = Path(checkpoint), Path(artifact)
     attention = TwoStage() if attention is None else attention
-    folder_format.refuse_existing(target)
+    check_absent(target)
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
     check_options(config, buckets=buckets, dtype=dtype, batch=batch, chunk=chunk)
-
-    # Not at the top: Orbax takes seconds to import, and the checks above need none of it.
-    from ..convert.checkpoint import load_model
 
     with jax.default_device(jax.devices("cpu")[0]), _reporter(2 + len(buckets) * len(ENTRIES), progress) as report:
         report("loading the checkpoint")
@@ -98,7 +95,7 @@ def compile(
         report("calibrating the attention")
         bases, calibrated_on = _calibrate(model, attention, checkpoint, calibration)
         entries = Entries.of(model, attention, bases)
-        with folder_format.new_folder(target) as folder:
+        with new_folder(target) as folder:
             weights = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
             compiled = tuple(
                 compile_bucket(
@@ -121,14 +118,14 @@ def compile(
                 attention=attention_to_dict(attention),
                 dtype=dtype,
                 batch=batch,
-                weights=WeightsInfo(write_weights(folder / folder_format.WEIGHTS, weights), entries.names),
+                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, weights), entries.names),
                 buckets=compiled,
                 files=_copy_files(checkpoint, folder),
-                provenance=Provenance(checkpoint.resolve().name, _source(checkpoint), calibrated_on),
+                provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
             )
-            card = folder_format.write_file(folder, folder_format.CARD, card_text(manifest, target.name).encode())
+            card = layout.write_file(folder, layout.CARD, card_text(manifest, target.name).encode())
             manifest = dataclasses.replace(manifest, files=(*manifest.files, card))
-            folder_format.write_manifest(folder, manifest)
+            layout.write_manifest(folder, manifest)
     if progress:
         _print_table(manifest)
     return target
@@ -150,7 +147,7 @@ def check_options(config: Any, *, buckets: Sequence[int], dtype: str, batch: int
     if buckets[-1] > limit and config.rope.rope_type != "dynamic":
         raise ValueError(
             f"bucket {buckets[-1]} is longer than the {limit} positions that the model was trained for "
-            f"(max_position_embeddings in {_CONFIG}): choose buckets up to {limit}"
+            f"(max_position_embeddings in {CONFIG}): choose buckets up to {limit}"
         )
 
 
@@ -158,43 +155,26 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's config.json, after a look whether the folder is a checkpoint at all."""
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint} is not a folder: expected a checkpoint written by `iceformer convert`")
-    missing = [name for name in (_CONFIG, _PROVENANCE, "params") if not (checkpoint / name).exists()]
+    missing = [name for name in (CONFIG, PROVENANCE) if not (checkpoint / name).exists()]
     if missing:
         raise FileNotFoundError(
             f"{checkpoint} lacks {', '.join(missing)}: expected a checkpoint; "
             f"`iceformer convert {checkpoint} CHECKPOINT` makes one of a Hugging Face folder"
         )
-    return _read_json(checkpoint / _CONFIG)
-
-
-def _source(checkpoint: Path) -> dict[str, Any]:
-    return _read_json(checkpoint / _PROVENANCE)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): convert the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object: convert the checkpoint again")
-    return value
+    return read_json(checkpoint / CONFIG)
 
 
 def _calibrate(
     model: Any, attention: AttentionConfig, checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[tuple[jax.Array, ...] | None, CalibrationInfo | None]:
     """The attention method's basis for each layer and what it comes from; None and None if it needs none."""
-    from .calibrate import calibrate
-
-    if not isinstance(attention, TwoStage):
+    if not isinstance(attention, TwoStage) or not method_of(attention).needs_basis:
         return None, None
     config = model.config
     ids, info = calibration_ids(
-        source, checkpoint / folder_format.TOKENIZER, config.vocab_size, config.max_position_embeddings
+        source, checkpoint / layout.TOKENIZER, config.vocab_size, config.max_position_embeddings
     )
-    bases = calibrate(model, attention, ids[None])
-    return bases, (None if bases is None else info)
+    return calibrate(model, method_of(attention), ids), info
 
 
 def _cache_info(config: Any, batch: int, capacity: int, dtype: str) -> CacheInfo:
@@ -204,8 +184,8 @@ def _cache_info(config: Any, batch: int, capacity: int, dtype: str) -> CacheInfo
 
 def _compile_environment() -> Environment:
     """This host's environment, with the CPU features that XLA was allowed to use."""
-    host = folder_format.host_environment()
-    flag = re.search(r"--xla_cpu_max_isa=(\w+)", folder_format.xla_flags_text())
+    host = layout.host_environment()
+    flag = re.search(r"--xla_cpu_max_isa=(\w+)", layout.xla_flags_text())
     features = features_up_to(frozenset(host.cpu_features), flag[1] if flag else None)
     return dataclasses.replace(host, cpu_features=tuple(sorted(features)))
 
@@ -218,14 +198,14 @@ def _model_info(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         parameters=sum(array.size for name, array in weights.items() if not name.startswith("bases.")),
-        eos_token_ids=eos_token_ids(raw_config, checkpoint / folder_format.GENERATION_CONFIG),
+        eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
         config=raw_config,
     )
 
 
 def eos_token_ids(config: Mapping[str, Any], generation_config: Path) -> tuple[int, ...]:
     """Ids that end a text: those of generation_config.json if it names any, else those of config.json."""
-    generation = _read_json(generation_config) if generation_config.exists() else {}
+    generation = read_json(generation_config) if generation_config.exists() else {}
     found = generation.get("eos_token_id")
     found = config.get("eos_token_id") if found is None else found
     if found is None:
@@ -235,9 +215,9 @@ def eos_token_ids(config: Mapping[str, Any], generation_config: Path) -> tuple[i
 
 def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
     """Copies the tokenizer and the generation config where the checkpoint has them."""
-    names = (folder_format.TOKENIZER, folder_format.GENERATION_CONFIG)
+    names = (layout.TOKENIZER, layout.GENERATION_CONFIG)
     return tuple(
-        folder_format.write_file(folder, name, (checkpoint / name).read_bytes())
+        layout.write_file(folder, name, (checkpoint / name).read_bytes())
         for name in names
         if (checkpoint / name).exists()
     )

@@ -82,7 +82,7 @@ class Entries:
     ) -> tuple[PlainCache, Float[Array, "batch vocab"]]:
         """Takes one token a row at `positions` and gives the logits after it.
 
-        Attention is exact whatever the prompt's was: one query reads the cache once, which no selection makes cheaper.
+        Attention is exact whatever the prompt's was: for one query its cost is linear in the length.
         """
         model, bases = self._model(weights)
         hidden, new = model.hidden_states(

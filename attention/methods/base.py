@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -19,7 +20,15 @@ class Method(ABC):
     name: ClassVar[str]
     """The name under which the registry knows the method."""
     needs_basis: ClassVar[bool] = False
-    """Whether `summarize` and `project` need calibrated projections."""
+    """Whether `summarize` and `project` need what `calibrate` gives."""
+
+    def calibrate(
+        self,
+        query: Float[np.ndarray, "query_heads tokens head_dim"],
+        key: Float[np.ndarray, "kv_heads tokens head_dim"],
+    ) -> Float[np.ndarray, "kv_heads 2 head_dim rank"]:
+        """Projections of queries and keys for one layer, from its queries and keys over a calibration text."""
+        raise NotImplementedError(f"{self.name} has nothing to calibrate")
 
     @abstractmethod
     def summarize(

@@ -1,17 +1,19 @@
 """Low-rank scores, token by token: queries and keys keep the few directions in which their product lives.
 
 Source: Loki (Singhania et al., arXiv 2406.02542) keeps the principal components of the keys. Here the two projections
-are those of the best rank-r approximation of the *logits* over a calibration text (see `calibrate.py`), which keeps
-more at the same rank, because a direction in which keys vary but no query looks costs nothing to drop.
+are those of the best rank-r approximation of the *logits* over a calibration text (see `attention.calibration`),
+which keeps more at the same rank, because a direction in which keys vary but no query looks costs nothing to drop.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..calibration import logit_projections
 from ..ops import matmul, matmul_transposed
 from .base import Method
 
@@ -37,6 +39,13 @@ class LowRank(Method):
             raise ValueError(f"rank is {self.rank}, expected at least 1")
         if self.ranking_queries < 0:
             raise ValueError(f"ranking_queries is {self.ranking_queries}, expected 0 (all) or more")
+
+    def calibrate(
+        self,
+        query: Float[np.ndarray, "query_heads tokens head_dim"],
+        key: Float[np.ndarray, "kv_heads tokens head_dim"],
+    ) -> Float[np.ndarray, "kv_heads 2 head_dim rank"]:
+        return logit_projections(query, key, self.rank)
 
     def summarize(
         self,
@@ -68,5 +77,5 @@ class LowRank(Method):
 
 def _required(basis: Array | None) -> Array:
     if basis is None:
-        raise ValueError("low_rank needs calibrated projections: pass basis=, made by iceformer.attention.calibrate")
+        raise ValueError("low_rank needs calibrated projections: pass basis=, as LowRank.calibrate makes it")
     return basis
