@@ -1,19 +1,15 @@
-"""The artifact's folder: written whole or not at all, and checked byte for byte before any of it is used.
+"""The artifact's folder: names of its files, writing them, and checking them byte for byte before any is used.
 
-`new_folder` and `write_manifest` make one; `open_artifact` refuses what was changed, and says whether the machine code
-fits this host (tier "native") or the portable StableHLO has to be compiled instead (tier "portable").
+`open_artifact` refuses what was changed, and says whether the machine code fits this host (tier "native") or the
+portable StableHLO has to be compiled instead (tier "portable").
 """
 
 import hashlib
 import importlib.metadata
 import os
 import shlex
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,32 +110,6 @@ def differences(compiled: Environment, host: Environment) -> list[str]:
     if missing and compiled.machine == host.machine:
         found.append(f"needs the CPU features {' '.join(missing)}, which this CPU lacks")
     return found
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target` when the block ends well and disappears when it does not.
-
-    Raises:
-        FileExistsError: `target` is there already.
-    """
-    refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        refuse_existing(target)
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def refuse_existing(target: Path) -> None:
-    """Raises FileExistsError if `target` is there."""
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"{target} exists: delete it or choose another place for the artifact")
 
 
 def write_file(folder: Path, name: str, data: bytes) -> FileInfo:

@@ -24,12 +24,13 @@ class PortableTierWarning(UserWarning):
     """The artifact's machine code does not fit this host, so that its StableHLO is compiled here instead."""
 
 
-def load_native(artifact: Artifact, bucket: BucketInfo, entry: EntryInfo, device: jax.Device) -> Executable:
+def load_native(artifact: Artifact, bucket: BucketInfo, entry: EntryInfo) -> Executable:
     """An entry's machine code, ready to call; nothing is traced or compiled.
 
     Raises:
         MachineCodeError: XLA refuses the code although versions and CPU features fit.
     """
+    device = jax.devices("cpu")[0]
     arguments = (artifact.manifest.weights.names, bucket.cache.tree, *entry.arguments.values())
     results = (bucket.cache.tree, *entry.results.values())
     try:

@@ -105,6 +105,7 @@ def _check_custom_calls(entry: str, targets: tuple[str, ...]) -> None:
 
 def _memory(compiled: jax.stages.Compiled) -> MemoryInfo:
     stats = compiled.memory_analysis()
+    assert stats is not None
     return MemoryInfo(stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.temp_size_in_bytes)
 
 

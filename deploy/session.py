@@ -100,7 +100,6 @@ class Session:
     def __init__(self, artifact: Artifact) -> None:
         self.info: Manifest = artifact.manifest
         self._artifact = artifact
-        self._device = jax.devices("cpu")[0]
         self._entries, self.tier = self._load_entries()
         self._weights = self._load_weights()
         self._caches: dict[int, Any] = {}
@@ -218,8 +217,7 @@ class Session:
         if not differences:
             try:
                 native = {
-                    (bucket.capacity, name): load_native(self._artifact, bucket, entry, self._device)
-                    for bucket, name, entry in every
+                    (bucket.capacity, name): load_native(self._artifact, bucket, entry) for bucket, name, entry in every
                 }
             except MachineCodeError as error:
                 differences.append(str(error))
@@ -237,13 +235,13 @@ class Session:
         return portable, "portable"
 
     def _load_weights(self) -> tuple[jax.Array, ...]:
-        arrays = put_weights(read_weights(self._artifact.path / WEIGHTS), self._device)
+        arrays = put_weights(read_weights(self._artifact.path / WEIGHTS))
         names = self.info.weights.names
         if sorted(arrays) != sorted(names):
             raise ArtifactError(f"{WEIGHTS} does not hold the tensors that the manifest names: compile again")
         return tuple(arrays[name] for name in names)
 
-    def _check_ids(self, ids: ArrayLike, what: str) -> NDArray[np.int32]:
+    def _check_ids(self, ids: Any, what: str) -> NDArray[np.int32]:
         """Token ids as an int32 array that the executables can take."""
         array = np.asarray(ids)
         if array.size == 0:
@@ -347,9 +345,10 @@ class Session:
     def _empty_cache(self, bucket: BucketInfo) -> tuple[tuple[jax.Array, jax.Array], ...]:
         array = bucket.cache.array
         zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
+        device = jax.devices("cpu")[0]
 
         def put() -> jax.Array:
-            return jax.device_put(zeros, self._device, may_alias=False)
+            return jax.device_put(zeros, device, may_alias=False)
 
         return tuple((put(), put()) for _ in range(bucket.cache.layers))
 

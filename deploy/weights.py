@@ -67,8 +67,9 @@ def read_weights(path: Path) -> dict[str, NDArray[Any]]:
         raise ArtifactError(f"{path.name} has a header that cannot be read ({error!r}): compile again") from error
 
 
-def put_weights(arrays: Mapping[str, NDArray[Any]], device: jax.Device) -> dict[str, jax.Array]:
-    """The arrays on a CPU device, sharing memory with the map where their start is aligned."""
+def put_weights(arrays: Mapping[str, NDArray[Any]]) -> dict[str, jax.Array]:
+    """The arrays on the CPU device, sharing memory with the map where their start is aligned."""
+    device = jax.devices("cpu")[0]
     return {name: jax.device_put(array, device, may_alias=True) for name, array in arrays.items()}
 
 

@@ -1,0 +1,169 @@
+"""Scores and generated tokens of a session against transformers, and what it refuses."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import LlamaForCausalLM
+
+import iceformer
+from iceformer.deploy.session import Session
+
+from .conftest import EOS, TEXT, TWO_STAGE, VOCABULARY
+
+
+def random_ids(length: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(4, VOCABULARY, length)
+
+
+def expected_score(model: LlamaForCausalLM, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Log-probabilities and argmax by a full log-softmax in torch."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor(ids)[None]).logits[0].log_softmax(-1).numpy()
+    return logprobs[np.arange(len(ids) - 1), ids[1:]], logprobs.argmax(-1)
+
+
+def greedy(model: LlamaForCausalLM, ids: NDArray[np.int64], max_new_tokens: int) -> list[int]:
+    prompt = torch.tensor(ids)[None]
+    out = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=[EOS, 3])
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 65, 128])
+def test_score_equals_transformers(dense_session: Session, reference: LlamaForCausalLM, length: int) -> None:
+    ids = random_ids(length, seed=length)
+    score = dense_session.score(ids)
+    logprobs, argmax = expected_score(reference, ids)
+    assert (score.logprobs.dtype, score.argmax.dtype) == (np.float32, np.int32)
+    np.testing.assert_allclose(score.logprobs, logprobs, atol=1e-3)
+    np.testing.assert_array_equal(score.argmax, argmax)
+
+
+def test_score_of_a_ragged_list(two_stage_session: Session, reference: LlamaForCausalLM) -> None:
+    """More rows than the batch of 2, all within the budget, so that two-stage attention is exact."""
+    rows = [random_ids(length, seed=length) for length in (20, 1, 32, 7, 29)]
+    scores = two_stage_session.score(rows)
+    assert len(scores) == len(scores.logprobs) == len(scores.argmax) == 5
+    for score, ids in zip(scores, rows, strict=True):
+        logprobs, argmax = expected_score(reference, ids)
+        np.testing.assert_allclose(score.logprobs, logprobs, atol=1e-3)
+        np.testing.assert_array_equal(score.argmax, argmax)
+
+
+def test_two_stage_score_equals_the_model_called_directly(two_stage_session: Session, checkpoint: Path) -> None:
+    """The chunked, cached, ahead-of-time path against one call of the NNX module over the whole sequence."""
+    ids = random_ids(101)
+    model = iceformer.load_model(checkpoint)
+    logits = jax.jit(lambda tokens: model(tokens, attention=TWO_STAGE))(jax.numpy.asarray(ids[None]))[0]
+    logprobs = np.asarray(jax.nn.log_softmax(logits))
+    score = two_stage_session.score([ids, random_ids(17)])[0]
+    np.testing.assert_allclose(score.logprobs, logprobs[np.arange(100), ids[1:]], atol=1e-3)
+    np.testing.assert_array_equal(score.argmax, logprobs.argmax(-1))
+
+
+def test_two_stage_differs_from_exact(two_stage_session: Session, reference: LlamaForCausalLM) -> None:
+    ids = random_ids(128)
+    difference = np.abs(two_stage_session.score(ids).logprobs - expected_score(reference, ids)[0])
+    assert difference.max() > 1e-3
+
+
+@pytest.mark.parametrize("length", [1, 32, 45, 60])
+def test_greedy_ids_equal_transformers(dense_session: Session, reference: LlamaForCausalLM, length: int) -> None:
+    ids = random_ids(length, seed=100 + length)
+    generation = dense_session.generate(ids, max_new_tokens=12)
+    assert generation.ids.tolist() == greedy(reference, ids, 12)
+    assert generation.prompt_tokens == length
+
+
+def test_generate_in_a_batch_artifact(two_stage_session: Session, reference: LlamaForCausalLM) -> None:
+    ids = random_ids(20)
+    assert two_stage_session.generate(ids, max_new_tokens=8).ids.tolist() == greedy(reference, ids, 8)
+
+
+def test_text_in_and_out(dense_session: Session) -> None:
+    generation = dense_session.generate("Once upon a time", max_new_tokens=5)
+    ids = dense_session.tokenize("Once upon a time")
+    assert ids[0] == 1
+    assert generation.prompt_tokens == len(ids)
+    np.testing.assert_array_equal(generation.ids, dense_session.generate(ids, max_new_tokens=5).ids)
+    assert generation.text == dense_session.detokenize(generation.ids)
+    assert dense_session.detokenize(dense_session.tokenize(TEXT)) == TEXT
+
+
+def test_stops_at_every_eos_id(dense_session: Session) -> None:
+    """Both ids of generation_config.json end a text; a high temperature reaches them soon."""
+    runs = [dense_session.generate([5], 60, temperature=50.0, seed=seed) for seed in range(40)]
+    stopped = [run for run in runs if run.finish_reason == "stop"]
+    assert {int(run.ids[-1]) for run in stopped} == {EOS, 3}
+    assert all(not {EOS, 3} & set(run.ids[:-1].tolist()) for run in runs)
+    assert all(len(run.ids) == 60 for run in runs if run.finish_reason == "length")
+
+
+def test_seed_decides_the_draw(dense_session: Session) -> None:
+    first, again, other = (dense_session.generate([5, 6], 10, temperature=1.0, seed=seed).ids for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert first.tolist() != other.tolist()
+
+
+def test_ends_when_the_largest_bucket_is_full(dense_session: Session, reference: LlamaForCausalLM) -> None:
+    ids = random_ids(126)
+    generation = dense_session.generate(ids, max_new_tokens=50)
+    assert generation.finish_reason == "capacity"
+    assert generation.ids.tolist() == greedy(reference, ids, 3)
+
+
+def test_progress_reaches_the_end(dense_session: Session) -> None:
+    seen: list[tuple[int, int]] = []
+    dense_session.generate(random_ids(70), 1, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(32, 70), (64, 70), (70, 70)]
+    seen.clear()
+    dense_session.score([random_ids(40), random_ids(10)], progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(10, 50), (42, 50), (50, 50)]
+
+
+def test_a_failed_callback_leaves_the_session_usable(dense_session: Session) -> None:
+    ids = random_ids(50)
+    before = dense_session.score(ids).logprobs
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dense_session.score(ids, progress=fail)
+    np.testing.assert_array_equal(dense_session.score(ids).logprobs, before)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "the sequence is empty, expected at least one token"),
+        ([[1, 2], []], "sequence 1 is empty"),
+        ([1, VOCABULARY], f"token id {VOCABULARY} at position 1, expected ids from 0 to {VOCABULARY - 1}"),
+        ([5, -1], "token id -1 at position 1"),
+        (np.ones(129, np.int64), "129 tokens and the largest bucket takes 128"),
+        (np.ones(3), "dtype float64, expected 1-D integers"),
+        (np.ones((2, 3), np.int32), r"shape \(2, 3\)"),
+    ],
+)
+def test_score_refuses(dense_session: Session, ids: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dense_session.score(ids)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [4, 5000]}, "the prompt has token id 5000 at position 1"),
+        ({"prompt": np.ones(129, np.int64)}, "compile the checkpoint with a larger bucket"),
+        ({"prompt": [4], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": [4], "temperature": -1.0}, "temperature is -1.0"),
+        ({"prompt": [4], "temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_generate_refuses(dense_session: Session, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dense_session.generate(**options)
