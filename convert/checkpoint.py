@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from ..model.llama import LlamaForCausalLM
 from ..model.registry import abstract_module, build
+from .names import dotted
 from .reader import read_json
 
 PARAMS = "params"
@@ -67,9 +69,28 @@ def _check(checkpoint: Path) -> None:
 def _restore(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree)
+    expected = _shapes(wanted)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), wanted)
+            metadata: Any = checkpointer.metadata(folder.absolute())
+            stored = _shapes(metadata.item_metadata.tree)
+            if stored == expected:
+                return checkpointer.restore(folder.absolute(), wanted)
     except Exception as error:
-        # Orbax and TensorStore raise errors of many kinds for files that are damaged or of other shapes.
-        raise ValueError(f"{folder} cannot be read or does not fit its config ({error}): convert again") from error
+        # Orbax and TensorStore raise errors of many kinds for files that are missing or damaged.
+        raise ValueError(f"{folder} cannot be read ({_first_line(error)}): convert the source again") from error
+    differing = [
+        f"{name} is {stored.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+        for name in sorted(stored.keys() | expected.keys())
+        if stored.get(name) != expected.get(name)
+    ]
+    raise ValueError(f"{folder} does not fit {CONFIG} beside it:\n  " + "\n  ".join(differing))
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    flat: Any = flatten_dict(tree)
+    return {dotted(path): list(leaf.shape) for path, leaf in flat.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import iceformer
-from iceformer.attention.cache import empty_cache
+from iceformer.attention.cache import KVCache, empty_cache
 from iceformer.model.llama import LlamaConfig, LlamaForCausalLM
 from iceformer.model.registry import build
+
+from .forward import forward
 
 
 def token_ids(model: LlamaForCausalLM, *shape: int) -> jax.Array:
@@ -70,45 +73,53 @@ def test_chunks_with_a_cache_equal_one_call(tmp_path: Path, save_llama: Callable
     rope = {"rope_type": "dynamic", "factor": 2.0}
     save_llama(tmp_path / "source", rope_parameters=rope, max_position_embeddings=8)
     model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
-    config, lengths = model.config, jnp.array([22, 13])
-    ids = token_ids(model, 2, 24)
-    expected = model(ids, lengths)
+    config, lengths = model.config, jnp.array([18, 13])
+    ids = token_ids(model, 2, 18)
+    expected = forward(model, ids, lengths)
     cache = empty_cache(config.num_hidden_layers, 2, config.num_key_value_heads, 24, config.head_dim, jnp.float32)
-    start = 0
-    for tokens in (8, 8, 1, 1, 6):
-        offset = jnp.full((2,), start, jnp.int32)
-        hidden, cache = model.hidden_states(
-            ids[:, start : start + tokens], offset=offset, lengths=lengths, cache=cache, attention=iceformer.Dense()
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def step(state: nnx.State, ids: jax.Array, offset: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        merged = nnx.merge(graph, state)
+        hidden, cache_after = merged.hidden_states(
+            ids, offset=offset, lengths=lengths, cache=cache, attention=iceformer.Dense()
         )
-        logits = model.logits(hidden)
+        assert cache_after is not None
+        return merged.logits(hidden), cache_after
+
+    start = 0
+    for tokens in (8, 8, 1, 1):
+        offset = jnp.full((2,), start, jnp.int32)
+        logits, cache = step(state, ids[:, start : start + tokens], offset, cache)
         for row, length in enumerate(lengths.tolist()):
             valid = slice(0, max(min(tokens, length - start), 0))
             np.testing.assert_allclose(logits[row, valid], expected[row, start : start + tokens][valid], atol=1e-4)
         start += tokens
-    assert start == 24
+    assert start == 18
 
 
 def test_padding_and_neighbours_change_nothing(tiny_checkpoint: Path) -> None:
     model = iceformer.load_model(tiny_checkpoint)
     ids = token_ids(model, 2, 20)
-    other = ids.at[0, 11:].set(7).at[1].set(3)
-    lengths = jnp.array([11, 20])
-    np.testing.assert_array_equal(model(ids, lengths)[0, :11], model(other, lengths)[0, :11])
-    np.testing.assert_allclose(model(ids[:1, :11]), model(ids, lengths)[:1, :11], atol=1e-5)
+    ids = jnp.stack([ids[0], ids[0].at[11:].set(7), ids[1]])
+    logits = forward(model, ids, jnp.array([11, 11, 20]))
+    np.testing.assert_array_equal(logits[0, :11], logits[1, :11])
+    np.testing.assert_allclose(forward(model, ids[:1, :11])[0], logits[0, :11], atol=1e-5)
 
 
 def test_an_id_outside_of_the_vocabulary_shows(tiny_checkpoint: Path) -> None:
     model = iceformer.load_model(tiny_checkpoint)
-    assert jnp.isnan(model(jnp.array([[1, model.config.vocab_size]]))[0, 1]).all()
+    assert np.isnan(forward(model, jnp.array([[1, model.config.vocab_size]]))[0, 1]).all()
 
 
 def test_attention_is_an_argument(tiny_checkpoint: Path) -> None:
     model = iceformer.load_model(tiny_checkpoint)
     ids = token_ids(model, 1, 256)
     selective = {"method": "mean_pool", "query_block": 16, "key_block": 4, "sink": 4, "local": 8}
-    exact = model(ids)
-    whole = model(ids, attention=iceformer.TwoStage(budget=256, **selective))
-    sparse = model(ids, attention=iceformer.TwoStage(budget=64, exact_last_block=False, **selective))
+    exact = forward(model, ids)
+    whole = forward(model, ids, attention=iceformer.TwoStage(budget=256, **selective))
+    sparse = forward(model, ids, attention=iceformer.TwoStage(budget=64, exact_last_block=False, **selective))
     np.testing.assert_allclose(whole, exact, atol=1e-4)
     np.testing.assert_allclose(sparse[:, :60], exact[:, :60], atol=1e-3)
     assert np.isfinite(sparse).all()
@@ -135,7 +146,8 @@ def test_queries_and_keys_equal_transformers(
     ids = token_ids(model, 2, 19)
     with torch.no_grad():
         reference(torch.from_numpy(np.array(ids)).long())
-    collected = model.queries_and_keys(ids, jnp.array([19, 19]))
+    graph, state = nnx.split(model)
+    collected = jax.jit(lambda state: nnx.merge(graph, state).queries_and_keys(ids, jnp.array([19, 19])))(state)
     assert len(collected) == len(expected) == model.config.num_hidden_layers
     for ours, theirs in zip(collected, expected, strict=True):
         np.testing.assert_allclose(ours[0], theirs[0], atol=1e-4)

@@ -13,7 +13,10 @@ import pytest
 from flax import nnx
 
 import iceformer
+from iceformer.model.llama import LlamaForCausalLM
 from iceformer.model.registry import ARCHITECTURES
+
+from .forward import forward
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -76,12 +79,7 @@ CASES = {"llama": {**LLAMA_CASES, **{f"random_{seed}": random_llama(seed) for se
 LENGTHS = (57, 1, 36)
 
 
-def forward(model: nnx.Module, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    graph, state = nnx.split(model)
-    return np.asarray(jax.jit(lambda state, ids, lengths: nnx.merge(graph, state)(ids, lengths))(state, ids, lengths))
-
-
-def difference(model: nnx.Module, reference: Any, lengths: tuple[int, ...] = LENGTHS) -> float:
+def difference(model: LlamaForCausalLM, reference: Any, lengths: tuple[int, ...] = LENGTHS) -> float:
     """Largest difference of logits over padded rows, the reference taking every row by itself, without padding."""
     import torch
 

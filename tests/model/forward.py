@@ -1,0 +1,26 @@
+"""The whole model under jit: one compilation a shape, where an eager call compiles every operation."""
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+import iceformer
+from iceformer.attention import AttentionConfig
+from iceformer.model.llama import LlamaForCausalLM
+
+
+def forward(
+    model: LlamaForCausalLM,
+    ids: ArrayLike,
+    lengths: ArrayLike | None = None,
+    attention: AttentionConfig = iceformer.Dense(),  # noqa: B008 - a frozen value
+) -> np.ndarray:
+    """`model(ids, lengths, attention=attention)`."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, ids: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        return nnx.merge(graph, state)(ids, lengths, attention=attention)
+
+    return np.asarray(run(state, ids, lengths))
