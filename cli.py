@@ -74,14 +74,19 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"converting and compiling need {error.name}: pip install 'iceformer[convert]'")
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
-) -> None:
-    """Options before any subcommand."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"iceformer {__version__}")
         raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before any subcommand."""
 
 
 @app.command()
@@ -303,3 +308,7 @@ def _print_warning(message: Warning | str, *_: Any) -> None:
 def _fail(message: str) -> None:
     stderr.print(f"[red]error: {escape(message)}", soft_wrap=True)
     raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

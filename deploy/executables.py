@@ -41,7 +41,8 @@ def load_native(artifact: Artifact, bucket: BucketInfo, entry: EntryInfo) -> Exe
             backend=device.client,
             execution_devices=[device],
         )
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
+        # The bytes are those that were compiled, so whatever XLA or unpickling says, the portable tier may still do.
         raise MachineCodeError(f"XLA cannot load {entry.native.path}: {error}") from error
 
 

@@ -78,7 +78,7 @@ def _compile_entry(
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
-    _check_custom_calls(name, custom_calls)
+    check_custom_calls(name, custom_calls)
     payload, _, _ = serialize_executable.serialize(compiled)
     portable = export.export(jitted, platforms=("cpu",))(*specs).serialize()
     _, *results = lowered.out_info
@@ -94,7 +94,8 @@ def _compile_entry(
     )
 
 
-def _check_custom_calls(entry: str, targets: tuple[str, ...]) -> None:
+def check_custom_calls(entry: str, targets: tuple[str, ...]) -> None:
+    """Raises ValueError for a custom call that a process which loads the code may not have."""
     unknown = sorted(set(targets) - KNOWN_CUSTOM_CALLS)
     if unknown:
         raise ValueError(

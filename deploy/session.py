@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, overload
 
 import jax
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .artifact import TOKENIZER, WEIGHTS, Artifact, Tier, open_artifact
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
@@ -24,6 +24,7 @@ from .weights import put_weights, read_weights
 
 FinishReason = Literal["stop", "length", "capacity"]
 Progress = Callable[[int, int], None]
+Ids = NDArray[np.integer[Any]] | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,13 @@ class Session:
         self._caches: dict[int, Any] = {}
         self._lock = threading.Lock()
 
-    def score(self, ids: ArrayLike | Sequence[ArrayLike], *, progress: Progress | None = None) -> Score | Scores:
+    @overload
+    def score(self, ids: Sequence[Ids], *, progress: Progress | None = None) -> Scores: ...
+
+    @overload
+    def score(self, ids: Ids, *, progress: Progress | None = None) -> Score: ...
+
+    def score(self, ids: Any, *, progress: Progress | None = None) -> Score | Scores:
         """Log-probabilities of given tokens and the model's own choices.
 
         Args:
@@ -128,7 +135,7 @@ class Session:
 
     def generate(
         self,
-        prompt: str | ArrayLike,
+        prompt: str | Ids,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
@@ -181,7 +188,7 @@ class Session:
         """
         return np.asarray(self._tokenizer.encode(text).ids, np.int32)
 
-    def detokenize(self, ids: ArrayLike) -> str:
+    def detokenize(self, ids: Ids) -> str:
         """The text of token ids, special tokens left out.
 
         Raises:
@@ -357,6 +364,6 @@ def _columns(array: NDArray[np.int32], start: int, end: int) -> NDArray[np.int32
     return np.ascontiguousarray(array[:, start:end])
 
 
-def _is_nested(ids: ArrayLike | Sequence[ArrayLike]) -> TypeGuard[Sequence[ArrayLike]]:
+def _is_nested(ids: object) -> TypeGuard[Sequence[Any]]:
     """Whether `ids` is a list of sequences rather than one sequence."""
     return isinstance(ids, list | tuple) and len(ids) > 0 and np.ndim(ids[0]) > 0

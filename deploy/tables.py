@@ -14,19 +14,17 @@ MEGABYTE = 1e6
 def code_table(manifest: Manifest) -> Table:
     """One line for each bucket and entry: size of the machine code, memory of a call, compile time."""
     table = Table(title="compiled code", caption=f"batch {manifest.batch}, {manifest.dtype}")
-    for name in ("bucket", "chunk", "entry", "code MB", "temp MB", "cache MB", "compile s", "custom calls"):
-        table.add_column(name, justify="left" if name in ("entry", "custom calls") else "right")
+    for name in ("bucket", "entry", "code MB", "temp MB", "cache MB", "compile s"):
+        table.add_column(name, justify="left" if name == "entry" else "right")
     for bucket in manifest.buckets:
         for name, entry in bucket.entries.items():
             table.add_row(
                 str(bucket.capacity),
-                str(bucket.chunk),
                 name,
                 f"{entry.native.size / MEGABYTE:.2f}",
                 f"{entry.memory.temp_bytes / MEGABYTE:.1f}",
                 f"{bucket.cache.size_in_bytes / MEGABYTE:.1f}",
                 f"{entry.compile_seconds:.1f}",
-                ", ".join(entry.custom_calls) or "-",
             )
         table.add_section()
     return table

@@ -6,9 +6,9 @@ from iceformer.deploy.cpu import cpu_features, features_up_to, machine, parse_cp
 
 XEON = """processor\t: 0
 model name\t: Intel(R) Xeon(R) Platinum 8481C
-flags\t\t: fpu vme sse sse2 ht syscall nx lm pni pclmulqdq ssse3 fma cx16 sse4_1 sse4_2 movbe popcnt aes xsave avx f16c \
-rdrand hypervisor abm bmi1 hle avx2 smep bmi2 erms avx512f avx512dq adx avx512_bf16 avx512_vnni avx_vnni gfni vaes \
-amx_bf16 amx_tile amx_int8 md_clear
+flags\t\t: fpu vme sse sse2 ht syscall nx lm pni pclmulqdq ssse3 fma cx16 sse4_1 sse4_2 movbe popcnt aes xsave avx \
+f16c rdrand hypervisor abm bmi1 hle avx2 smep bmi2 erms avx512f avx512dq adx avx512_bf16 avx512_vnni avx_vnni \
+gfni vaes amx_bf16 amx_tile amx_int8 md_clear
 bogomips\t: 5399.99
 
 processor\t: 1

@@ -44,7 +44,10 @@ def put(new: Any, *path: Any) -> Callable[[Any], None]:
         (put(0, "buckets", 1, "capacity"), r"has buckets \[64, 0\]"),
         (put(7, "buckets", 0, "chunk"), "has chunk 7 in bucket 64, expected a divisor"),
         (drop("buckets", 0, "entries", "decode"), r"has entries \['prefill', 'score'\] in bucket 64"),
-        (put("a", "buckets", 0, "entries", "decode", "arguments", "tokens", "shape", 0), r"shape\[0\], expected an integer"),
+        (
+            put("a", "buckets", 0, "entries", "decode", "arguments", "tokens", "shape", 0),
+            r"shape\[0\], expected an integer",
+        ),
         (put("../secret", "weights", "file", "path"), "names the file '../secret', which is not a path inside"),
         (put("/etc/passwd", "files", 0, "path"), "names the file '/etc/passwd'"),
         (put(3, "files", 0), r"has 3 in files\[0\], expected an object"),

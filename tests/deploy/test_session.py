@@ -1,6 +1,7 @@
 """Scores and generated tokens of a session against transformers, and what it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,9 @@ def expected_score(model: LlamaForCausalLM, ids: NDArray[np.int64]) -> tuple[NDA
 
 def greedy(model: LlamaForCausalLM, ids: NDArray[np.int64], max_new_tokens: int) -> list[int]:
     prompt = torch.tensor(ids)[None]
-    out = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=[EOS, 3])
+    out: Any = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+        prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=[EOS, 3]
+    )
     return out[0, len(ids) :].tolist()
 
 
@@ -148,9 +151,9 @@ def test_a_failed_callback_leaves_the_session_usable(dense_session: Session) -> 
         (np.ones((2, 3), np.int32), r"shape \(2, 3\)"),
     ],
 )
-def test_score_refuses(dense_session: Session, ids: object, message: str) -> None:
+def test_score_refuses(dense_session: Session, ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dense_session.score(ids)  # pyright: ignore[reportArgumentType]
+        dense_session.score(ids)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,7 @@ from iceformer.deploy.weights import ALIGNMENT, put_weights, read_weights, write
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.int8)]
 
 
-@given(
-    shapes=st.lists(hnp.array_shapes(min_dims=0, max_dims=3, max_side=9), min_size=1, max_size=6), data=st.data()
-)
+@given(shapes=st.lists(hnp.array_shapes(min_dims=0, max_dims=3, max_side=9), min_size=1, max_size=6), data=st.data())
 @settings(deadline=None, max_examples=50)
 def test_safetensors_reads_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, ...]], data: st.DataObject

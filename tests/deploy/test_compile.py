@@ -1,0 +1,129 @@
+"""Options of compile that are refused early, what it is calibrated on, and bfloat16."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iceformer
+from iceformer.attention import LowRank
+from iceformer.deploy.calibration import calibration_ids
+from iceformer.deploy.compile import eos_token_ids
+from iceformer.deploy.entries import score_block
+from iceformer.deploy.lowering import check_custom_calls
+
+from .conftest import TEXT, VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"buckets": (1024,)}, "bucket 1024 is longer than the 512 positions .* choose buckets up to 512"),
+        ({"buckets": (128, 64)}, r"buckets are \(128, 64\), expected rising"),
+        ({"buckets": (64, 64)}, r"buckets are \(64, 64\), expected rising"),
+        ({"buckets": ()}, r"buckets are \(\), expected rising"),
+        ({"buckets": (0, 64)}, "expected rising"),
+        ({"buckets": (64, 100)}, "bucket 100 is not a multiple of chunk 32"),
+        ({"dtype": "float64"}, "dtype is 'float64', expected one of: float32, bfloat16"),
+        ({"batch": 0}, "batch is 0"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"calibration": [VOCABULARY]}, f"expected ids from 0 to {VOCABULARY - 1}"),
+    ],
+)
+def test_refuses_options(checkpoint: Path, tmp_path: Path, options: dict, message: str) -> None:
+    options = {"buckets": (64,), "chunk": 32, **options}
+    with pytest.raises(ValueError, match=message):
+        iceformer.compile(checkpoint, tmp_path / "artifact", **options)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_refuses_an_existing_target_first(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists"):
+        iceformer.compile(tmp_path / "nowhere", tmp_path)
+
+
+def test_refuses_other_folders(tmp_path: Path, source: tuple[Path, object]) -> None:
+    with pytest.raises(FileNotFoundError, match="is not a folder: expected a checkpoint"):
+        iceformer.compile(tmp_path / "nowhere", tmp_path / "artifact")
+    with pytest.raises(FileNotFoundError, match=r"lacks iceformer\.json.*iceformer convert"):
+        iceformer.compile(source[0], tmp_path / "artifact")
+
+
+def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> None:
+    """Weights take half the bytes; scores stay near float32's; the manifest says what the bases come from."""
+    ids = np.random.default_rng(0).integers(4, VOCABULARY, 64)
+    attention = iceformer.TwoStage(method=LowRank(rank=4), budget=32, query_block=8, key_block=2, sink=4, local=4)
+    path = iceformer.compile(
+        checkpoint, tmp_path / "a", buckets=(64,), chunk=64, attention=attention, dtype="bfloat16", calibration=ids
+    )
+    session = iceformer.load(path)
+    calibration = session.info.provenance.calibration
+    assert calibration is not None
+    assert (calibration.kind, calibration.tokens) == ("ids", 64)
+    assert calibration.sha256 == hashlib.sha256(ids.astype(np.int32).tobytes()).hexdigest()
+    assert session.info.attention["method"] == {"name": "low_rank", **session.info.attention["method"]}
+    assert [name for name in session.info.weights.names if name.startswith("bases.")] == ["bases.0", "bases.1"]
+    assert session.info.buckets[0].cache.array.dtype == "bfloat16"
+    assert session.info.weights.file.size < 0.6 * 4 * session.info.model.parameters
+    prompt = ids[:30]
+    exact = np.array(iceformer.load_model(checkpoint)(jnp.asarray(prompt[None])))[0]
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(session.score(prompt).logprobs, exact[np.arange(29), prompt[1:]], atol=0.2)
+
+
+def test_unknown_custom_calls_fail() -> None:
+    check_custom_calls("score", ("TopK",))
+    with pytest.raises(ValueError, match="score calls lapack_sgesdd_ffi, which another process may not have"):
+        check_custom_calls("score", ("TopK", "lapack_sgesdd_ffi"))
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(2048, 256), (256, 256), (300, 150), (100, 100), (514, 2), (1, 1)])
+def test_score_block_divides_the_chunk(chunk: int, block: int) -> None:
+    assert score_block(chunk) == block
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": None}, (2, 3)),
+        ({}, {}, ()),
+        ({"eos_token_id": 1}, {"eos_token_id": 0}, (0,)),
+    ],
+)
+def test_eos_token_ids(tmp_path: Path, config: dict, generation: dict | None, expected: tuple[int, ...]) -> None:
+    path = tmp_path / "generation_config.json"
+    if generation is not None:
+        path.write_text(json.dumps(generation))
+    assert eos_token_ids(config, path) == expected
+
+
+class TestCalibrationIds:
+    def test_random_ids_without_tokenizer(self, tmp_path: Path) -> None:
+        ids, info = calibration_ids(None, tmp_path / "tokenizer.json", 100, 300)
+        again, _ = calibration_ids(None, tmp_path / "tokenizer.json", 100, 300)
+        assert (info.kind, info.tokens) == ("random ids", 300)
+        assert 0 <= ids.min() < ids.max() < 100
+        np.testing.assert_array_equal(ids, again)
+
+    def test_a_text_file(self, tmp_path: Path, checkpoint: Path) -> None:
+        (tmp_path / "text").write_text(TEXT)
+        ids, info = calibration_ids(tmp_path / "text", checkpoint / "tokenizer.json", VOCABULARY, 50)
+        assert (info.kind, info.tokens, len(ids)) == ("text", 50, 50)
+        assert info.sha256 == hashlib.sha256(ids.tobytes()).hexdigest()
+
+    def test_at_most_4096(self, tmp_path: Path) -> None:
+        assert len(calibration_ids(np.ones(9000, np.int64), tmp_path / "t", 2, 10**6)[0]) == 4096
+
+    def test_refuses(self, tmp_path: Path, checkpoint: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="is not a file: calibration takes a text file"):
+            calibration_ids(tmp_path / "nowhere", checkpoint / "tokenizer.json", 10, 10)
+        (tmp_path / "text").write_text(TEXT)
+        with pytest.raises(ValueError, match="has no tokenizer for the calibration text"):
+            calibration_ids(tmp_path / "text", tmp_path / "tokenizer.json", 10, 10)
+        with pytest.raises(ValueError, match="at least one token id"):
+            calibration_ids([], tmp_path / "tokenizer.json", 10, 10)
