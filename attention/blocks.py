@@ -8,6 +8,7 @@ query attention selects and gathers once a group. Rows of a block are group-majo
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = float(jnp.finfo(jnp.float32).min)
@@ -41,9 +42,16 @@ def pad_axis(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def merge_heads(x: Float[Array, "batch kv_heads keys head_dim"]) -> Float[Array, "heads keys head_dim"]:
-    """Keys or values with one axis for batch and KV heads, over which attention loops."""
-    return x.reshape(-1, *x.shape[2:])
+def head_tile(
+    x: Float[Array, "batch kv_heads keys width"], head: Int[Array, ""], start: Int[Array, ""], size: int
+) -> Float[Array, "size width"]:
+    """`size` consecutive keys or values of one head, counted through batch rows and KV heads.
+
+    Keys keep their four axes up to here: were they reshaped before the loops, XLA would copy the whole KV cache into
+    each loop instead of reading it in place.
+    """
+    kv_heads, _, width = x.shape[1:]
+    return lax.dynamic_slice(x, (head // kv_heads, head % kv_heads, start, 0), (1, 1, size, width))[0, 0]
 
 
 def split_queries(

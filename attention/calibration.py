@@ -21,14 +21,10 @@ def logit_projections(
     Args:
         query: queries after the rotary embedding.
         key: keys after the rotary embedding; `query_heads` is a multiple of `kv_heads`.
-        rank: dimensions to keep.
-
-    Raises:
-        ValueError: the rank is larger than `head_dim`.
+        rank: dimensions to keep; a rank above `head_dim` keeps them all.
     """
     kv_heads, _, head_dim = key.shape
-    if rank > head_dim:
-        raise ValueError(f"rank is {rank}, expected at most the model's head_dim, {head_dim}")
+    rank = min(rank, head_dim)
     grouped = query.astype(np.float64).reshape(kv_heads, -1, head_dim)
     return np.stack([_head_projections(q, k.astype(np.float64), rank) for q, k in zip(grouped, key, strict=True)])
 

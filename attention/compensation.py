@@ -37,7 +37,8 @@ def block_sums(key: Float[Array, "heads keys head_dim"], value: Float[Array, "he
     """Sums over blocks; `keys` is a multiple of `MEAN_BLOCK`."""
 
     def sums(x: Array) -> Array:
-        return jnp.sum(x.reshape(x.shape[0], -1, MEAN_BLOCK, x.shape[2]).astype(jnp.float32), axis=2)
+        batch, kv_heads, _, width = x.shape
+        return jnp.sum(x.reshape(batch * kv_heads, -1, MEAN_BLOCK, width).astype(jnp.float32), axis=2)
 
     return BlockSums(sums(key), sums(value))
 

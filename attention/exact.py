@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from .blocks import (
     MASKED,
     Visibility,
+    head_tile,
     join_queries,
-    merge_heads,
     pad_axis,
     split_queries,
     valid_blocks,
@@ -73,7 +73,7 @@ def exact_attention(
     key_block = min(key_block, next_power_of_two(keys))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     blocked = split_queries(query, kv_heads, query_block)
-    key, value = (merge_heads(pad_axis(x, 2, key_block)) for x in (key, value))
+    key, value = (pad_axis(x, 2, key_block) for x in (key, value))
     bias = None if mask is None else _blocked_bias(mask, (batch, query_heads), kv_heads, query_block, key_block)
     heads, blocks, rows = blocked.shape[:3]
     lengths = jnp.minimum(lengths, keys)
@@ -98,8 +98,8 @@ def exact_attention(
 
 def exact_block(
     query: Float[Array, "rows head_dim"],
-    key: Float[Array, "heads keys head_dim"],
-    value: Float[Array, "heads keys value_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys value_dim"],
     head: Int[Array, ""],
     visibility: Visibility,
     scale: float,
@@ -110,13 +110,10 @@ def exact_block(
     """Exact attention of one query block, over key tiles up to the last visible one (FlashAttention's recurrence)."""
     rows = query.shape[0]
 
-    def tile(x: Array, start: Int[Array, ""]) -> Array:
-        return lax.dynamic_slice(x, (head, start, 0), (1, key_block, x.shape[2]))[0]
-
     def step(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, largest, weight = state
         start = index * key_block
-        logits = cap(matmul_transposed(query, tile(key, start)) * scale, softcap)
+        logits = cap(matmul_transposed(query, head_tile(key, head, start, key_block)) * scale, softcap)
         if bias is not None:
             logits = jnp.maximum(logits + lax.dynamic_slice(bias, (0, start), (rows, key_block)), MASKED)
         position = start + jnp.arange(key_block, dtype=jnp.int32)
@@ -124,11 +121,11 @@ def exact_block(
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=1))
         weights = jnp.where(logits > MASKED, jnp.exp(logits - new_largest[:, None]), 0.0)
         decay = jnp.exp(largest - new_largest)
-        total = total * decay[:, None] + matmul(weights.astype(value.dtype), tile(value, start))
+        total = total * decay[:, None] + matmul(weights.astype(value.dtype), head_tile(value, head, start, key_block))
         return total, new_largest, weight * decay + jnp.sum(weights, axis=1)
 
     steps = (visibility.end() + key_block - 1) // key_block
-    nothing = (jnp.zeros((rows, value.shape[2])), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
+    nothing = (jnp.zeros((rows, value.shape[3])), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
     return normalise(*lax.fori_loop(0, steps, step, nothing))
 
 

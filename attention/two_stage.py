@@ -14,7 +14,6 @@ from .blocks import (
     MASKED,
     Visibility,
     join_queries,
-    merge_heads,
     pad_axis,
     split_queries,
     valid_blocks,
@@ -34,8 +33,8 @@ _STAGE_1_TILE = 2048
 class PreparedKeys(NamedTuple):
     """The keys and values of every head, padded, with what stage 1 and the compensation keep of them."""
 
-    key: Float[Array, "heads keys head_dim"]
-    value: Float[Array, "heads keys value_dim"]
+    key: Float[Array, "batch kv_heads keys head_dim"]
+    value: Float[Array, "batch kv_heads keys value_dim"]
     basis: Float[Array, "heads 2 head_dim rank"] | None
     summary: Float[Array, "heads blocks ..."]
     sums: BlockSums | None
@@ -63,7 +62,7 @@ def two_stage_attention(
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, rows = blocked.shape[:3]
     prepared = prepare_keys(config, key, value, basis)
-    exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[1])
+    exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[2])
     lengths = jnp.minimum(lengths, keys)
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
@@ -101,10 +100,10 @@ def prepare_keys(
 ) -> PreparedKeys:
     """Pads keys to whole stage-1 tiles and summarises their blocks."""
     multiple = max(min(_STAGE_1_TILE, next_power_of_two(key.shape[2])), config.key_block, MEAN_BLOCK)
-    key, value = (merge_heads(pad_axis(x, 2, multiple)) for x in (key, value))
-    heads, _, head_dim = key.shape
-    basis = None if basis is None else jnp.tile(basis, (heads // basis.shape[0], 1, 1, 1))
-    summary = method_of(config).summarize(key.reshape(heads, -1, config.key_block, head_dim), basis)
+    key, value = (pad_axis(x, 2, multiple) for x in (key, value))
+    batch, kv_heads, _, head_dim = key.shape
+    basis = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
+    summary = method_of(config).summarize(key.reshape(batch * kv_heads, -1, config.key_block, head_dim), basis)
     sums = block_sums(key, value) if config.compensation == "block_mean" else None
     return PreparedKeys(key, value, basis, summary, sums)
 
@@ -134,7 +133,7 @@ def selected_block(
     softcap: float | None,
 ) -> Partial:
     """Attention of one query block over its selection: stage 1, stage 2, gather, exact softmax."""
-    length, head_dim = keys.key.shape[1:]
+    length, head_dim = keys.key.shape[2:]
     block_length = config.key_block
     forced = forced_members(visibility, config.sink, config.local, block_length)
 
@@ -148,7 +147,7 @@ def selected_block(
     chosen, chosen_visible = select(
         largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
     )
-    value = keys.value.reshape(-1, keys.value.shape[2])[head * length + position[chosen]]
+    value = keys.value.reshape(-1, keys.value.shape[3])[head * length + position[chosen]]
     part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
     if keys.sums is None:
         return part

@@ -23,7 +23,7 @@ class LowRank(Method):
     """Scores the largest `projected query . projected key` of each key block.
 
     Attributes:
-        rank: dimensions that the projections keep.
+        rank: dimensions that the projections keep, all of them where the model's head_dim is smaller.
         ranking_queries: queries of a query block that take part in stage 1, those with the largest projected norm;
             0 takes all of them.
     """
