@@ -74,10 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"converting and compiling need {error.name}: pip install 'iceformer[convert]'")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"iceformer {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback(help=app.info.help)
@@ -292,11 +293,11 @@ def _method_options(assignments: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _progress(description: str) -> "Iterator[Progress]":
-    """A progress bar on stderr, as the callback that a session takes."""
+    """A progress bar on stderr, if that is a terminal, as the callback that a session takes."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -1,5 +1,6 @@
 """The command line from end to end: what it prints, where, and its exit codes."""
 
+import io
 import json
 import re
 import subprocess
@@ -68,7 +69,7 @@ def test_generate(
     for arguments in (["the line"], ["--prompt-file", tmp_path / "prompt"]):
         code, out, _ = run(capsys, "generate", artifact, *arguments, "--max-new-tokens", 5)
         assert (code, out) == (0, f"{expected}\n")
-    monkeypatch.setattr("sys.stdin", (tmp_path / "prompt").open())
+    monkeypatch.setattr("sys.stdin", io.StringIO("the line"))
     code, out, _ = run(capsys, "generate", artifact, "-", "--max-new-tokens", 5)
     assert (code, out) == (0, f"{expected}\n")
 
