@@ -33,7 +33,9 @@ class Selection(NamedTuple):
     value: Float[Array, "budget value_dim"]
 
 
-def block_sums(key: Float[Array, "heads keys head_dim"], value: Float[Array, "heads keys value_dim"]) -> BlockSums:
+def block_sums(
+    key: Float[Array, "batch kv_heads keys head_dim"], value: Float[Array, "batch kv_heads keys value_dim"]
+) -> BlockSums:
     """Sums over blocks; `keys` is a multiple of `MEAN_BLOCK`."""
 
     def sums(x: Array) -> Array:
