@@ -53,7 +53,8 @@ class LlamaConfig:
         """
         for name in ("quantization_config", "sliding_window"):
             require(config, name, None)
-        require(config, "layer_types", ["full_attention"] * len(config.get("layer_types") or ()))
+        num_hidden_layers = read_integer(config, "num_hidden_layers", 32)
+        require(config, "layer_types", ["full_attention"] * num_hidden_layers)
         hidden_size = read_integer(config, "hidden_size", 4096)
         heads = read_integer(config, "num_attention_heads", 32)
         max_position_embeddings = read_integer(config, "max_position_embeddings", 2048)
@@ -61,7 +62,7 @@ class LlamaConfig:
             vocab_size=read_integer(config, "vocab_size", 32000),
             hidden_size=hidden_size,
             intermediate_size=read_integer(config, "intermediate_size", 11008),
-            num_hidden_layers=read_integer(config, "num_hidden_layers", 32),
+            num_hidden_layers=num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=read_integer(config, "num_key_value_heads", heads),
             head_dim=read_integer(config, "head_dim", max(hidden_size // heads, 1)),

@@ -46,7 +46,7 @@ def abstract_module(architecture: Architecture, config: LlamaConfig, dtype: DTyp
 
 
 def _by_class_name(config: Mapping[str, Any]) -> Architecture | None:
-    if config.get("model_type") is not None:
+    names = config.get("architectures")
+    if config.get("model_type") is not None or not isinstance(names, list):
         return None
-    names = config.get("architectures") or ()
     return next((known for known in ARCHITECTURES.values() if known.module.__name__ in names), None)

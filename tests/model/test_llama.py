@@ -42,7 +42,8 @@ def test_null_fields_take_their_defaults() -> None:
         ({"hidden_act": "mish"}, "hidden_act is 'mish', supported are: gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, "layer_types"),
+        ({"layer_types": 5}, "layer_types is 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number"),
         ({"vocab_size": "32000"}, "vocab_size is '32000'"),
         ({"hidden_size": 4096.0}, "hidden_size is 4096.0"),
@@ -63,7 +64,12 @@ def test_refusals_name_the_field(fields: dict[str, Any], message: str) -> None:
 def test_registry() -> None:
     assert build({"model_type": "llama"})[0].module is LlamaForCausalLM
     assert build({"architectures": ["LlamaForCausalLM"]})[0].module is LlamaForCausalLM
-    for config in ({}, {"model_type": "mamba"}, {"model_type": "mamba", "architectures": ["LlamaForCausalLM"]}):
+    for config in (
+        {},
+        {"architectures": 5},
+        {"model_type": "mamba"},
+        {"model_type": "mamba", "architectures": ["LlamaForCausalLM"]},
+    ):
         with pytest.raises(ValueError, match="supported model types are: llama"):
             build(config)
 
