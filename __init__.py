@@ -25,12 +25,20 @@ _HOME = {
     "load": "deploy.session",
     "load_model": "convert.checkpoint",
 }
+# What the `convert` extra brings, which running an artifact does not need.
+_CONVERT_PACKAGES = {"flax", "jaxtyping", "orbax"}
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _CONVERT_PACKAGES:
+            raise
+        message = f"iceformer.{name} needs {error.name}: pip install 'iceformer[convert]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
     globals()[name] = value
     return value
 

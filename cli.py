@@ -32,9 +32,6 @@ app = typer.Typer(
 )
 stdout, stderr = Console(), Console(stderr=True)
 
-# Packages of the `convert` extra, which running an artifact does not need.
-_CONVERT_PACKAGES = {"flax", "jaxtyping", "orbax"}
-
 
 class AttentionKind(StrEnum):
     """Attention of prompts and scoring."""
@@ -66,12 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _print_warning
     try:
         app(args=arguments, prog_name="iceformer")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         _fail(str(error))
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _CONVERT_PACKAGES:
-            raise
-        _fail(f"converting and compiling need {error.name}: pip install 'iceformer[convert]'")
 
 
 def _print_version(wanted: bool) -> bool:
@@ -98,7 +91,7 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
 ) -> None:
     """Convert a Hugging Face folder to a checkpoint (Flax parameters in Orbax, config, tokenizer)."""
-    from .convert.convert import convert_checkpoint
+    from . import convert_checkpoint
 
     stdout.print(f"checkpoint: {convert_checkpoint(source, target, progress=True)}", soft_wrap=True)
 
@@ -142,9 +135,9 @@ def compile(
     ] = None,
 ) -> None:
     """Compile a checkpoint ahead of time, for this kind of CPU, into an artifact."""
-    from .attention.config import Dense, TwoStage
+    from . import Dense, TwoStage
+    from . import compile as compile_checkpoint
     from .attention.methods import make_method
-    from .deploy.compile import compile as compile_checkpoint
 
     if method_option and not method:
         raise ValueError("--method-option needs --method: the name of the method that has the option")
@@ -188,7 +181,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Continue a prompt; the new text goes to stdout."""
-    from .deploy.session import load
+    from . import load
 
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the prompt either as an argument (- for stdin) or with --prompt-file")
@@ -214,7 +207,7 @@ def score(
     """Measure how well the model predicts a text: mean log-probability, perplexity, greedy agreement."""
     import numpy as np
 
-    from .deploy.session import load
+    from . import load
 
     session = load(artifact)
     ids = _read_ids(session, file)

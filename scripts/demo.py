@@ -96,7 +96,7 @@ def answer(artifact: Path, seed: int) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     import iceformer
-    from iceformer.evaluate.line_retrieval import make_record, pseudo_words
+    from iceformer.evaluate.line_retrieval import QUESTION, make_record, pseudo_words
     from iceformer.evaluate.retention import Task, answers_right
 
     rng = np.random.default_rng(seed)
@@ -115,7 +115,7 @@ def answer(artifact: Path, seed: int) -> dict[str, Any]:
         task = Task.of(record, Tokenizer.from_file(str(artifact / "tokenizer.json")))
         right = answers_right(session, task, moves(progress, steps))
     return {
-        "question": prompt[prompt.rindex("\n", 0, prompt.rindex("\n") + 1) :].strip() or prompt[-200:],
+        "question": QUESTION.format(key=first.key).strip(),
         "expected": str(first.value),
         "answer": (generation.text or "").split(">")[0].strip(),
         "prompt_tokens": generation.prompt_tokens,
@@ -130,7 +130,7 @@ def report(exact: dict[str, Any], selected: dict[str, Any], figures: dict[str, f
     console.rule("result")
     lines = [
         f"record             {LINES} lines, {figures['prompt_tokens']} tokens",
-        f"question           ... {exact['question'][-160:]}",
+        f"question           {exact['question']}",
         f"right answer       {exact['expected']}",
         f"exact answer       {exact['answer']}   in {figures['exact_s']:.2f} s",
         f"two-stage answer   {selected['answer']}   in {figures['two_stage_s']:.2f} s",

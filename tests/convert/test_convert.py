@@ -155,7 +155,9 @@ def test_progress_goes_to_stderr(tiny_llama: Path, tmp_path: Path, capsys: pytes
     assert "Converting" in captured.err
 
 
-def test_a_killed_conversion_leaves_only_what_is_marked_partial(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_only_what_is_marked_partial_and_the_next_removes_it(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     script = (
         "import os, signal, sys, iceformer\n"
         "from iceformer.convert import convert\n"
@@ -167,6 +169,7 @@ def test_a_killed_conversion_leaves_only_what_is_marked_partial(tiny_llama: Path
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".checkpoint.partial-")
     iceformer.convert_checkpoint(tiny_llama, tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.slow

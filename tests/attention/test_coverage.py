@@ -1,0 +1,40 @@
+"""The share of keys attended, against counting the non-zero weights of the attention matrix itself."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iceformer.attention import Dense, LowRank, TwoStage, attend
+from iceformer.attention.coverage import keys_attended
+
+from .reference import random_inputs
+
+
+@pytest.mark.parametrize("length", [40, 90, 96])
+@pytest.mark.parametrize("exact_last_block", [True, False])
+def test_counts_what_is_attended(length, exact_last_block) -> None:
+    config = TwoStage(
+        method=LowRank(rank=4),
+        budget=40,
+        query_block=8,
+        key_block=4,
+        sink=4,
+        local=4,
+        exact_last_block=exact_last_block,
+    )
+    query, key, _ = random_inputs(0, 1, 1, 1, 96, 96, 4)
+    weights = attend(
+        config,
+        *map(jnp.asarray, (query, key)),
+        jnp.eye(96)[None, None],
+        offset=jnp.zeros(1, jnp.int32),
+        lengths=jnp.full(1, length),
+        basis=jnp.broadcast_to(jnp.eye(4), (1, 2, 4, 4)),
+    )
+    attended = np.count_nonzero(np.asarray(weights)[0, 0, :length])
+    assert keys_attended(config, length) == pytest.approx(attended / (length * (length + 1) / 2), abs=1e-12)
+
+
+def test_exact_attention_reads_every_key() -> None:
+    assert keys_attended(Dense(), 1000) == 1.0
+    assert keys_attended(TwoStage(budget=1024), 1000) == 1.0
