@@ -35,13 +35,14 @@ class TwoStage:
     tokens before it (and after it where attention is bidirectional) are always selected and count as budget.
 
     Attributes:
-        method: stage 1, a name from the registry or a method with options of its own, e.g. `LowRank(rank=8)`.
+        method: stage 1, a name from the registry or a method with options of its own, e.g. `LowRank(rank=16)`.
         budget: keys, in tokens, that a query finally attends to.
-        query_block: queries, in tokens, that share a selection.
+        query_block: queries, in tokens, that share a selection. 0 chooses 64, and less for a budget below 256, because
+            the query block itself must be a small part of the budget.
         key_block: keys, in tokens, that stage 1 ranks as one.
         candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
         sink: tokens at the start of the sequence that are always selected.
-        local: tokens next to the query block that are always selected.
+        local: tokens next to the query block that are always selected; -1 chooses a quarter of `query_block`.
         exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question
             stands.
         compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
@@ -49,33 +50,43 @@ class TwoStage:
 
     method: Method | str = "low_rank"
     budget: int = 1024
-    query_block: int = 64
+    query_block: int = 0
     key_block: int = 8
     candidates: float = 2.0
     sink: int = 8
-    local: int = 64
+    local: int = -1
     exact_last_block: bool = True
     compensation: str = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, str):
-            object.__setattr__(self, "method", make_method(self.method))
-        _check_power_of_two("query_block", self.query_block)
-        _check_power_of_two("key_block", self.key_block)
         if self.budget < 1:
             raise ValueError(f"budget is {self.budget}, expected at least 1 key")
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", make_method(self.method))
+        if self.query_block == 0:
+            object.__setattr__(self, "query_block", _default_query_block(self.budget))
+        if self.local == -1:
+            object.__setattr__(self, "local", self.query_block // 4)
+        _check_power_of_two("query_block", self.query_block)
+        _check_power_of_two("key_block", self.key_block)
         if self.candidates < 1:
             raise ValueError(f"candidates is {self.candidates}, expected a multiple of the budget that is at least 1")
         if self.sink < 0 or self.local < 0:
             raise ValueError(f"sink is {self.sink} and local is {self.local}, expected numbers of tokens >= 0")
         if self.compensation not in ("none", "block_mean"):
             raise ValueError(f"compensation is {self.compensation!r}, expected 'none' or 'block_mean'")
-        forced = self.sink + 2 * self.local + self.query_block + 4 * self.key_block
+        # What is forced is rounded to whole key blocks at the sink and at both ends of the neighbourhood.
+        forced = self.sink + 2 * self.local + self.query_block + 3 * self.key_block
         if self.budget < forced:
             raise ValueError(
                 f"budget is {self.budget}, but sink, local and the query block itself may force {forced} keys: "
-                "raise budget, or lower query_block, local or sink"
+                "raise budget, or lower query_block, local, sink or key_block"
             )
+
+
+def _default_query_block(budget: int) -> int:
+    """The largest power of two up to a quarter of the budget, from 8 to 64."""
+    return min(64, max(8, 1 << max(0, (budget // 4).bit_length() - 1)))
 
 
 AttentionConfig = Dense | TwoStage

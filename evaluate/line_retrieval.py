@@ -7,10 +7,12 @@ stand anywhere between the lines, which gives many answers for one pass over a l
 Source of the format: LongEval (Li et al., "How Long Can Open-Source LLMs Truly Promise on Context Length?", 2023).
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -135,3 +137,24 @@ def make_record(
             write(CLOSING)
         ask(index == 0 or rng.random() < sentences)
     return Record("".join(parts), tuple(questions))
+
+
+def read_longeval(file: Path) -> list[Record]:
+    """The published cases of LongEval, one JSON object a line, each with the start of the answer given.
+
+    Raises:
+        ValueError: a line that is not such a case.
+    """
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            case = json.loads(line)
+            key, position = case["random_idx"]
+            answer = str(int(case["expected_number"]))
+            text = case["prompt"] + ANSWER_PREFIX.format(key=key)
+            distance = int(case["num_lines"]) - int(position)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is not a case of LongEval's line retrieval: {error!r}") from error
+        question = Question(key, int(answer), len(text), len(text) + len(answer), distance)
+        records.append(Record(f"{text}{answer}>\n", (question,)))
+    return records

@@ -5,6 +5,7 @@ are those of the best rank-r approximation of the *logits* over a calibration te
 which keeps more at the same rank, because a direction in which keys vary but no query looks costs nothing to drop.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,21 +25,21 @@ class LowRank(Method):
 
     Attributes:
         rank: dimensions that the projections keep, all of them where the model's head_dim is smaller.
-        ranking_queries: queries of a query block that take part in stage 1, those with the largest projected norm;
-            0 takes all of them.
+        query_share: share of a block's queries that take part in stage 1, those with the largest projected norm. The
+            others find their keys among those that these bring in, and in the exact second stage all take part.
     """
 
     name: ClassVar[str] = "low_rank"
     needs_basis: ClassVar[bool] = True
 
-    rank: int = 16
-    ranking_queries: int = 0
+    rank: int = 32
+    query_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}, expected at least 1")
-        if self.ranking_queries < 0:
-            raise ValueError(f"ranking_queries is {self.ranking_queries}, expected 0 (all) or more")
+        if not 0 < self.query_share <= 1:
+            raise ValueError(f"query_share is {self.query_share}, expected a share above 0 and up to 1")
 
     def calibrate(
         self,
@@ -62,9 +63,10 @@ class LowRank(Method):
         self, query: Float[Array, "queries head_dim"], basis: Float[Array, "2 head_dim rank"] | None
     ) -> Float[Array, "ranking_queries rank"]:
         projected = matmul(query, _required(basis)[0].astype(query.dtype))
-        if 0 < self.ranking_queries < query.shape[0]:
+        count = math.ceil(self.query_share * query.shape[0])
+        if count < query.shape[0]:
             norms = jnp.sum(jnp.square(projected), axis=-1)
-            projected = projected[lax.top_k(norms, self.ranking_queries)[1]]
+            projected = projected[lax.top_k(norms, count)[1]]
         return projected.astype(query.dtype)
 
     def block_logits(

@@ -25,7 +25,8 @@ def test_counts_what_is_attended(length, exact_last_block) -> None:
     query, key, _ = random_inputs(0, 1, 1, 1, 96, 96, 4)
     weights = attend(
         config,
-        *map(jnp.asarray, (query, key)),
+        jnp.asarray(query),
+        jnp.asarray(key),
         jnp.eye(96)[None, None],
         offset=jnp.zeros(1, jnp.int32),
         lengths=jnp.full(1, length),

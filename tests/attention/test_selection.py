@@ -33,7 +33,8 @@ def test_select_takes_forced_then_best_with_ties_to_the_lower_index(importance, 
     ("options", "message"),
     [
         ({"budget": 0}, "budget is 0"),
-        ({"budget": 100}, "may force"),
+        ({"budget": 100, "query_block": 64}, "may force"),
+        ({"budget": 40}, "may force"),
         ({"query_block": 48}, "power of two"),
         ({"key_block": 0}, "power of two"),
         ({"candidates": 0.5}, "candidates is 0.5"),
@@ -47,11 +48,19 @@ def test_configuration_refuses(options, message) -> None:
         TwoStage(**options)
 
 
+@pytest.mark.parametrize(("budget", "query_block", "local"), [(64, 16, 4), (128, 32, 8), (256, 64, 16), (4096, 64, 16)])
+def test_the_query_block_follows_a_small_budget(budget, query_block, local) -> None:
+    config = TwoStage(budget=budget)
+    assert (config.query_block, config.local) == (query_block, local)
+
+
 def test_methods_refuse_options_they_do_not_have() -> None:
     with pytest.raises(ValueError, match="does not take"):
         make_method("mean_pool", rank=4)
     with pytest.raises(ValueError, match="rank is 0"):
         LowRank(rank=0)
+    with pytest.raises(ValueError, match="query_share is 0"):
+        LowRank(query_share=0)
 
 
 def test_low_rank_without_projections_says_so() -> None:

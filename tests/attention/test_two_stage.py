@@ -17,8 +17,8 @@ from .reference import naive_attention, random_inputs
 KEYS, HEAD_DIM, BLOCK = 96, 16, 8
 SMALL: dict[str, Any] = {"budget": 40, "query_block": BLOCK, "key_block": 4, "sink": 4, "local": 4}
 CONFIGS = {
-    "low_rank": TwoStage(method=LowRank(rank=HEAD_DIM), **SMALL),
-    "low_rank, fewer queries": TwoStage(method=LowRank(rank=HEAD_DIM, ranking_queries=4), **SMALL),
+    "low_rank": TwoStage(method=LowRank(rank=HEAD_DIM, query_share=1.0), **SMALL),
+    "low_rank, fewer queries": TwoStage(method=LowRank(rank=HEAD_DIM, query_share=0.3), **SMALL),
     "mean_pool": TwoStage(method=MeanPool(), exact_last_block=False, **SMALL),
 }
 FULL_RANK = jnp.broadcast_to(jnp.eye(HEAD_DIM), (2, 2, HEAD_DIM, HEAD_DIM))
@@ -86,7 +86,7 @@ def test_every_row_is_an_exact_softmax_over_a_shared_selection(seed, name, lengt
 @pytest.mark.parametrize("causal", [True, False])
 def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
     # With full-rank scores and candidates for everything, the selection must be the best there is.
-    config = TwoStage(method=LowRank(rank=HEAD_DIM), candidates=4.0, exact_last_block=False, **SMALL)
+    config = TwoStage(method=LowRank(rank=HEAD_DIM, query_share=1.0), candidates=4.0, exact_last_block=False, **SMALL)
     query, key, _ = random_inputs(3, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
     weights = attention_matrix(config, query, key, (KEYS, KEYS), causal)
     identity = np.broadcast_to(np.eye(KEYS), (2, 2, KEYS, KEYS))
@@ -148,7 +148,7 @@ def test_a_needle_is_found_by_low_rank_and_lost_by_block_means() -> None:
     query[0, 0, asking] = 8.0 * key[0, 0, needle]
     key[0, 0, needle + 1] = -key[0, 0, needle]  # so that the mean of the needle's block shows nothing of it
     found = {}
-    for method in (LowRank(rank=HEAD_DIM), MeanPool()):
+    for method in (LowRank(rank=HEAD_DIM, query_share=1.0), MeanPool()):
         config = TwoStage(method=method, candidates=1.0, exact_last_block=False, **SMALL)
         identity = jnp.eye(KEYS)[None, None]
         weights = two_stage_attention(
@@ -186,7 +186,7 @@ def test_block_mean_compensation_is_exact_where_left_out_keys_are_equal() -> Non
 def test_bfloat16_stays_near_float32() -> None:
     query, key, value = map(jnp.asarray, random_inputs(8, 2, 4, 2, KEYS, KEYS, HEAD_DIM))
     rows = (jnp.zeros(2, jnp.int32), jnp.full(2, KEYS, jnp.int32))
-    config = TwoStage(**{**SMALL, "budget": 90}, method=LowRank(rank=HEAD_DIM))
+    config = TwoStage(**{**SMALL, "budget": 90}, method=LowRank(rank=HEAD_DIM, query_share=1.0))
     low = run(config, *(x.astype(jnp.bfloat16) for x in (query, key, value)), *rows, causal=True)
     assert low.dtype == jnp.bfloat16
     difference = np.abs(np.asarray(low, np.float32) - np.asarray(run(config, query, key, value, *rows, causal=True)))

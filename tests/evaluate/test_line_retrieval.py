@@ -1,5 +1,6 @@
 """Records in LongEval's format, and where their answers stand once they are tokens."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from iceformer.evaluate.line_retrieval import make_record, pseudo_words
+from iceformer.evaluate.line_retrieval import make_record, pseudo_words, read_longeval
 from iceformer.evaluate.retention import Task, retention
 
 TOKENIZER = Path(__file__).parents[2] / "demo" / "model" / "tokenizer.json"
@@ -48,3 +49,20 @@ def test_retention_divides_right_answers() -> None:
     assert np.isnan(retention([False], [False]))
     with pytest.raises(ValueError, match="expected as many"):
         retention([True], [True, False])
+
+
+def test_reads_the_published_cases(shared_data: Path) -> None:
+    cases = read_longeval(shared_data / "longeval" / "200_lines.jsonl")
+    assert len(cases) == 50
+    for case in cases:
+        (question,) = case.questions
+        lines = dict(re.findall(r"^line (\S+): REGISTER_CONTENT is <(\d+)>$", case.text, re.MULTILINE))
+        assert lines[question.key] == str(question.value) == case.text[question.start : question.end]
+
+
+def test_says_which_line_is_not_a_case(tmp_path: Path) -> None:
+    good = {"random_idx": ["a-b", 0], "expected_number": 7, "num_lines": 1, "prompt": "line a-b: ... "}
+    file = tmp_path / "cases.jsonl"
+    file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "expected_number": "seven"}) + "\n")
+    with pytest.raises(ValueError, match="line 2 is not a case"):
+        read_longeval(file)
