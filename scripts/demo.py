@@ -6,6 +6,7 @@ Converts demo/model, compiles it twice, opens each artifact in a process of its 
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
         "prompt_tokens": exact["prompt_tokens"],
     }
     report(exact, selected, figures)
-    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+    # A model that answers nothing right has no retention, and JSON has no NaN.
+    print(json.dumps({key: None if math.isnan(value) else round(value, 4) for key, value in figures.items()}))
 
 
 def ask_process(artifact: Path, seed: int, name: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_methods_refuse_options_they_do_not_have() -> None:
     with pytest.raises(ValueError, match="rank is 0"):
         LowRank(rank=0)
     with pytest.raises(ValueError, match="query_share is 0"):
-        LowRank(query_share=0)
+        LowRank(query_share=0.0)
 
 
 def test_low_rank_without_projections_says_so() -> None:
