@@ -251,6 +251,52 @@ def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
         stdout.print("[green]All files are as they were compiled, and the machine code runs here.")
 
 
+@app.command()
+def benchmark(
+    work: Annotated[Path, typer.Argument(metavar="FOLDER", help="For model, artifacts and result; goes on if there.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder.", show_default="random weights of the shape below")
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Width of the random model.")] = 768,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Its query heads.")] = 12,
+    kv_heads: Annotated[int, typer.Option(help="Its key and value heads.")] = 12,
+    mlp: Annotated[int, typer.Option(help="Width inside its MLP.")] = 2048,
+    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 32000,
+    lengths: Annotated[str, typer.Option(help="Prompts in tokens, with commas.")] = "4096,16384",
+    engines: Annotated[
+        str, typer.Option(help="Of two_stage, exact, floor (attention left out), sdpa, eager; with commas.")
+    ] = "two_stage,exact,floor,sdpa",
+    dtype: Annotated[Dtype, typer.Option(help="Of every engine.")] = Dtype.FLOAT32,
+    budget: Annotated[int, typer.Option(help="Keys that a two-stage query attends to.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Timed prefills of each engine at each length.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Of every engine.", show_default="all")] = None,
+) -> None:
+    """Time prefill beside other engines: same weights, tokens and threads, in turn, in one run."""
+    from . import TwoStage
+    from .evaluate.benchmark import run_benchmark
+    from .evaluate.benchmark_report import benchmark_table, plot, summary
+    from .evaluate.shapes import ModelShape
+
+    result = run_benchmark(
+        work,
+        model=model,
+        shape=ModelShape(hidden, layers, heads, kv_heads, mlp, vocab),
+        lengths=_integers(lengths, "--lengths"),
+        engines=engines.replace(",", " ").split(),
+        attention=TwoStage(budget=budget),
+        dtype=dtype.value,
+        rounds=rounds,
+        threads=threads,
+        report=lambda line: stderr.print(escape(line), highlight=False),
+    )
+    plot(result, work / "benchmark.png")
+    stdout.print(benchmark_table(result))
+    for line in summary(result):
+        stdout.print(line, highlight=False)
+    stdout.print(f"result: {work / 'benchmark.json'}, plot: {work / 'benchmark.png'}", soft_wrap=True)
+
+
 def _ids(session: "Session", text: str) -> Any:
     """The text itself for a model with tokenizer, else the token ids written in it."""
     return text if session.has_tokenizer else _integers(text, "the prompt (the model has no tokenizer)")
