@@ -37,8 +37,8 @@ class TwoStage:
     Attributes:
         method: stage 1, a name from the registry or a method with options of its own, e.g. `LowRank(rank=16)`.
         budget: keys, in tokens, that a query finally attends to.
-        query_block: queries, in tokens, that share a selection. 0 chooses 64, and less for a budget below 256, because
-            the query block itself must be a small part of the budget.
+        query_block: queries, in tokens, that share a selection. 0 chooses 128, and less for a budget below 1024,
+            because the queries of a block compete for the budget.
         key_block: keys, in tokens, that stage 1 ranks as one.
         candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
         sink: tokens at the start of the sequence that are always selected.
@@ -85,8 +85,8 @@ class TwoStage:
 
 
 def _default_query_block(budget: int) -> int:
-    """The largest power of two up to a quarter of the budget, from 8 to 64."""
-    return min(64, max(8, 1 << max(0, (budget // 4).bit_length() - 1)))
+    """The largest power of two up to an eighth of the budget, from 8 to 128."""
+    return min(128, max(8, 1 << max(0, (budget // 8).bit_length() - 1)))
 
 
 AttentionConfig = Dense | TwoStage
