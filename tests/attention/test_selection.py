@@ -48,7 +48,7 @@ def test_configuration_refuses(options, message) -> None:
         TwoStage(**options)
 
 
-@pytest.mark.parametrize(("budget", "query_block", "local"), [(64, 8, 2), (128, 16, 4), (1023, 64, 16), (4096, 128, 32)])
+@pytest.mark.parametrize(("budget", "query_block", "local"), [(64, 8, 2), (1023, 64, 16), (4096, 128, 32)])
 def test_the_query_block_follows_a_small_budget(budget, query_block, local) -> None:
     config = TwoStage(budget=budget)
     assert (config.query_block, config.local) == (query_block, local)
