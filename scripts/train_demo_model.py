@@ -96,6 +96,7 @@ STAGES = (
     Stage("records-4096", 4096, 1, 320, (1e-3, 6e-4), 0.97, match=0.5, jumps=0.5),
     Stage("records-8192", 8192, 1, 90, (6e-4, 2e-4), 0.98, match=0.5, jumps=0.3),
     Stage("records-16384", 16384, 1, 75, (2e-4, 0.0), 2.0, match=0.5),
+    Stage("records-16384 again", 16384, 1, 28, (3e-4, 0.0), 2.0, match=0.5),
 )
 
 
