@@ -70,8 +70,8 @@ def words_of_text(text: str, least: int = 2) -> list[str]:
 
 
 def _value(rng: np.random.Generator) -> int:
-    """LongEval's values are uniform in 1..50000; one in five is spread over the number of digits instead."""
-    if rng.random() < 0.8:
+    """LongEval's values are uniform in 1..50000; every other value is spread over the number of digits instead."""
+    if rng.random() < 0.5:
         return int(rng.integers(1, 50001))
     return int(rng.integers(1, 10 ** int(rng.integers(1, 7))))
 

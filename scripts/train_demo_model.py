@@ -2,7 +2,8 @@
 
 The demonstration needs a model that is small enough for any machine and yet really uses a context of 16k tokens:
 this one finds a line of a long record by its key and copies the line's value (LongEval's line retrieval, see
-demo_records.py).  It is a Llama of 2.5 million parameters, trained from nothing in less than two hours on two cores.
+iceformer.evaluate.line_retrieval). It is a Llama of 2.5 million parameters, trained from nothing in less than two hours
+on two cores.
 
 Plain training on records stays at chance for very long: the model copies any value it has seen.  Two auxiliary losses
 take it off that plateau within 250 steps, on a stream of (key, value) pairs:
@@ -41,7 +42,13 @@ from typing import cast
 
 import numpy as np
 import torch
-from demo_records import (
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, repeat_kv
+
+from iceformer.evaluate.line_retrieval import (
     ANSWER_PREFIX,
     CLOSING,
     INTRODUCTION,
@@ -51,11 +58,6 @@ from demo_records import (
     pseudo_words,
     words_of_text,
 )
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, repeat_kv
 
 log = logging.getLogger("train_demo_model")
 
