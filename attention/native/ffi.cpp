@@ -1,0 +1,236 @@
+// The XLA custom calls: check shapes, cut the work into tasks, run them on XLA's threads.
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace ffi = xla::ffi;
+
+namespace iceformer {
+namespace {
+
+// Memory that a thread keeps from call to call, because fresh pages cost more than the work on them.
+class Scratch {
+ public:
+  ~Scratch() { free(memory_); }
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      free(memory_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      memory_ = aligned_alloc(4096, size_);
+      if (!memory_) size_ = 0;
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+using Vector = ffi::Buffer<ffi::DataType::S32, 1>;
+using Bytes = ffi::Buffer<ffi::DataType::S8, 4>;
+using Floats = ffi::Buffer<ffi::DataType::F32, 3>;
+
+struct Operands {
+  ffi::AnyBuffer query, key, value;
+  Vector offset, lengths;
+};
+
+template <class Buffer>
+bool has_shape(Buffer buffer, std::vector<int64_t> shape) {
+  const auto found = buffer.dimensions();
+  return std::equal(found.begin(), found.end(), shape.begin(), shape.end());
+}
+
+// The call's arrays and sizes, or an error that names the array that does not fit.
+ffi::ErrorOr<Attention> describe(const Operands& in, ffi::AnyBuffer output, Floats lse) {
+  const auto query = in.query.dimensions(), key = in.key.dimensions(), value = in.value.dimensions();
+  const auto type = in.query.element_type();
+  if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("query: expected float32 or bfloat16"));
+  if (in.key.element_type() != type || in.value.element_type() != type || output.element_type() != type)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("key, value, output: expected the type of query"));
+  if (query.size() != 4 || key.size() != 4 || value.size() != 4)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("query, key, value: expected four axes"));
+  Attention call = {};
+  call.bfloat16 = type == ffi::DataType::BF16;
+  call.batch = query[0];
+  call.query_heads = query[1];
+  call.queries = query[2];
+  call.head_dim = query[3];
+  call.kv_heads = key[1];
+  call.keys = key[2];
+  call.value_dim = value[3];
+  const bool fits = has_shape(in.key, {call.batch, call.kv_heads, call.keys, call.head_dim}) &&
+                    has_shape(in.value, {call.batch, call.kv_heads, call.keys, call.value_dim}) &&
+                    has_shape(output, {call.batch, call.query_heads, call.queries, call.value_dim}) &&
+                    has_shape(lse, {call.batch, call.query_heads, call.queries}) &&
+                    has_shape(in.offset, {call.batch}) && has_shape(in.lengths, {call.batch});
+  if (!fits || call.kv_heads < 1 || call.query_heads % call.kv_heads || call.head_dim % 2)
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "expected query [batch, query_heads, queries, head_dim], key and value [batch, kv_heads, keys, width], an even "
+        "head_dim and query_heads a multiple of kv_heads"));
+  call.query = in.query.untyped_data();
+  call.key = in.key.untyped_data();
+  call.value = in.value.untyped_data();
+  call.output = output.untyped_data();
+  call.lse = lse.typed_data();
+  call.offset = in.offset.typed_data();
+  call.lengths = in.lengths.typed_data();
+  return call;
+}
+
+int64_t clip(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+
+// Query blocks of a row that hold a query before the row's length.
+int64_t valid_blocks(const Attention& call, int64_t row) {
+  const int64_t left = call.length(row) - call.offset[row];
+  return clip((left + call.query_block - 1) / call.query_block, 0, call.blocks());
+}
+
+// Writes what a block of padding has for output.
+void clear(const Attention& call, int64_t head, int64_t first_block) {
+  const int64_t start = first_block * call.query_block, width = call.value_dim * (call.bfloat16 ? 2 : 4);
+  if (start >= call.queries) return;
+  for (int64_t member = 0; member < call.group(); ++member) {
+    const int64_t first = (head * call.group() + member) * call.queries + start, count = call.queries - start;
+    memset(static_cast<char*>(call.output) + first * width, 0, count * width);
+    for (int64_t i = 0; i < count; ++i) call.lse[first + i] = kMasked;
+  }
+}
+
+ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* selection, const std::vector<Task>& tasks) {
+  const Kernels& chosen = kernels();
+  const size_t bytes = chosen.scratch_bytes(call, nullptr);
+  const size_t selected_bytes = selection ? chosen.scratch_bytes(call, selection) : 0;
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    void* memory = scratch.get(std::max(bytes, selected_bytes));
+    if (memory)
+      chosen.run(call, tasks[i], memory);
+    else
+      out_of_memory = true;
+  });
+  if (out_of_memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: out of memory");
+  return ffi::Error::Success();
+}
+
+ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector offset,
+                 Vector lengths, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
+                 int64_t query_block, bool causal, float scale, float softcap) {
+  auto described = describe({query, key, value, offset, lengths}, *output, *lse);
+  if (described.has_error()) return described.error();
+  Attention call = *described;
+  call.query_block = query_block;
+  call.causal = causal;
+  call.scale = scale;
+  call.softcap = softcap;
+  std::vector<Task> tasks;
+  for (int64_t head = 0; head < call.batch * call.kv_heads; ++head) {
+    // Without the causal mask queries may belong to another sequence than the keys, so all of them count.
+    const int64_t count = causal ? valid_blocks(call, head / call.kv_heads) : call.blocks();
+    // Later blocks see more keys: the longest tasks go first.
+    for (int64_t block = count - 1; block >= 0; --block) tasks.push_back({head, block, nullptr});
+    clear(call, head, count);
+  }
+  return run(pool, call, nullptr, tasks);
+}
+
+ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                     Bytes projected, Bytes ranking,
+                     Floats ranking_scale, Vector offset, Vector lengths,
+                     ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
+                     int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
+                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t exact_up_to,
+                     bool exact_last_block) {
+  auto described = describe({query, key, value, offset, lengths}, *output, *lse);
+  if (described.has_error()) return described.error();
+  Attention call = *described;
+  call.query_block = query_block;
+  call.causal = causal;
+  call.scale = scale;
+  call.softcap = softcap;
+  const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
+  const int64_t rank = projected.dimensions()[3], ranking_queries = ranking.dimensions()[2];
+  if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank % 4 ||
+      !has_shape(ranking, {heads, blocks, ranking_queries, rank}) ||
+      !has_shape(ranking_scale, {heads, blocks, ranking_queries}) || call.keys % key_block)
+    return ffi::Error::InvalidArgument(
+        "expected projected [batch, kv_heads, keys, rank], ranking [heads, blocks, ranking_queries, rank] and its scale, "
+        "rank a multiple of 4 and keys one of key_block");
+  const Selection selection = {projected.typed_data(), ranking.typed_data(), ranking_scale.typed_data(), rank,
+                               ranking_queries, budget, key_block, candidate_blocks, sink, local};
+  std::vector<Task> exact_tasks, tasks;
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t row = head / call.kv_heads, length = call.length(row), start = call.offset[row];
+    const int64_t count = valid_blocks(call, row);
+    const int64_t few_keys = causal ? clip((exact_up_to - start) / query_block, 0, count) : 0;
+    const int64_t first = length <= exact_up_to ? count : few_keys;
+    // A quotient below 0 may round either way: it is clipped.
+    const int64_t tail = length - query_block - start;
+    const int64_t last = exact_last_block ? clip(tail < 0 ? 0 : tail / query_block, 0, count) : count;
+    for (int64_t block = count - 1; block >= 0; --block) {
+      const bool selected = block >= first && block < last;
+      (selected ? tasks : exact_tasks).push_back({head, block, selected ? &selection : nullptr});
+    }
+    clear(call, head, count);
+  }
+  // Exact blocks over many keys take longest and go first.
+  exact_tasks.insert(exact_tasks.end(), tasks.begin(), tasks.end());
+  return run(pool, call, &selection, exact_tasks);
+}
+
+}  // namespace
+}  // namespace iceformer
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_exact, iceformer::exact,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<iceformer::Floats>()
+                                  .Attr<int64_t>("query_block")
+                                  .Attr<bool>("causal")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<iceformer::Bytes>()
+                                  .Arg<iceformer::Bytes>()
+                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<iceformer::Floats>()
+                                  .Attr<int64_t>("query_block")
+                                  .Attr<bool>("causal")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("budget")
+                                  .Attr<int64_t>("key_block")
+                                  .Attr<int64_t>("candidate_blocks")
+                                  .Attr<int64_t>("sink")
+                                  .Attr<int64_t>("local")
+                                  .Attr<int64_t>("exact_up_to")
+                                  .Attr<bool>("exact_last_block"));
+
+#pragma GCC visibility pop

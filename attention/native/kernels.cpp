@@ -1,0 +1,309 @@
+// The kernels of one instruction set: this file is compiled once for each, with ICEFORMER_ISA naming it and the
+// compiler's flags allowing its instructions.
+
+#include "softmax.h"
+
+namespace iceformer {
+namespace ICEFORMER_ISA {
+namespace {
+
+// The importance of what is always selected.
+constexpr float kForced = 3.4028234663852886e38f;
+
+ICEFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ICEFORMER_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+ICEFORMER_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Integer products of `R` keys with `V` vectors of queries; raises `best` to their largest.
+template <int R, int V>
+ICEFORMER_INLINE void raise_to_products(
+    Left keys, Lanes queries, int64_t depth, const int32_t* start, Ints (&best)[V]) {
+  Ints sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = load<Ints>(start + v * kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    Words lanes[V];
+    for (int v = 0; v < V; ++v) lanes[v] = load<Words>(queries.words + k * queries.stride + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const auto word = Int8Product::broadcast(keys.words + r * keys.row + k * keys.step);
+      for (int v = 0; v < V; ++v) sum[r][v] = Int8Product::add(sum[r][v], word, lanes[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) best[v] = larger(best[v], sum[r][v]);
+}
+
+#if ICEFORMER_LANES == 16
+constexpr int kProductRows = 8, kProductVectors = 2;
+#else
+constexpr int kProductRows = 4, kProductVectors = 2;
+#endif
+
+// Stage 1 of one query block: which key blocks its tokens are worth a second look.
+class Ranking {
+ public:
+  Ranking(const Attention& call, const Selection& selection, Arena& arena)
+      : call_(call),
+        selection_(selection),
+        depth_(selection.rank / 4),
+        lanes_(ceil_divide(selection.ranking_queries, kProductVectors * kLanes) * kProductVectors * kLanes) {
+    const int64_t blocks = ceil_divide(call.keys, selection.key_block);
+    query_ = arena.take<uint32_t>(depth_ * lanes_);
+    start_ = arena.take<int32_t>(lanes_);
+    scale_ = arena.take<float>(lanes_);
+    normaliser_ = arena.take<float>(lanes_);
+    flipped_ = arena.take<uint32_t>(depth_ * selection.key_block);
+    logits_ = arena.take<float>(blocks * lanes_);
+  }
+
+  // Writes the importance of the first `count` key blocks: the log of the largest estimated softmax weight that a query
+  // gives to one of its keys.
+  void run(const Task& task, int64_t count, float* importance) {
+    pack_queries(task);
+    const uint32_t* keys = reinterpret_cast<const uint32_t*>(selection_.projected) +
+                           task.head * call_.keys * depth_;
+    for (int64_t lane = 0; lane < lanes_; ++lane) normaliser_[lane] = kLowest;
+    for (int64_t block = 0; block < count; ++block) score(keys + block * selection_.key_block * depth_, block);
+    normalise(count);
+    for (int64_t block = 0; block < count; ++block) {
+      Floats best = fill(kMasked);
+      for (int64_t lane = 0; lane < lanes_; lane += kLanes)
+        best = larger(best, load<Floats>(logits_ + block * lanes_ + lane) - load<Floats>(normaliser_ + lane));
+      importance[block] = largest(best);
+    }
+  }
+
+ private:
+  void pack_queries(const Task& task) {
+    const int64_t index = task.head * call_.blocks() + task.block;
+    const int8_t* queries = selection_.ranking + index * selection_.ranking_queries * selection_.rank;
+    const float* scale = selection_.ranking_scale + index * selection_.ranking_queries;
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      const bool real = lane < selection_.ranking_queries;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < depth_; ++k) {
+        uint32_t word = 0;
+        if (real) memcpy(&word, queries + lane * selection_.rank + 4 * k, sizeof word);
+        for (int byte = 0; byte < 4; ++byte) sum += static_cast<int8_t>(word >> (8 * byte));
+        query_[k * lanes_ + lane] = word;
+      }
+      start_[lane] = Int8Product::kStart * sum;
+      scale_[lane] = real ? scale[lane] : 0.0f;
+    }
+  }
+
+  // The largest logit of each query in one key block.
+  void score(const uint32_t* keys, int64_t block) {
+    const int64_t size = selection_.key_block;
+    if (Int8Product::kFlip) {
+      for (int64_t i = 0; i < size * depth_; ++i) flipped_[i] = keys[i] ^ Int8Product::kFlip;
+      keys = flipped_;
+    }
+    for (int64_t lane = 0; lane < lanes_; lane += kProductVectors * kLanes) {
+      Ints best[kProductVectors];
+      for (auto& vector : best) vector = fill_ints(INT32_MIN);
+      const Lanes queries = {query_ + lane, lanes_};
+      int64_t key = 0;
+      for (; key + kProductRows <= size; key += kProductRows)
+        raise_to_products<kProductRows>({keys + key * depth_, depth_, 1}, queries, depth_, start_ + lane, best);
+      for (; key < size; ++key)
+        raise_to_products<1>({keys + key * depth_, depth_, 1}, queries, depth_, start_ + lane, best);
+      for (int v = 0; v < kProductVectors; ++v) {
+        const int64_t at = lane + v * kLanes;
+        const Floats logit = to_floats(best[v]) * load<Floats>(scale_ + at);
+        store(logits_ + block * lanes_ + at, logit);
+        store(normaliser_ + at, larger(load<Floats>(normaliser_ + at), logit));
+      }
+    }
+  }
+
+  // From each query's largest logit to its log-sum-exp; lanes without a query give weight to nothing.
+  void normalise(int64_t count) {
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+      const Floats peak = load<Floats>(normaliser_ + lane);
+      Floats sum = {};
+      for (int64_t block = 0; block < count; ++block)
+        sum += exponential(load<Floats>(logits_ + block * lanes_ + lane) - peak);
+      for (int64_t i = 0; i < kLanes; ++i)
+        normaliser_[lane + i] =
+            lane + i < selection_.ranking_queries ? peak[i] + __builtin_logf(sum[i]) : -kMasked;
+    }
+  }
+
+  const Attention& call_;
+  const Selection& selection_;
+  int64_t depth_, lanes_;
+  uint32_t *query_, *flipped_;
+  int32_t* start_;
+  float *scale_, *normaliser_, *logits_;
+};
+
+// Two-stage attention of one query block (attention/two_stage.py is the reference).
+template <class Format>
+class TwoStage {
+ public:
+  TwoStage(const Attention& call, const Selection& selection, Arena& arena)
+      : call_(call),
+        selection_(selection),
+        most_candidates_(smaller(selection.candidate_blocks, ceil_divide(call.keys, selection.key_block)) *
+                         selection.key_block),
+        block_(call, arena, larger_of(most_candidates_, kTileKeys)),
+        ranking_(call, selection, arena) {
+    const int64_t blocks = ceil_divide(call.keys, selection.key_block);
+    importance_ = arena.take<float>(larger_of(blocks, most_candidates_));
+    chosen_ = arena.take<int32_t>(larger_of(blocks, most_candidates_));
+    candidate_ = arena.take<int32_t>(most_candidates_);
+    buckets_ = arena.take<int32_t>(kSelectBuckets);
+    inverse_ = arena.take<float>(block_.lanes());
+  }
+
+  void run(const Task& task) {
+    block_.begin(task);
+    force();
+    const int64_t candidates = rank_blocks(task);
+    for (int64_t start = 0; start < candidates; start += kTileKeys)
+      block_.score(block_.keys(candidate_ + start, 0), smaller(kTileKeys, candidates - start),
+                   block_.logits() + start * block_.stride());
+    block_.exponentiate(block_.logits(), candidates, true);
+    const int64_t chosen = rank_tokens(candidates);
+    keep(chosen);
+    if (!enough_weight()) {
+      // What was selected weighs next to nothing beside what was not: the weights have lost their precision.
+      block_.restart();
+      block_.attend(candidate_, 0, chosen);
+    } else {
+      for (int64_t start = 0; start < chosen; start += kTileKeys)
+        block_.accumulate(block_.values(candidate_ + start, 0), smaller(kTileKeys, chosen - start),
+                          block_.logits() + start * block_.stride());
+    }
+    block_.finish();
+  }
+
+ private:
+  // What is always selected: positions [0, sink_end_) and [forced_start_, forced_end_).
+  void force() {
+    const int64_t size = selection_.key_block;
+    sink_end_ = ceil_divide(selection_.sink, size) * size;
+    forced_start_ = larger_of(block_.first() - selection_.local, 0) / size * size;
+    forced_end_ = call_.causal ? block_.end() : smaller(block_.last() + 1 + selection_.local, block_.length());
+  }
+
+  bool forced(int64_t position) const {
+    return position < sink_end_ || (position >= forced_start_ && position < forced_end_);
+  }
+
+  // Stage 1: fills candidate_ with the tokens of the best key blocks and gives their number.
+  int64_t rank_blocks(const Task& task) {
+    const int64_t size = selection_.key_block, end = block_.end();
+    const int64_t visible = ceil_divide(end, size);
+    const int64_t count = smaller(selection_.candidate_blocks, visible);
+    if (count < visible) {
+      // Only blocks that every query sees whole are ranked; one at the edge of what is visible is forced.
+      const int64_t ranked = (call_.causal ? forced_start_ : block_.length()) / size;
+      ranking_.run(task, ranked, importance_);
+      for (int64_t block = 0; block < visible; ++block)
+        if (block >= ranked || forced(block * size)) importance_[block] = kForced;
+      select_largest(importance_, visible, count, chosen_, buckets_);
+    } else {
+      for (int64_t block = 0; block < count; ++block) chosen_[block] = static_cast<int32_t>(block);
+    }
+    int64_t candidates = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t start = chosen_[i] * size;
+      for (int64_t position = start; position < smaller(start + size, end); ++position)
+        candidate_[candidates++] = static_cast<int32_t>(position);
+    }
+    return candidates;
+  }
+
+  // Stage 2: fills chosen_ with the indices of the candidates of the largest exact weight and gives their number.
+  int64_t rank_tokens(int64_t candidates) {
+    const int64_t count = smaller(selection_.budget, candidates);
+    if (count == candidates) {
+      for (int64_t i = 0; i < count; ++i) chosen_[i] = static_cast<int32_t>(i);
+      return count;
+    }
+    for (int64_t lane = 0; lane < block_.lanes(); ++lane)
+      inverse_[lane] = lane < block_.rows() && block_.weights()[lane] > 0 ? 1.0f / block_.weights()[lane] : 0.0f;
+    for (int64_t i = 0; i < candidates; ++i) {
+      if (forced(candidate_[i])) {
+        importance_[i] = kForced;
+        continue;
+      }
+      Floats best = {};
+      for (int64_t lane = 0; lane < block_.lanes(); lane += kLanes)
+        best = larger(best, load<Floats>(block_.logits() + i * block_.stride() + lane) * load<Floats>(inverse_ + lane));
+      importance_[i] = largest(best);
+    }
+    select_largest(importance_, candidates, count, chosen_, buckets_);
+    return count;
+  }
+
+  // Moves the weights and positions of what was chosen together, and sums each lane's weight anew.
+  void keep(int64_t count) {
+    const int64_t lanes = block_.lanes(), stride = block_.stride();
+    float *weights = block_.logits(), *sum = block_.weights();
+    for (int64_t lane = 0; lane < lanes; ++lane) sum[lane] = 0.0f;
+    for (int64_t i = 0; i < count; ++i) {
+      candidate_[i] = candidate_[chosen_[i]];
+      const float* from = weights + chosen_[i] * stride;
+      float* to = weights + i * stride;
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        const Floats weight = load<Floats>(from + lane);
+        store(to + lane, weight);
+        store(sum + lane, load<Floats>(sum + lane) + weight);
+      }
+    }
+  }
+
+  bool enough_weight() {
+    for (int64_t lane = 0; lane < block_.rows(); ++lane)
+      if (block_.weights()[lane] < 1e-20f) return false;
+    return true;
+  }
+
+  const Attention& call_;
+  const Selection& selection_;
+  int64_t most_candidates_;
+  QueryBlock<Format> block_;
+  Ranking ranking_;
+  int64_t sink_end_ = 0, forced_start_ = 0, forced_end_ = 0;
+  float *importance_, *inverse_;
+  int32_t *chosen_, *candidate_, *buckets_;
+};
+
+template <class Format>
+size_t scratch_bytes_of(const Attention& call, const Selection* selection) {
+  Arena arena(nullptr);
+  if (selection)
+    TwoStage<Format>(call, *selection, arena);
+  else
+    QueryBlock<Format>(call, arena, kTileKeys);
+  return arena.used();
+}
+
+template <class Format>
+void run_task(const Attention& call, const Task& task, void* scratch) {
+  Arena arena(scratch);
+  if (task.selection) return TwoStage<Format>(call, *task.selection, arena).run(task);
+  QueryBlock<Format> block(call, arena, kTileKeys);
+  block.begin(task);
+  block.attend(nullptr, 0, block.end());
+  block.finish();
+}
+
+size_t scratch_bytes(const Attention& call, const Selection* selection) {
+  return call.bfloat16 ? scratch_bytes_of<Bfloat16>(call, selection) : scratch_bytes_of<Float32>(call, selection);
+}
+
+void run(const Attention& call, const Task& task, void* scratch) {
+  return call.bfloat16 ? run_task<Bfloat16>(call, task, scratch) : run_task<Float32>(call, task, scratch);
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {scratch_bytes, run};
+
+}  // namespace ICEFORMER_ISA
+}  // namespace iceformer

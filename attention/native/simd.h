@@ -1,0 +1,92 @@
+// Vectors of kLanes floats or 32-bit words, by the compilers' vector extensions: one source for every instruction set.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define ICEFORMER_LANES 16
+#elif defined(__AVX2__)
+#define ICEFORMER_LANES 8
+#else
+#define ICEFORMER_LANES 4
+#endif
+
+#define ICEFORMER_INLINE inline __attribute__((always_inline))
+
+namespace iceformer {
+namespace ICEFORMER_ISA {
+
+constexpr int64_t kLanes = ICEFORMER_LANES;
+
+typedef float Floats __attribute__((vector_size(4 * ICEFORMER_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * ICEFORMER_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * ICEFORMER_LANES)));
+
+template <class Vector, class Scalar>
+ICEFORMER_INLINE Vector load(const Scalar* from) {
+  Vector vector;
+  memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class Vector, class Scalar>
+ICEFORMER_INLINE void store(Scalar* to, Vector vector) {
+  memcpy(to, &vector, sizeof vector);
+}
+
+ICEFORMER_INLINE Floats fill(float value) { return value - Floats{}; }
+ICEFORMER_INLINE Ints fill_ints(int32_t value) { return value - Ints{}; }
+
+template <class Vector>
+ICEFORMER_INLINE Vector larger(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+
+ICEFORMER_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
+
+// The largest of a vector's floats.
+template <int kCount, class Vector>
+ICEFORMER_INLINE float largest_of(Vector values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    typedef float Half __attribute__((vector_size(kCount == 2 ? 4 : 2 * kCount)));
+    Half low, high;
+    memcpy(&low, &values, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
+    return largest_of<kCount / 2>(low > high ? low : high);
+  }
+}
+ICEFORMER_INLINE float largest(Floats values) { return largest_of<ICEFORMER_LANES>(values); }
+
+// e^x to within 2 units in the last place for x <= 88, 0 below -87. Range reduction by log 2 in two parts, then a
+// polynomial of degree 6 (Cephes' coefficients), then the power of two put into the exponent.
+ICEFORMER_INLINE Floats exponential(Floats x) {
+  const Floats clamped = larger(x, fill(-87.0f));
+  const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
+  const Floats whole = shifted - 12582912.0f;
+  const Floats rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * (rest * rest) + rest + 1.0f;
+  const Words power = (Words)shifted << 23;
+  const Floats result = (Floats)((Words)sum + power);
+  return x < fill(-87.0f) ? Floats{} : result;
+}
+
+// tanh(x) = 1 - 2 / (e^2x + 1).
+ICEFORMER_INLINE Floats hyperbolic_tangent(Floats x) {
+  const Floats bounded = larger(x < fill(15.0f) ? x : fill(15.0f), fill(-15.0f));
+  return 1.0f - 2.0f / (exponential(bounded * 2.0f) + 1.0f);
+}
+
+}  // namespace ICEFORMER_ISA
+}  // namespace iceformer

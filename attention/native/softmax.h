@@ -1,0 +1,220 @@
+// One query block in the making: its packed queries, and an online softmax over tiles of keys (FlashAttention's
+// recurrence). Every array has the block's queries in its lanes.
+#pragma once
+
+#include "pack.h"
+#include "problem.h"
+
+namespace iceformer {
+namespace ICEFORMER_ISA {
+
+// Keys of one step: with 128 queries, keys, values and logits of a step stay near the core.
+constexpr int64_t kTileKeys = 128;
+// Where the running maximum begins: below every logit that is visible, above kMasked.
+constexpr float kLowest = -1e30f;
+
+// Hands out aligned pieces of one scratch buffer; with no buffer it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+template <class Format>
+class QueryBlock {
+ public:
+  using Element = typename Format::Element;
+
+  // `logit_rows`: keys whose logits the caller wants to hold at once.
+  QueryBlock(const Attention& call, Arena& arena, int64_t logit_rows)
+      : call_(call),
+        rows_(call.rows()),
+        lanes_((rows_ + kLanes - 1) / kLanes * kLanes),
+        // Rows of a power of two apart would share the same few sets of the cache.
+        stride_(lanes_ + (lanes_ / kLanes % 2 == 0 ? kLanes : 0)) {
+    const int64_t depth = (call.head_dim + Format::kPerWord - 1) / Format::kPerWord;
+    const int64_t widest = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
+    query_ = arena.take<uint32_t>(depth * lanes_);
+    packed_ = arena.take<uint32_t>(kTileKeys * widest);
+    logits_ = arena.take<float>(logit_rows * stride_);
+    total_ = arena.take<float>(call.value_dim * stride_);
+    largest_ = arena.take<float>(lanes_);
+    weight_ = arena.take<float>(lanes_);
+    decay_ = arena.take<float>(lanes_);
+    position_ = arena.take<int32_t>(lanes_);
+  }
+
+  // Starts a block: packs its queries and forgets what was attended to.
+  void begin(const Task& task) {
+    head_ = task.head;
+    block_ = task.block;
+    const int64_t row = head_ / call_.kv_heads;
+    first_ = call_.offset[row] + block_ * call_.query_block;
+    for (int64_t lane = 0; lane < lanes_; ++lane)
+      position_[lane] = lane < rows_ ? static_cast<int32_t>(first_ + lane % call_.query_block) : -1;
+    pack_queries();
+    restart();
+  }
+
+  void restart() {
+    memset(total_, 0, sizeof(float) * call_.value_dim * stride_);
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      largest_[lane] = kLowest;
+      weight_[lane] = 0.0f;
+    }
+  }
+
+  int64_t lanes() const { return lanes_; }
+  int64_t rows() const { return rows_; }
+  int64_t stride() const { return stride_; }
+  int64_t first() const { return first_; }
+  int64_t last() const { return first_ + call_.query_block - 1; }
+  int64_t length() const { return call_.length(head_ / call_.kv_heads); }
+  // The first key that no query of the block sees.
+  int64_t end() const { return call_.causal && last() + 1 < length() ? last() + 1 : length(); }
+  float* logits() { return logits_; }
+  const float* largest_logits() const { return largest_; }
+  float* weights() { return weight_; }
+
+  Rows<Element> keys(const int32_t* positions, int64_t first) const {
+    return {static_cast<const Element*>(call_.key) + head_ * call_.keys * call_.head_dim, call_.head_dim, first,
+            positions};
+  }
+  Rows<Element> values(const int32_t* positions, int64_t first) const {
+    return {static_cast<const Element*>(call_.value) + head_ * call_.keys * call_.value_dim, call_.value_dim, first,
+            positions};
+  }
+
+  // Logits of up to kTileKeys keys into rows of `logits`, scaled, capped and masked; raises the largest of each lane.
+  void score(Rows<Element> keys, int64_t count, float* logits) {
+    const int64_t depth = call_.head_dim / Format::kPerWord;
+    multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
+                                       logits, stride_, false);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = keys.position(i);
+      const bool masked = call_.causal && position > first_;
+      for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+        float* at = logits + i * stride_ + lane;
+        Floats logit = load<Floats>(at) * call_.scale;
+        if (call_.softcap > 0) logit = call_.softcap * hyperbolic_tangent(logit * (1.0f / call_.softcap));
+        if (masked) {
+          const Ints visible = load<Ints>(position_ + lane) >= fill_ints(static_cast<int32_t>(position));
+          logit = visible ? logit : fill(kMasked);
+        }
+        store(at, logit);
+        store(largest_ + lane, larger(load<Floats>(largest_ + lane), logit));
+      }
+    }
+  }
+
+  // Logits to softmax weights relative to the largest; adds them to each lane's weight if `add`.
+  void exponentiate(float* logits, int64_t count, bool add) {
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+      const Floats largest = load<Floats>(largest_ + lane);
+      Floats sum = {};
+      for (int64_t i = 0; i < count; ++i) {
+        float* at = logits + i * stride_ + lane;
+        const Floats weight = exponential(load<Floats>(at) - largest);
+        store(at, weight);
+        sum += weight;
+      }
+      if (add) store(weight_ + lane, load<Floats>(weight_ + lane) + sum);
+    }
+  }
+
+  // Adds values times weights; the weights are used up.
+  void accumulate(Rows<Element> values, int64_t count, float* weights) {
+    const Left left = Format::values(values, count, packed_);
+    const Lanes right = Format::weights(weights, count, lanes_, stride_);
+    const int64_t depth = (count + Format::kPerWord - 1) / Format::kPerWord;
+    multiply<typename Format::Product>(call_.value_dim, lanes_, left, right, depth, total_, stride_, true);
+  }
+
+  // Exact attention to `count` keys, consecutive ones from `first` on or those at `positions`.
+  void attend(const int32_t* positions, int64_t first, int64_t count) {
+    for (int64_t start = 0; start < count; start += kTileKeys) {
+      const int64_t size = count - start < kTileKeys ? count - start : kTileKeys;
+      const int32_t* at = positions ? positions + start : nullptr;
+      memcpy(decay_, largest_, sizeof(float) * lanes_);
+      score(keys(at, first + start), size, logits_);
+      scale_total();
+      exponentiate(logits_, size, true);
+      accumulate(values(at, first + start), size, logits_);
+    }
+  }
+
+  // Writes output and log-sum-exp of the block's queries; zeros and kMasked where nothing was visible.
+  void finish() {
+    const int64_t row = head_ / call_.kv_heads, kv_head = head_ % call_.kv_heads;
+    const int64_t block_start = block_ * call_.query_block;
+    Element* output = static_cast<Element*>(call_.output);
+    for (int64_t lane = 0; lane < rows_; ++lane) {
+      const int64_t query = block_start + lane % call_.query_block;
+      if (query >= call_.queries) continue;
+      const int64_t query_head = kv_head * call_.group() + lane / call_.query_block;
+      const int64_t index = (row * call_.query_heads + query_head) * call_.queries + query;
+      const bool some = weight_[lane] > 0.0f;
+      const float factor = some ? 1.0f / weight_[lane] : 0.0f;
+      for (int64_t d = 0; d < call_.value_dim; ++d)
+        Format::store_output(output + index * call_.value_dim + d, total_[d * stride_ + lane] * factor);
+      call_.lse[index] = some ? largest_[lane] + __builtin_logf(weight_[lane]) : kMasked;
+    }
+  }
+
+ private:
+  void pack_queries() {
+    const int64_t row = head_ / call_.kv_heads, kv_head = head_ % call_.kv_heads;
+    const int64_t depth = call_.head_dim / Format::kPerWord;
+    const Element* query = static_cast<const Element*>(call_.query);
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      const int64_t index = block_ * call_.query_block + lane % call_.query_block;
+      const int64_t query_head = kv_head * call_.group() + lane / call_.query_block;
+      if (lane >= rows_ || index >= call_.queries) {
+        for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = 0;
+        continue;
+      }
+      const Element* from =
+          query + ((row * call_.query_heads + query_head) * call_.queries + index) * call_.head_dim;
+      for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = Format::word(from + k * Format::kPerWord);
+    }
+  }
+
+  // Brings what was summed under an earlier largest logit, kept in decay_, to the present one.
+  void scale_total() {
+    bool changed = false;
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+      const Floats before = load<Floats>(decay_ + lane), now = load<Floats>(largest_ + lane);
+      const Floats decay = exponential(before - now);
+      store(decay_ + lane, decay);
+      store(weight_ + lane, load<Floats>(weight_ + lane) * decay);
+      for (int64_t i = 0; i < kLanes; ++i) changed |= decay[i] != 1.0f;
+    }
+    if (!changed) return;
+    for (int64_t d = 0; d < call_.value_dim; ++d)
+      for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+        float* at = total_ + d * stride_ + lane;
+        store(at, load<Floats>(at) * load<Floats>(decay_ + lane));
+      }
+  }
+
+  const Attention& call_;
+  int64_t rows_, lanes_, stride_;
+  int64_t head_ = 0, block_ = 0, first_ = 0;
+  uint32_t *query_, *packed_;
+  float *logits_, *total_, *largest_, *weight_, *decay_;
+  int32_t* position_;
+};
+
+}  // namespace ICEFORMER_ISA
+}  // namespace iceformer

@@ -1,0 +1,98 @@
+"""The native kernels: a shared library of XLA custom calls for attention, found, registered, chosen.
+
+The library is built when the package is installed (setup.py) from attention/native. Where it is missing, or switched
+off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_ISA names the instruction
+set that the library uses, among those that the processor has; by default it takes the best.
+
+Imports only jax, so that a session can register the kernels before it loads machine code that calls them.
+"""
+
+import ctypes
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import jax
+
+EXACT, TWO_STAGE = "iceformer_exact", "iceformer_two_stage"
+TARGETS = frozenset({EXACT, TWO_STAGE})
+"""Names of the custom calls."""
+
+_LIBRARY = Path(__file__).parent / "attention" / "native" / "libiceformer.so"
+_allowed: ContextVar[bool] = ContextVar("iceformer_kernels", default=True)
+
+
+class KernelsMissingWarning(UserWarning):
+    """The native kernels are not built, so that attention runs in pure XLA."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library with its custom calls registered, or None where there is none."""
+    if os.environ.get("ICEFORMER_KERNELS", "1") == "0":
+        return None
+    if not _LIBRARY.exists():
+        warnings.warn(
+            "iceformer was installed without its native kernels (no C++ compiler?): attention runs in pure XLA, which "
+            "is slower; install a C++ compiler and then iceformer again",
+            KernelsMissingWarning,
+            stacklevel=4,
+        )
+        return None
+    library = ctypes.CDLL(str(_LIBRARY))
+    for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.iceformer_choose_instruction_set.restype = ctypes.c_bool
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    if name := os.environ.get("ICEFORMER_ISA"):
+        _choose(library, name)
+    return library
+
+
+def _choose(library: ctypes.CDLL, name: str) -> None:
+    if not library.iceformer_choose_instruction_set(name.encode()):
+        raise ValueError(
+            f"ICEFORMER_ISA is {name!r}, but this build and this processor have: "
+            + library.iceformer_instruction_sets().decode().replace(" ", ", ")
+        )
+
+
+def register() -> bool:
+    """Makes the custom calls known to XLA, once; False where the library is not there or switched off.
+
+    Raises:
+        ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks.
+    """
+    return _library() is not None
+
+
+def version() -> str | None:
+    """The library's version, which changes with its sources; None where it is not there or switched off."""
+    library = _library()
+    return library.iceformer_version().decode() if library else None
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the kernels use here, e.g. "avx2"; None without the library."""
+    library = _library()
+    return library.iceformer_instruction_set().decode() if library else None
+
+
+def enabled() -> bool:
+    """Whether attention that is traced now calls the kernels."""
+    return _allowed.get() and register()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Attention that is traced inside is pure XLA. What was traced before stays in jit's caches as it is."""
+    token = _allowed.set(False)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)

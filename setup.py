@@ -1,0 +1,80 @@
+"""Builds the native kernels where a C++ compiler is present; everything else stands in pyproject.toml.
+
+attention/native/kernels.cpp is compiled once for each instruction set, with its flags; the library chooses among them
+at run time. Without a compiler, or with ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and
+runs in pure XLA.
+"""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jaxlib
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+NATIVE = Path("attention", "native")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", *os.environ.get("ICEFORMER_CXXFLAGS", "").split()]
+
+
+def sources_version() -> str:
+    """A version that changes with every change of the sources and of how they are built."""
+    digest = hashlib.sha256()
+    for file in sorted([*NATIVE.glob("*.cpp"), *NATIVE.glob("*.h"), Path("setup.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class BuildKernels(build_ext):
+    """Compiles each source with the flags of its instruction set; a failure leaves the library out."""
+
+    def run(self) -> None:
+        if os.environ.get("ICEFORMER_BUILD_KERNELS", "1") == "0":
+            return
+        try:
+            super().run()
+        except (CCompilerError, ExecError, PlatformError) as error:
+            self.warn(f"the native kernels are left out, attention will run in pure XLA: {error}")
+
+    def build_extension(self, extension: Extension) -> None:
+        on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        macros: list[tuple[str, str | None]] = [("ICEFORMER_VERSION", f'"{sources_version()}"')]
+        macros += [("ICEFORMER_X86", None)] if on_x86 else []
+        include = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
+        output = Path(self.build_temp)
+        objects = self.compiler.compile(
+            [str(NATIVE / name) for name in ("ffi.cpp", "dispatch.cpp", "select.cpp")],
+            output_dir=str(output),
+            macros=macros,
+            extra_postargs=[*FLAGS, *include],
+        )
+        for name, flags in INSTRUCTION_SETS.items():
+            if on_x86 or not flags:
+                objects += self.compiler.compile(
+                    [str(NATIVE / "kernels.cpp")],
+                    output_dir=str(output / name),
+                    macros=[*macros, ("ICEFORMER_ISA", name)],
+                    extra_postargs=[*FLAGS, *flags],
+                )
+        target = self.get_ext_fullpath(extension.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, target_lang="c++")
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # Loaded by ctypes, not imported: the name carries no Python version.
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+setup(
+    ext_modules=[Extension("iceformer.attention.native.libiceformer", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
+)
