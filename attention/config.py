@@ -116,7 +116,7 @@ class Auto:
     def __post_init__(self) -> None:
         if self.two_stage.crossover:
             raise ValueError(
-                f"crossover is {self.two_stage.crossover}, but Auto measures it: leave it out, or give the TwoStage alone"
+                f"crossover is {self.two_stage.crossover}, but Auto measures it: leave it out, or ask for the TwoStage"
             )
 
 
