@@ -22,6 +22,7 @@ from rich.markup import escape
 from . import __version__
 
 if TYPE_CHECKING:
+    from .attention.config import AttentionConfig, Auto
     from .deploy.session import Progress, Session
 
 app = typer.Typer(
@@ -36,7 +37,8 @@ stdout, stderr = Console(), Console(stderr=True)
 class AttentionKind(StrEnum):
     """Attention of prompts and scoring."""
 
-    TWO_STAGE = "two-stage"
+    AUTO = "auto"
+    TWO_STAGE = "two_stage"
     DENSE = "dense"
 
 
@@ -102,8 +104,12 @@ def compile(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder to write; must not exist.")],
     buckets: Annotated[str, typer.Option(help="Sequence capacities in tokens, rising, with commas.")] = "4096,16384",
     attention: Annotated[
-        AttentionKind, typer.Option(help="Attention of prompts and scoring; new tokens always attend exactly.")
-    ] = AttentionKind.TWO_STAGE,
+        AttentionKind,
+        typer.Option(
+            help="Attention of prompts and scoring; auto measures here from which length on two-stage is faster, and "
+            "gives each bucket the faster one. New tokens always attend exactly."
+        ),
+    ] = AttentionKind.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,
     batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
     chunk: Annotated[int, typer.Option(help="Tokens of a prompt that one call takes; divides every bucket.")] = 2048,
@@ -135,7 +141,6 @@ def compile(
     ] = None,
 ) -> None:
     """Compile a checkpoint ahead of time, for this kind of CPU, into an artifact."""
-    from . import Dense, TwoStage
     from . import compile as compile_checkpoint
     from .attention.methods import make_method
 
@@ -153,13 +158,11 @@ def compile(
         "compensation": compensation.value if compensation else None,
     }
     two_stage: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if attention is AttentionKind.DENSE and two_stage:
-        raise ValueError(f"--{min(two_stage).replace('_', '-')} belongs to --attention two-stage, not to dense")
     path = compile_checkpoint(
         checkpoint,
         artifact,
         buckets=_integers(buckets, "--buckets"),
-        attention=Dense() if attention is AttentionKind.DENSE else TwoStage(**two_stage),
+        attention=_attention(attention, two_stage),
         dtype=dtype.value,
         batch=batch,
         chunk=chunk,
@@ -237,14 +240,15 @@ def score(
 def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Check an artifact's files and show what it holds."""
     from .deploy.artifact import open_artifact
-    from .deploy.tables import code_table, file_table, summary_table
+    from .deploy.tables import attention_tables, code_table, file_table, summary_table
 
     opened = open_artifact(artifact)
     if as_json:
         typer.echo(json.dumps({**asdict(opened.manifest), "tier": opened.tier, "differences": opened.differences}))
         return
-    for table in (summary_table, code_table, file_table):
-        stdout.print(table(opened.manifest))
+    info = opened.manifest
+    for table in (summary_table(info), *attention_tables(info), code_table(info), file_table(info)):
+        stdout.print(table)
     if opened.differences:
         stdout.print(f"[yellow]Here its StableHLO would be compiled first: {escape('; '.join(opened.differences))}.")
     else:
@@ -320,6 +324,20 @@ def _integers(text: str, what: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
         raise ValueError(f"{what} is {text[:40]!r}, expected integers with commas or blanks between them") from None
+
+
+def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "AttentionConfig | Auto":
+    """What `compile` takes as attention, `two_stage` being the options that were given."""
+    from . import Auto, Dense, TwoStage
+
+    if kind is AttentionKind.DENSE:
+        if two_stage:
+            raise ValueError(
+                f"--{min(two_stage).replace('_', '-')} is for --attention auto or two_stage, not for dense"
+            )
+        return Dense()
+    asked = TwoStage(**two_stage)
+    return Auto(asked) if kind is AttentionKind.AUTO else asked
 
 
 def _method_options(assignments: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from .config import AttentionConfig, Dense, TwoStage, attention_to_dict, method_of
+from .config import AttentionConfig, Auto, Dense, TwoStage, attention_to_dict, method_of
 from .exact import exact_attention
 from .methods import METHODS, LowRank, MeanPool, Method, make_method
 from .two_stage import two_stage_attention
@@ -10,6 +10,7 @@ from .two_stage import two_stage_attention
 __all__ = [
     "METHODS",
     "AttentionConfig",
+    "Auto",
     "Dense",
     "LowRank",
     "MeanPool",
@@ -40,9 +41,9 @@ def attend(
     """The attention that a configuration asks for; arguments as in `exact_attention`.
 
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to. A
-    budget that covers every key is exact attention, and is computed as such.
+    budget or a crossover that covers every key is exact attention, and is computed as such.
     """
-    if isinstance(config, TwoStage) and config.budget < key.shape[2]:
+    if isinstance(config, TwoStage) and config.exact_keys < key.shape[2]:
         return two_stage_attention(
             config,
             query,

@@ -1,10 +1,11 @@
-"""What a model's attention should be: `Dense` (exact) or `TwoStage` (selected), as frozen, checked dataclasses.
+"""What a model's attention should be: `Dense` (exact) or `TwoStage` (selected), as frozen, checked dataclasses; and
+`Auto`, which lets compiling choose.
 
 They are plain values: hashable, so that jit can take them as static, and they have a JSON form for an artifact's
 manifest.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .methods import Method, make_method, method_to_dict
@@ -46,6 +47,8 @@ class TwoStage:
         exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question
             stands.
         compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
+        crossover: query blocks that see no more than this many keys, in tokens, attend exactly, because that is faster
+            there. Where it is below the budget, the budget takes its place.
     """
 
     method: Method | str = "low_rank"
@@ -57,6 +60,7 @@ class TwoStage:
     local: int = -1
     exact_last_block: bool = True
     compensation: str = "none"
+    crossover: int = 0
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -75,6 +79,8 @@ class TwoStage:
             raise ValueError(f"sink is {self.sink} and local is {self.local}, expected numbers of tokens >= 0")
         if self.compensation not in ("none", "block_mean"):
             raise ValueError(f"compensation is {self.compensation!r}, expected 'none' or 'block_mean'")
+        if self.crossover < 0:
+            raise ValueError(f"crossover is {self.crossover}, expected a number of keys >= 0")
         # What is forced is rounded to whole key blocks at the sink and at both ends of the neighbourhood.
         forced = self.sink + 2 * self.local + self.query_block + 3 * self.key_block
         if self.budget < forced:
@@ -83,6 +89,11 @@ class TwoStage:
                 "raise budget, or lower query_block, local, sink or key_block"
             )
 
+    @property
+    def exact_keys(self) -> int:
+        """Keys, in tokens, up to which a query block attends to all that it sees."""
+        return max(self.budget, self.crossover)
+
 
 def _default_query_block(budget: int) -> int:
     """The largest power of two up to an eighth of the budget, from 8 to 128."""
@@ -90,6 +101,23 @@ def _default_query_block(budget: int) -> int:
 
 
 AttentionConfig = Dense | TwoStage
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Exact or two-stage attention for each bucket, whichever `compile` measures to be faster on its machine.
+
+    Attributes:
+        two_stage: what two-stage attention is to be; its crossover is what is measured, so it must not have one.
+    """
+
+    two_stage: TwoStage = field(default_factory=TwoStage)
+
+    def __post_init__(self) -> None:
+        if self.two_stage.crossover:
+            raise ValueError(
+                f"crossover is {self.two_stage.crossover}, but Auto measures it: leave it out, or ask for the TwoStage"
+            )
 
 
 def method_of(config: TwoStage) -> Method:

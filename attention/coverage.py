@@ -11,7 +11,7 @@ def keys_attended(config: AttentionConfig, length: int) -> float:
         length: tokens of the prompt.
     """
     visible = length * (length + 1) // 2
-    if not isinstance(config, TwoStage) or length <= config.budget:
+    if not isinstance(config, TwoStage) or length <= config.exact_keys:
         return 1.0
     size = config.query_block
     attended = 0
@@ -21,5 +21,5 @@ def keys_attended(config: AttentionConfig, length: int) -> float:
         for position in range(start, end):
             # A selection counts the whole query block, of which a query sees what stands before it.
             selected = min(config.budget, end) - (end - 1 - position)
-            attended += position + 1 if last_block or start + size <= config.budget else selected
+            attended += position + 1 if last_block or start + size <= config.exact_keys else selected
     return attended / visible

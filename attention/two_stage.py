@@ -1,6 +1,7 @@
 """Two-stage top-k attention: rank key blocks, rank the tokens of the best exactly, gather, exact softmax.
 
-Query blocks that see no more keys than the budget, and the last block of a prompt, are attended exactly.
+Query blocks that see no more keys than the budget or the crossover, and the last block of a prompt, are attended
+exactly.
 """
 
 import math
@@ -113,12 +114,12 @@ def selected_blocks(
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The query blocks [first, last) among the `count` of a call that attend to a selection; the others attend exactly.
 
-    Blocks before `first` see no more keys than the budget. Blocks from `last` on hold one of the last `query_block`
+    Blocks before `first` see no more than `config.exact_keys`. Blocks from `last` on hold one of the last `query_block`
     tokens of the row.
     """
     size = config.query_block
-    few_keys = jnp.clip((config.budget - offset) // size, 0, count) if causal else 0
-    first = jnp.where(length <= config.budget, count, few_keys)
+    few_keys = jnp.clip((config.exact_keys - offset) // size, 0, count) if causal else 0
+    first = jnp.where(length <= config.exact_keys, count, few_keys)
     last = jnp.clip((length - size - offset) // size, 0, count) if config.exact_last_block else count
     return first, jnp.maximum(first, last)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .. import kernels
 from .cpu import cpu_features, cpu_model, machine
 from .manifest import ArtifactError, Environment, FileInfo, Manifest, parse_manifest
 
@@ -88,6 +89,7 @@ def host_environment() -> Environment:
         cpu_model=cpu_model(),
         cpu_features=tuple(sorted(cpu_features())),
         xla_flags=tuple(flag for flag in flags if not flag.startswith(_FLAGS_WITHOUT_EFFECT)),
+        kernels=kernels.version() or "",
     )
 
 
@@ -109,6 +111,9 @@ def differences(compiled: Environment, host: Environment) -> list[str]:
     missing = sorted(set(compiled.cpu_features) - set(host.cpu_features))
     if missing and compiled.machine == host.machine:
         found.append(f"needs the CPU features {' '.join(missing)}, which this CPU lacks")
+    if compiled.kernels and compiled.kernels != host.kernels:
+        here = f"here is {host.kernels}" if host.kernels else "which are not built here"
+        found.append(f"compiled with kernels {compiled.kernels}, {here}")
     return found
 
 

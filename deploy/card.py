@@ -1,8 +1,10 @@
 """README.md of an artifact: a card that tells people what the folder is and how to use it."""
 
+from collections.abc import Sequence
+
 from .artifact import TOKENIZER
 from .manifest import Manifest
-from .tables import MEGABYTE, describe
+from .tables import CROSSOVER_COLUMNS, MEGABYTE, crossover_rows, describe
 
 
 def card_text(manifest: Manifest, name: str) -> str:
@@ -20,13 +22,17 @@ by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{ma
 
 **This folder holds machine code. Load it only if you trust the person you have it from.**
 
-- Attention for prompts and scoring: {describe(manifest.attention)}.{fitted} New tokens attend exactly.
+- Attention for prompts and scoring: see below.{fitted} New tokens attend exactly.
 - Compiled for {environment.machine} with {", ".join(environment.cpu_features) or "unknown CPU features"}
   ({environment.cpu_model}), jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}.
   Elsewhere the StableHLO in `portable/` is compiled on first use.
 - Weights: {manifest.weights.file.size / MEGABYTE:.1f} MB, shared by all buckets. Rows per call: {manifest.batch}.
 
 {_bucket_table(manifest)}
+
+## Attention
+
+{_attention_text(manifest)}
 
 ## Use
 
@@ -45,6 +51,21 @@ iceformer generate {name} {prompt if has_tokenizer else '"1 2 3"'} --max-new-tok
 
 `manifest.json` describes every file; loading refuses a file whose sha256 differs.
 """
+
+
+def _attention_text(manifest: Manifest) -> str:
+    text = _markdown_table(
+        ("bucket (tokens)", "attention", "why"),
+        [(str(bucket.capacity), describe(bucket.attention), bucket.attention_reason) for bucket in manifest.buckets],
+    )
+    if not manifest.crossover:
+        return text
+    measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
+    return f"{text}\n\nMeasured when this was compiled, one chunk of a prompt, some heads of one layer:\n\n{measured}"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
 def _bucket_table(manifest: Manifest) -> str:

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import __version__
-from ..attention.config import AttentionConfig, TwoStage, attention_to_dict, method_of
+from .. import __version__, kernels
+from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
@@ -27,12 +27,14 @@ from . import artifact as layout
 from .calibration import calibrate, calibration_ids
 from .card import card_text
 from .cpu import features_up_to
+from .crossover import AttentionShape, Choice, decide, needs_measurement
 from .entries import Entries
 from .lowering import compile_bucket
 from .manifest import (
     ENTRIES,
     SCHEMA,
     ArrayInfo,
+    BucketInfo,
     CacheInfo,
     CalibrationInfo,
     Environment,
@@ -52,7 +54,7 @@ def compile(
     artifact: str | Path,
     *,
     buckets: Sequence[int] = (4096, 16384),
-    attention: AttentionConfig | None = None,
+    attention: AttentionConfig | Auto | None = None,
     dtype: str = "float32",
     batch: int = 1,
     chunk: int = 2048,
@@ -65,8 +67,9 @@ def compile(
         checkpoint: a folder written by `iceformer.convert_checkpoint`.
         artifact: the folder to write, which must not exist.
         buckets: rising sequence capacities in tokens; a prompt runs in the smallest one that holds it.
-        attention: of prompts and scoring, `TwoStage(...)` or `Dense()`; None is `TwoStage()`. Single new tokens always
-            attend exactly.
+        attention: of prompts and scoring. `TwoStage(...)` and `Dense()` are taken as they are; `Auto(...)` measures
+            from how many keys on two-stage attention is faster on this machine, and gives each bucket what is faster
+            there; None is `Auto()`. Single new tokens always attend exactly.
         dtype: "float32" or "bfloat16", of weights and KV cache.
         batch: rows of every call.
         chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk).
@@ -83,18 +86,21 @@ def compile(
         ValueError: options that make no sense together, or code that another process could not load.
     """
     checkpoint, target = Path(checkpoint), Path(artifact)
-    attention = TwoStage() if attention is None else attention
+    attention = Auto() if attention is None else attention
     check_absent(target)
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
     check_options(config, buckets=buckets, dtype=dtype, batch=batch, chunk=chunk)
 
-    with jax.default_device(jax.devices("cpu")[0]), _reporter(2 + len(buckets) * len(ENTRIES), progress) as report:
+    steps = 2 + needs_measurement(attention, buckets) + len(buckets) * len(ENTRIES)
+
+    with jax.default_device(jax.devices("cpu")[0]), _reporter(steps, progress) as report:
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
+        choices, measured = decide(attention, buckets, _attention_shape(config, dtype, batch, chunk), report)
         report("calibrating the attention")
-        bases, calibrated_on = _calibrate(model, attention, checkpoint, calibration)
-        entries = Entries.of(model, attention, bases)
+        bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
+        entries = Entries.of(model, bases)
         with new_folder(target) as folder:
             weights = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
             compiled = tuple(
@@ -104,18 +110,19 @@ def compile(
                     capacity=capacity,
                     chunk=min(chunk, capacity),
                     batch=batch,
+                    choice=choice,
                     cache=_cache_info(config, batch, capacity, dtype),
                     report=report,
                 )
-                for capacity in buckets
+                for capacity, choice in zip(buckets, choices, strict=True)
             )
             manifest = Manifest(
                 schema=SCHEMA,
                 iceformer=__version__,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                environment=_compile_environment(),
+                environment=_compile_environment(compiled),
                 model=_model_info(raw_config, config, checkpoint, weights),
-                attention=attention_to_dict(attention),
+                crossover=measured,
                 dtype=dtype,
                 batch=batch,
                 weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, weights), entries.names),
@@ -127,7 +134,7 @@ def compile(
             manifest = dataclasses.replace(manifest, files=(*manifest.files, card))
             layout.write_manifest(folder, manifest)
     if progress:
-        _print_table(manifest)
+        _print_tables(manifest)
     return target
 
 
@@ -165,29 +172,39 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _calibrate(
-    model: Any, attention: AttentionConfig, checkpoint: Path, source: str | Path | ArrayLike | None
+    model: Any, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[tuple[jax.Array, ...] | None, CalibrationInfo | None]:
-    """The attention method's basis for each layer and what it comes from; None and None if it needs none."""
-    if not isinstance(attention, TwoStage) or not method_of(attention).needs_basis:
+    """The basis that the buckets' method needs for each layer and what it comes from; None and None if none does."""
+    # Buckets differ in whether they select, never in the method.
+    methods = {method_of(choice.attention) for choice in choices if isinstance(choice.attention, TwoStage)}
+    method = next((method for method in methods if method.needs_basis), None)
+    if method is None:
         return None, None
     config = model.config
     ids, info = calibration_ids(
         source, checkpoint / layout.TOKENIZER, config.vocab_size, config.max_position_embeddings
     )
-    return calibrate(model, method_of(attention), ids), info
+    return calibrate(model, method, ids), info
+
+
+def _attention_shape(config: Any, dtype: str, batch: int, chunk: int) -> AttentionShape:
+    return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, batch, chunk)
 
 
 def _cache_info(config: Any, batch: int, capacity: int, dtype: str) -> CacheInfo:
-    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    return CacheInfo(config.num_hidden_layers, ArrayInfo(shape, dtype))
+    array = ArrayInfo((batch, config.num_key_value_heads, capacity, config.head_dim), dtype)
+    return CacheInfo(config.num_hidden_layers, (array, array))
 
 
-def _compile_environment() -> Environment:
-    """This host's environment, with the CPU features that XLA was allowed to use."""
+def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:
+    """This host's environment, with the CPU features that XLA was allowed to use and the kernels that are called."""
     host = layout.host_environment()
     flag = re.search(r"--xla_cpu_max_isa=(\w+)", layout.xla_flags_text())
     features = features_up_to(frozenset(host.cpu_features), flag[1] if flag else None)
-    return dataclasses.replace(host, cpu_features=tuple(sorted(features)))
+    called = {call for bucket in buckets for entry in bucket.entries.values() for call in entry.custom_calls}
+    return dataclasses.replace(
+        host, cpu_features=tuple(sorted(features)), kernels=host.kernels if called & kernels.TARGETS else ""
+    )
 
 
 def _model_info(
@@ -247,9 +264,10 @@ def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
         bar.update(task, description="compiled", completed=steps)
 
 
-def _print_table(manifest: Manifest) -> None:
+def _print_tables(manifest: Manifest) -> None:
     from rich.console import Console
 
-    from .tables import code_table
+    from .tables import attention_tables, code_table
 
-    Console().print(code_table(manifest))
+    for table in (*attention_tables(manifest), code_table(manifest)):
+        Console().print(table)

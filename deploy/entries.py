@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ..attention import AttentionConfig, Dense
 from ..attention.cache import KVCache, LayerCache
 
-PlainCache = tuple[tuple[Array, Array], ...]
+PlainCache = tuple[tuple[Array, ...], ...]
 Weights = tuple[Array, ...]
 
 # Positions whose logits [positions, vocab] are held at once in `score`.
@@ -33,7 +33,7 @@ class Entries:
         names: of the weights, sorted; calibrated bases are among them as `bases.0`, `bases.1`, ...
         weights: the arrays, in the order of `names`.
         rebuild: the module from its parameters by name.
-        attention: of the prompt; `decode` is always exact.
+        attention: of the prompt, exact until it is replaced; `decode` is always exact.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Entries:
     attention: AttentionConfig
 
     @classmethod
-    def of(cls, model: nnx.Module, attention: AttentionConfig, bases: tuple[Array, ...] | None) -> "Entries":
+    def of(cls, model: nnx.Module, bases: tuple[Array, ...] | None) -> "Entries":
         """Takes a model and its calibrated bases (one array for each layer, or None) apart."""
         graph, state = nnx.split(model)
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
@@ -54,7 +54,7 @@ class Entries:
         named = dict(zip(paths, (leaf for _, leaf in leaves), strict=True))
         named |= {f"{_BASES}{layer}": basis for layer, basis in enumerate(bases or ())}
         names = tuple(sorted(named))
-        return cls(names, tuple(named[name] for name in names), rebuild, attention)
+        return cls(names, tuple(named[name] for name in names), rebuild, Dense())
 
     def prefill(
         self,
@@ -145,8 +145,8 @@ def score_block(chunk: int) -> int:
 
 
 def _layers(cache: PlainCache) -> KVCache:
-    return tuple(LayerCache(key, value) for key, value in cache)
+    return tuple(LayerCache(*arrays) for arrays in cache)
 
 
 def _plain(cache: KVCache) -> PlainCache:
-    return tuple((key, value) for key, value in cache)
+    return tuple(tuple(layer) for layer in cache)

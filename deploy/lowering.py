@@ -1,5 +1,6 @@
 """Lowers and compiles the entries of one bucket, and writes their machine code and StableHLO into the artifact."""
 
+import dataclasses
 import hashlib
 import re
 import time
@@ -13,12 +14,17 @@ import numpy as np
 from jax import export
 from jax.experimental import serialize_executable
 
+from .. import kernels
+from ..attention import attention_to_dict
 from .artifact import write_file
+from .crossover import Choice
 from .entries import Entries
 from .manifest import ENTRIES, ArrayInfo, BucketInfo, CacheInfo, EntryInfo, MemoryInfo
 
 # Custom calls that XLA's CPU runtime carries itself. Others (LAPACK) crash a process that did not register them.
 KNOWN_CUSTOM_CALLS = frozenset({"TopK", "__onednn$matmul", "__onednn$softmax", "__onednn$layernorm"})
+# What may be stored: the session registers our own kernels before it loads code that calls them.
+STORABLE_CUSTOM_CALLS = KNOWN_CUSTOM_CALLS | kernels.TARGETS
 
 
 def compile_bucket(
@@ -28,6 +34,7 @@ def compile_bucket(
     capacity: int,
     chunk: int,
     batch: int,
+    choice: Choice,
     cache: CacheInfo,
     report: Callable[[str], None],
 ) -> BucketInfo:
@@ -39,17 +46,19 @@ def compile_bucket(
         capacity: of the cache, in tokens.
         chunk: tokens of a prompt that one call takes.
         batch: rows.
+        choice: the attention, and why it is that one.
         cache: shape of the cache.
         report: called with a line of text before each entry.
 
     Raises:
         ValueError: the code calls something that a process which loads it may not have.
     """
+    entries = dataclasses.replace(entries, attention=choice.attention)
     infos = {}
     for name in ENTRIES:
         report(f"compiling {name} for {capacity} tokens")
         infos[name] = _compile_entry(folder, entries, name, capacity, cache, _arguments(name, batch, chunk))
-    return BucketInfo(capacity, chunk, cache, infos)
+    return BucketInfo(capacity, chunk, attention_to_dict(choice.attention), choice.reason, cache, infos)
 
 
 def _arguments(entry: str, batch: int, chunk: int) -> dict[str, ArrayInfo]:
@@ -70,21 +79,21 @@ def _compile_entry(
     folder: Path, entries: Entries, name: str, capacity: int, cache: CacheInfo, arguments: dict[str, ArrayInfo]
 ) -> EntryInfo:
     weights = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in entries.weights)
-    spec_of_cache = tuple((_spec(key), _spec(value)) for key, value in cache.tree)
+    spec_of_cache = tuple(tuple(_spec(array) for array in layer) for layer in cache.tree)
     specs = (weights, spec_of_cache, *(_spec(array) for array in arguments.values()))
-    jitted = jax.jit(getattr(entries, name), donate_argnums=1)
-    lowered = jitted.lower(*specs)
+    function = getattr(entries, name)
+    lowered = jax.jit(function, donate_argnums=1).lower(*specs)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
     check_custom_calls(name, custom_calls)
     payload, _, _ = serialize_executable.serialize(compiled)
-    portable = export.export(jitted, platforms=("cpu",))(*specs).serialize()
+    portable = _portable(function, specs)
     _, *results = lowered.out_info
     return EntryInfo(
         native=write_file(folder, f"native/{capacity}/{name}.bin", payload),
-        portable=write_file(folder, f"portable/{capacity}/{name}.stablehlo", bytes(portable)),
+        portable=write_file(folder, f"portable/{capacity}/{name}.stablehlo", portable),
         arguments=arguments,
         results={key: _info(array) for key, array in zip(_RESULTS[name], results, strict=True)},
         stablehlo_sha256=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
@@ -94,13 +103,25 @@ def _compile_entry(
     )
 
 
+def _portable(function: Callable[..., Any], specs: tuple[Any, ...]) -> bytes:
+    """The serialized StableHLO of a function, in the form that calls no native kernels."""
+
+    # jit keeps traces by function: the same one again would give the trace that calls the kernels.
+    def traced_again(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    with kernels.disabled():
+        exported = export.export(jax.jit(traced_again, donate_argnums=1), platforms=("cpu",))(*specs)
+    return bytes(exported.serialize())
+
+
 def check_custom_calls(entry: str, targets: tuple[str, ...]) -> None:
     """Raises ValueError for a custom call that a process which loads the code may not have."""
-    unknown = sorted(set(targets) - KNOWN_CUSTOM_CALLS)
+    unknown = sorted(set(targets) - STORABLE_CUSTOM_CALLS)
     if unknown:
         raise ValueError(
             f"{entry} calls {', '.join(unknown)}, which another process may not have: only "
-            f"{', '.join(sorted(KNOWN_CUSTOM_CALLS))} can be stored; use another method of attention"
+            f"{', '.join(sorted(STORABLE_CUSTOM_CALLS))} can be stored; use another method of attention"
         )
 
 

@@ -1,7 +1,7 @@
 """manifest.json of an artifact as frozen dataclasses, with a strict parser.
 
-Everything a session knows about an artifact before it opens machine code stands here. Standard library only: pydantic
-is not among what running an artifact needs.
+Everything a session knows about an artifact before it opens machine code stands here. No pydantic: it is not among what
+running an artifact needs.
 """
 
 import dataclasses
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-SCHEMA = 1
+import ml_dtypes
+import numpy as np
+
+SCHEMA = 2
 ENTRIES = ("prefill", "decode", "score")
 
 Record = TypeVar("Record")
@@ -44,6 +47,12 @@ class ArrayInfo:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def size_in_bytes(self) -> int:
+        """Memory of the array."""
+        dtype = np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -55,6 +64,8 @@ class Environment:
         cpu_model: the processor's name, for people.
         cpu_features: instruction sets that the machine code may use, as /proc/cpuinfo names them.
         xla_flags: the flags of XLA_FLAGS that change code, sorted.
+        kernels: version of the native kernels that the machine code calls, "" if it calls none; of a host, the version
+            that is built there.
     """
 
     jax: str
@@ -64,6 +75,7 @@ class Environment:
     cpu_model: str
     cpu_features: tuple[str, ...]
     xla_flags: tuple[str, ...]
+    kernels: str
 
 
 @dataclass(frozen=True)
@@ -114,31 +126,61 @@ class EntryInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """A bucket's KV cache: `layers` pairs of key and value arrays of one shape."""
+    """A bucket's KV cache: the same arrays for each of `layers` layers, keys and values first."""
 
     layers: int
-    array: ArrayInfo
+    arrays: tuple[ArrayInfo, ...]
 
     @property
-    def tree(self) -> tuple[tuple[ArrayInfo, ArrayInfo], ...]:
+    def tree(self) -> tuple[tuple[ArrayInfo, ...], ...]:
         """The cache as the entries take it."""
-        return ((self.array, self.array),) * self.layers
+        return (self.arrays,) * self.layers
 
     @property
     def size_in_bytes(self) -> int:
         """Memory of the whole cache."""
-        itemsize = {"float32": 4, "bfloat16": 2}[self.array.dtype]
-        return 2 * self.layers * math.prod(self.array.shape) * itemsize
+        return self.layers * sum(array.size_in_bytes for array in self.arrays)
 
 
 @dataclass(frozen=True)
 class BucketInfo:
-    """One capacity, in tokens, with its chunk, in tokens, and its entries by name."""
+    """One capacity with its entries.
+
+    Attributes:
+        capacity: longest sequence, in tokens.
+        chunk: tokens of a prompt that one call takes.
+        attention: configuration of the attention of prompts and scoring, with `kind` "dense" or "two_stage".
+        attention_reason: why it is that one, in a sentence.
+        cache: its KV cache.
+        entries: its compiled functions by name.
+    """
 
     capacity: int
     chunk: int
+    attention: dict[str, Any]
+    attention_reason: str
     cache: CacheInfo
     entries: dict[str, EntryInfo]
+
+
+@dataclass(frozen=True)
+class CrossoverRow:
+    """The time of one chunk of a prompt with exact and with two-stage attention, on the machine that compiled.
+
+    Attributes:
+        keys: that a query block sees, on average over the blocks that select among them.
+        exact_seconds: with exact attention, for some of the model's heads.
+        two_stage_seconds: with two-stage attention, for as many.
+    """
+
+    keys: int
+    exact_seconds: float
+    two_stage_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Two-stage attention's time as a share of exact attention's."""
+        return self.two_stage_seconds / self.exact_seconds
 
 
 @dataclass(frozen=True)
@@ -175,7 +217,7 @@ class Manifest:
         created: UTC time, ISO 8601.
         environment: where it was compiled.
         model: what was compiled.
-        attention: the attention's configuration, with `kind` "dense" or "two_stage".
+        crossover: what was measured to choose each bucket's attention; empty where it was as asked.
         dtype: dtype of weights and cache.
         batch: rows of every call.
         weights: the weights file.
@@ -189,7 +231,7 @@ class Manifest:
     created: str
     environment: Environment
     model: ModelInfo
-    attention: dict[str, Any]
+    crossover: tuple[CrossoverRow, ...]
     dtype: str
     batch: int
     weights: WeightsInfo

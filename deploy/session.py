@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import kernels
 from .artifact import TOKENIZER, WEIGHTS, Artifact, Tier, open_artifact
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
-from .manifest import ArtifactError, BucketInfo, FileInfo, Manifest
+from .manifest import ArrayInfo, ArtifactError, BucketInfo, FileInfo, Manifest
 from .sampling import check_temperature, sample
 from .weights import put_weights, read_weights
 
@@ -221,6 +222,8 @@ class Session:
         """Callables by capacity and entry, and the tier they are of."""
         every = [(bucket, name, entry) for bucket in self.info.buckets for name, entry in bucket.entries.items()]
         differences = list(self._artifact.differences)
+        if self.info.environment.kernels and not differences and not kernels.register():
+            differences.append("calls native kernels that this process cannot register")
         if not differences:
             try:
                 native = {
@@ -349,15 +352,14 @@ class Session:
         self._caches[bucket.capacity] = cache
         return tuple(results)
 
-    def _empty_cache(self, bucket: BucketInfo) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        array = bucket.cache.array
-        zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
+    def _empty_cache(self, bucket: BucketInfo) -> tuple[tuple[jax.Array, ...], ...]:
         device = jax.devices("cpu")[0]
 
-        def put() -> jax.Array:
+        def put(array: ArrayInfo) -> jax.Array:
+            zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
             return jax.device_put(zeros, device, may_alias=False)
 
-        return tuple((put(), put()) for _ in range(bucket.cache.layers))
+        return tuple(tuple(put(array) for array in layer) for layer in bucket.cache.tree)
 
 
 def _columns(array: NDArray[np.int32], start: int, end: int) -> NDArray[np.int32]:

@@ -30,6 +30,37 @@ def code_table(manifest: Manifest) -> Table:
     return table
 
 
+def attention_tables(manifest: Manifest) -> list[Table]:
+    """The attention of each bucket and why, then what was measured to choose it, if anything was."""
+    table = Table(title="attention of prompts and scoring")
+    table.add_column("bucket", justify="right")
+    table.add_column("attention")
+    table.add_column("why")
+    for bucket in manifest.buckets:
+        table.add_row(str(bucket.capacity), describe(bucket.attention), bucket.attention_reason)
+    return [table, _crossover_table(manifest)] if manifest.crossover else [table]
+
+
+def _crossover_table(manifest: Manifest) -> Table:
+    table = Table(title="one chunk of a prompt, some heads of one layer")
+    for name in CROSSOVER_COLUMNS:
+        table.add_column(name, justify="right")
+    for row in crossover_rows(manifest):
+        table.add_row(*row)
+    return table
+
+
+CROSSOVER_COLUMNS = ("keys", "exact ms", "two-stage ms", "ratio")
+
+
+def crossover_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """The cells of what was measured to find the crossover, for `CROSSOVER_COLUMNS`."""
+    return [
+        (str(row.keys), f"{row.exact_seconds * 1e3:.1f}", f"{row.two_stage_seconds * 1e3:.1f}", f"{row.ratio:.2f}")
+        for row in manifest.crossover
+    ]
+
+
 def summary_table(manifest: Manifest) -> Table:
     """What was compiled, for which machine, and where it came from."""
     model, environment, provenance = manifest.model, manifest.environment, manifest.provenance
@@ -38,12 +69,12 @@ def summary_table(manifest: Manifest) -> Table:
         "model": f"{model.model_type}, {model.parameters / 1e6:.2f}M parameters, {manifest.dtype}",
         "context": f"{model.max_position_embeddings} tokens; buckets {_join(b.capacity for b in manifest.buckets)}",
         "vocabulary": f"{model.vocab_size} ids; a text ends at {_join(model.eos_token_ids) or 'no id'}",
-        "attention": describe(manifest.attention),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors",
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
         "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",
         "for": f"{environment.machine} ({environment.cpu_model}): {_join(environment.cpu_features)}",
+        "native kernels": environment.kernels or "-",
         "XLA_FLAGS": _join(environment.xla_flags) or "-",
         "checkpoint": provenance.checkpoint,
         "source": json.dumps(provenance.source.get("source", "-")),

@@ -14,7 +14,7 @@ import iceformer
 from iceformer.cli import main
 
 OPTIONS = (
-    "--attention two-stage --method low_rank --method-option rank=4 --budget 32 --query-block 8 --key-block 2 "
+    "--attention two_stage --method low_rank --method-option rank=4 --budget 32 --query-block 8 --key-block 2 "
     "--sink 4 --local 4 --no-exact-last-block"
 )
 
@@ -53,7 +53,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
 
 def test_compile_options_reach_the_manifest(artifact: Path) -> None:
     info = iceformer.load(artifact).info
-    attention = info.attention
+    attention = info.buckets[0].attention
+    assert info.buckets[0].attention_reason == "as asked"
     assert attention["method"]["name"] == "low_rank"
     assert attention["method"]["rank"] == 4
     assert [attention[name] for name in ("budget", "query_block", "key_block", "sink", "local")] == [32, 8, 2, 4, 4]
@@ -117,7 +118,7 @@ def test_inspect(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["compile", "{nowhere}", "{artifact}"], "{artifact} exists"),
         (
             ["compile", "{nowhere}", "{new}", "--attention", "dense", "--budget", "64"],
-            "--budget belongs to --attention",
+            "--budget is for --attention auto or two_stage, not for dense",
         ),
         (["compile", "{nowhere}", "{new}", "--method", "best"], "method is 'best', expected one of"),
         (["compile", "{nowhere}", "{new}", "--method-option", "rank=1"], "--method-option needs --method"),

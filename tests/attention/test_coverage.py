@@ -10,9 +10,9 @@ from iceformer.attention.coverage import keys_attended
 from .reference import random_inputs
 
 
-@pytest.mark.parametrize("length", [40, 90, 96])
+@pytest.mark.parametrize(("length", "crossover"), [(40, 0), (90, 0), (96, 0), (90, 60), (90, 92)])
 @pytest.mark.parametrize("exact_last_block", [True, False])
-def test_counts_what_is_attended(length, exact_last_block) -> None:
+def test_counts_what_is_attended(length, exact_last_block, crossover) -> None:
     config = TwoStage(
         method=LowRank(rank=4),
         budget=40,
@@ -21,6 +21,7 @@ def test_counts_what_is_attended(length, exact_last_block) -> None:
         sink=4,
         local=4,
         exact_last_block=exact_last_block,
+        crossover=crossover,
     )
     query, key, _ = random_inputs(0, 1, 1, 1, 96, 96, 4)
     weights = attend(
@@ -39,3 +40,4 @@ def test_counts_what_is_attended(length, exact_last_block) -> None:
 def test_exact_attention_reads_every_key() -> None:
     assert keys_attended(Dense(), 1000) == 1.0
     assert keys_attended(TwoStage(budget=1024), 1000) == 1.0
+    assert keys_attended(TwoStage(budget=1024, crossover=3000), 3000) == 1.0

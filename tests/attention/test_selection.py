@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iceformer.attention import METHODS, Dense, LowRank, TwoStage, attention_to_dict, make_method
+from iceformer.attention import METHODS, Auto, Dense, LowRank, TwoStage, attention_to_dict, make_method
 from iceformer.attention.selection import select
 
 
@@ -40,12 +40,18 @@ def test_select_takes_forced_then_best_with_ties_to_the_lower_index(importance, 
         ({"candidates": 0.5}, "candidates is 0.5"),
         ({"sink": -1}, "sink is -1"),
         ({"compensation": "mean"}, "compensation is 'mean'"),
+        ({"crossover": -1}, "crossover is -1"),
         ({"method": "nearest"}, "expected one of: low_rank, mean_pool"),
     ],
 )
 def test_configuration_refuses(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         TwoStage(**options)
+
+
+def test_a_measured_crossover_is_not_given() -> None:
+    with pytest.raises(ValueError, match="crossover is 64, but Auto measures it"):
+        Auto(TwoStage(crossover=64))
 
 
 @pytest.mark.parametrize(("budget", "query_block", "local"), [(64, 8, 2), (1023, 64, 16), (4096, 128, 32)])

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import iceformer
+from iceformer import kernels
 from iceformer.deploy import artifact as layout
 from iceformer.deploy import lowering
 from iceformer.deploy.executables import PortableTierWarning
@@ -113,6 +115,27 @@ def test_a_missing_cpu_feature_uses_the_portable_tier(copy: Path) -> None:
         assert iceformer.load(copy).tier == "portable"
 
 
+@pytest.mark.parametrize(
+    ("here", "tier", "reason"),
+    [
+        ("2", "native", None),
+        ("3", "portable", "compiled with kernels 2, here is 3"),
+        (None, "portable", "compiled with kernels 2, which are not built here"),
+        ("broken", "portable", "calls native kernels that this process cannot register"),
+    ],
+)
+def test_kernels_are_registered_or_the_portable_tier_is_used(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, here: str | None, tier: str, reason: str | None
+) -> None:
+    calls = []
+    monkeypatch.setattr(kernels, "version", lambda: "2" if here == "broken" else here)
+    monkeypatch.setattr(kernels, "register", lambda: calls.append(1) or here == "2")
+    change_environment(copy, kernels="2")
+    with pytest.warns(PortableTierWarning, match=reason) if reason else nullcontext():
+        assert iceformer.load(copy).tier == tier
+    assert bool(calls) == (here in ("2", "broken"))
+
+
 def test_machine_code_that_xla_refuses_uses_the_portable_tier(copy: Path) -> None:
     """All hashes fit, but the payload is a pickle of something else."""
     manifest = parse_manifest((copy / "manifest.json").read_bytes())
@@ -142,7 +165,7 @@ def test_portable_code_that_cannot_be_read(copy: Path) -> None:
         session.score([1, 2, 3])
 
 
-HERE = Environment("0.10.2", "0.10.2", "3.11", "x86_64", "some CPU", ("avx", "avx2"), ("--xla_a=1",))
+HERE = Environment("0.10.2", "0.10.2", "3.11", "x86_64", "some CPU", ("avx", "avx2"), ("--xla_a=1",), "2")
 
 
 @pytest.mark.parametrize(
@@ -159,12 +182,19 @@ HERE = Environment("0.10.2", "0.10.2", "3.11", "x86_64", "some CPU", ("avx", "av
             {"cpu_features": ("amx_bf16", "avx", "avx512f")},
             "needs the CPU features amx_bf16 avx512f, which this CPU lacks",
         ),
+        ({"kernels": ""}, None),
+        ({"kernels": "1"}, "compiled with kernels 1, here is 2"),
         ({"xla_flags": ()}, "compiled with XLA_FLAGS (none), here is --xla_a=1"),
     ],
 )
 def test_differences(fields: dict, message: str | None) -> None:
     found = layout.differences(dataclasses.replace(HERE, **fields), HERE)
     assert found == ([message] if message else [])
+
+
+def test_kernels_that_are_not_built_here() -> None:
+    found = layout.differences(HERE, dataclasses.replace(HERE, kernels=""))
+    assert found == ["compiled with kernels 2, which are not built here"]
 
 
 def test_flags_without_effect_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +218,10 @@ def test_a_failed_compile_leaves_nothing(
 def test_manifest_says_what_was_compiled(dense_session: Session, checkpoint: Path) -> None:
     info = dense_session.info
     assert [bucket.capacity for bucket in info.buckets] == list(BUCKETS)
-    assert info.attention["kind"] == "dense"
+    assert info.buckets[0].attention["kind"] == "dense"
+    assert info.buckets[0].attention_reason == "as asked"
+    assert info.crossover == ()
+    assert info.environment.kernels == ""
     assert (info.dtype, info.batch) == ("float32", 1)
     assert info.model.config == json.loads((checkpoint / "config.json").read_text())
     assert info.model.eos_token_ids == (2, 3)

@@ -35,7 +35,8 @@ from .conftest import TEXT, VOCABULARY
     ],
 )
 def test_refuses_options(checkpoint: Path, tmp_path: Path, options: dict, message: str) -> None:
-    options = {"buckets": (64,), "chunk": 32, **options}
+    attention = iceformer.TwoStage(budget=32, query_block=8, key_block=2, sink=4, local=4)
+    options = {"buckets": (64,), "chunk": 32, "attention": attention, **options}
     with pytest.raises(ValueError, match=message):
         iceformer.compile(checkpoint, tmp_path / "artifact", **options)
     assert not (tmp_path / "artifact").exists()
@@ -65,9 +66,11 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
     assert calibration is not None
     assert (calibration.kind, calibration.tokens) == ("ids", 64)
     assert calibration.sha256 == hashlib.sha256(ids.astype(np.int32).tobytes()).hexdigest()
-    assert session.info.attention["method"] == {"name": "low_rank", **session.info.attention["method"]}
+    bucket = session.info.buckets[0]
+    assert bucket.attention["method"] == {"name": "low_rank", "rank": 4, "query_share": 0.5}
     assert [name for name in session.info.weights.names if name.startswith("bases.")] == ["bases.0", "bases.1"]
-    assert session.info.buckets[0].cache.array.dtype == "bfloat16"
+    assert [array.dtype for array in bucket.cache.arrays] == ["bfloat16", "bfloat16"]
+    assert bucket.cache.size_in_bytes == 2 * 2 * 2 * 64 * 16 * 2
     assert session.info.weights.file.size < 0.6 * 4 * session.info.model.parameters
     prompt = ids[:30]
     model = iceformer.load_model(checkpoint)
@@ -77,7 +80,7 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_unknown_custom_calls_fail() -> None:
-    check_custom_calls("score", ("TopK",))
+    check_custom_calls("score", ("TopK", "iceformer_exact"))
     with pytest.raises(ValueError, match="score calls lapack_sgesdd_ffi, which another process may not have"):
         check_custom_calls("score", ("TopK", "lapack_sgesdd_ffi"))
 

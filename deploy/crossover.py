@@ -1,0 +1,208 @@
+"""The crossover: from how many keys on two-stage attention is faster than exact attention, measured on this machine.
+
+One chunk of a prompt is timed both ways at a few lengths. `decide` gives each bucket what is faster there
+and says why.
+"""
+
+import functools
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ..attention import AttentionConfig, Auto, Dense, TwoStage, attend, method_of
+from .manifest import CrossoverRow
+
+_ROUNDS = (3, 15)
+"""Timed calls of each kind at a length: the first number at least, the second at most."""
+_SECONDS = 0.5
+"""What the rounds after the least number may take at a length."""
+_CLEAR_WIN = 0.8
+"""The ratio from which two-stage attention has won so clearly that longer prompts need no look, if it does so twice."""
+_CALIBRATION_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the time of a model's attention depends on, besides its configuration; `chunk` is in tokens."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    batch: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class CrossoverTable:
+    """What was measured, by rising number of keys, and the crossover that follows from it.
+
+    Attributes:
+        rows: the measurements.
+        crossover: keys from which two-stage attention is faster, a multiple of its query block; None if it never is.
+    """
+
+    rows: tuple[CrossoverRow, ...]
+    crossover: int | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The attention of a bucket, and one sentence that says why."""
+
+    attention: AttentionConfig
+    reason: str
+
+
+def decide(
+    asked: AttentionConfig | Auto, buckets: Sequence[int], shape: AttentionShape, report: Callable[[str], None]
+) -> tuple[tuple[Choice, ...], tuple[CrossoverRow, ...]]:
+    """The attention of each bucket, and what was measured for it: nothing where `asked` leaves no choice.
+
+    Args:
+        asked: a configuration, which every bucket gets as it is, or `Auto`.
+        buckets: rising capacities in tokens.
+        shape: of the model's attention.
+        report: called with a line of text before the measurement, if there is one.
+    """
+    if not isinstance(asked, Auto):
+        return (Choice(asked, "as asked"),) * len(buckets), ()
+    table = None
+    if needs_measurement(asked, buckets):
+        report("measuring the crossover")
+        table = measure(asked.two_stage, shape, buckets[-1])
+    choices = tuple(choose(asked.two_stage, table, capacity) for capacity in buckets)
+    return choices, table.rows if table else ()
+
+
+def needs_measurement(asked: AttentionConfig | Auto, buckets: Sequence[int]) -> bool:
+    """Whether a bucket holds more keys than the budget, so that what is faster there is a question."""
+    return isinstance(asked, Auto) and buckets[-1] > asked.two_stage.budget
+
+
+def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:
+    """The attention of a bucket of `capacity` tokens; no table is needed where the budget covers every key."""
+    if capacity <= two_stage.budget:
+        return Choice(Dense(), f"exact: a prompt here has no more keys than the budget, {two_stage.budget}")
+    assert table is not None
+    crossover = table.crossover
+    if crossover is None:
+        last = table.rows[-1]
+        return Choice(Dense(), f"exact: at {last.keys} keys two-stage took {last.ratio:.2f} of exact attention's time")
+    if capacity <= crossover:
+        return Choice(Dense(), f"exact: two-stage is faster only from {crossover} keys on")
+    nearest = min(table.rows, key=lambda row: (row.ratio >= 1, abs(row.keys - capacity)))
+    took = f"at {nearest.keys} it took {nearest.ratio:.2f} of exact attention's time"
+    return Choice(replace(two_stage, crossover=crossover), f"two-stage from {crossover} keys on: {took}")
+
+
+def crossover_of(rows: Sequence[CrossoverRow], multiple: int) -> int | None:
+    """The number of keys from which two-stage attention is faster at every larger number that was measured.
+
+    It lies where the ratio of the times crosses 1, read linearly over the logarithm of the keys, and is rounded up to a
+    multiple. If the first row is a win it is that row's; if the last one is none, there is no crossover.
+
+    Args:
+        rows: by rising number of keys.
+        multiple: tokens of a query block.
+    """
+    wins = len(list(itertools.takewhile(lambda row: row.ratio < 1, reversed(rows))))
+    if not wins:
+        return None
+    keys = float(rows[-wins].keys)
+    if wins < len(rows):
+        before, after = rows[-wins - 1], rows[-wins]
+        share = (before.ratio - 1) / (before.ratio - after.ratio)
+        keys = before.keys * (after.keys / before.keys) ** share
+    return math.ceil(keys / multiple) * multiple
+
+
+def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> CrossoverTable:
+    """Times one chunk with exact and with two-stage attention at several lengths, on random queries, keys and values.
+
+    Called as the compiled entries call attention: a cache of the whole capacity, offset and lengths unknown when it is
+    compiled. Fewer heads than the model's are timed, as many as occupy all threads.
+
+    Args:
+        two_stage: the configuration, whose crossover and exact last block play no part.
+        shape: of the model's attention.
+        capacity: of the cache, in tokens; the longest length that is measured.
+    """
+    chunk = min(shape.chunk, capacity)
+    heads, group = _heads(two_stage, shape, chunk), shape.query_heads // shape.kv_heads
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        rng.standard_normal((1, count, tokens, shape.head_dim), np.float32)
+        for count, tokens in ((heads * group, chunk), (heads, capacity), (heads, capacity))
+    )
+    basis = _basis(two_stage, query[0], key[0])
+    arrays = tuple(jnp.asarray(array, shape.dtype) for array in (query, key, value))
+    # The last block of a prompt attends exactly in one chunk of many, so it is left out.
+    two_stage = replace(two_stage, crossover=0, exact_last_block=False)
+    calls = tuple(_timed(config, arrays, basis) for config in (Dense(), two_stage))
+    rows: list[CrossoverRow] = []
+    for length in measured_lengths(two_stage.budget, chunk, capacity):
+        seconds = _race(calls, length - chunk, length)
+        # Query blocks within the budget are the same work both ways; this is what the others see on average.
+        keys = (max(length - chunk, two_stage.budget) + length) // 2
+        rows.append(CrossoverRow(keys, *(round(value, 6) for value in seconds)))
+        if len(rows) > 1 and max(row.ratio for row in rows[-2:]) < _CLEAR_WIN:
+            break
+    return CrossoverTable(tuple(rows), crossover_of(rows, two_stage.query_block))
+
+
+def measured_lengths(budget: int, chunk: int, capacity: int) -> Iterator[int]:
+    """Prompt lengths, in tokens, whose last chunk is timed: doubling from where every query sees the budget."""
+    length = budget + max(budget, chunk)
+    while length < capacity:
+        yield length
+        length *= 2
+    yield capacity
+
+
+def _heads(two_stage: TwoStage, shape: AttentionShape, chunk: int) -> int:
+    """KV heads to time: up to those of a call, and four query blocks for each thread."""
+    blocks = max(1, chunk // max(Dense().query_block, two_stage.query_block))
+    return min(shape.batch * shape.kv_heads, -(-4 * len(os.sched_getaffinity(0)) // blocks))
+
+
+def _basis(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Array | None:
+    method = method_of(two_stage)
+    if not method.needs_basis:
+        return None
+    return jnp.asarray(method.calibrate(query[:, :_CALIBRATION_TOKENS], key[:, :_CALIBRATION_TOKENS]))
+
+
+def _timed(
+    config: AttentionConfig, arrays: tuple[Array, ...], basis: Array | None
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A function that gives the seconds of one call at an offset and lengths."""
+    attention = jax.jit(functools.partial(attend, config))
+
+    def seconds(offset: np.ndarray, lengths: np.ndarray) -> float:
+        start = time.perf_counter()
+        attention(*arrays, offset=offset, lengths=lengths, basis=basis).block_until_ready()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def _race(calls: tuple[Callable[[np.ndarray, np.ndarray], float], ...], offset: int, length: int) -> list[float]:
+    """The median seconds of each call, in turn, after one that is not counted."""
+    row = np.array([offset], np.int32), np.array([length], np.int32)
+    for call in calls:
+        call(*row)
+    rounds: list[list[float]] = []
+    least, most = _ROUNDS
+    while len(rounds) < least or (len(rounds) < most and sum(map(sum, rounds)) < _SECONDS):
+        rounds.append([call(*row) for call in calls])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
