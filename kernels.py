@@ -49,17 +49,11 @@ def _library() -> ctypes.CDLL | None:
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-    if name := os.environ.get("ICEFORMER_ISA"):
-        _choose(library, name)
-    return library
-
-
-def _choose(library: ctypes.CDLL, name: str) -> None:
+    name = os.environ.get("ICEFORMER_ISA", "")
     if not library.iceformer_choose_instruction_set(name.encode()):
-        raise ValueError(
-            f"ICEFORMER_ISA is {name!r}, but this build and this processor have: "
-            + library.iceformer_instruction_sets().decode().replace(" ", ", ")
-        )
+        known = library.iceformer_instruction_sets().decode().replace(" ", ", ")
+        raise ValueError(f"ICEFORMER_ISA is {name!r}, but this build and this processor have: {known}")
+    return library
 
 
 def register() -> bool:
@@ -81,6 +75,26 @@ def instruction_set() -> str | None:
     """The instruction set that the kernels use here, e.g. "avx2"; None without the library."""
     library = _library()
     return library.iceformer_instruction_set().decode() if library else None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that the kernels have for this processor, best first."""
+    library = _library()
+    return tuple(library.iceformer_instruction_sets().decode().split()) if library else ()
+
+
+@contextmanager
+def using(instruction_set: str) -> Iterator[None]:
+    """Inside, the kernels use the given one of `instruction_sets()`, in every thread."""
+    library = _library()
+    if library is None or instruction_set not in instruction_sets():
+        raise ValueError(f"instruction set is {instruction_set!r}, expected one of: {', '.join(instruction_sets())}")
+    before = library.iceformer_instruction_set()
+    library.iceformer_choose_instruction_set(instruction_set.encode())
+    try:
+        yield
+    finally:
+        library.iceformer_choose_instruction_set(before)
 
 
 def enabled() -> bool:

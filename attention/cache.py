@@ -8,14 +8,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
+
+from .methods import project_keys
 
 
 class LayerCache(NamedTuple):
-    """Keys (after the rotary embedding) and values of one layer."""
+    """Keys (after the rotary embedding) and values of one layer, and what stage 1 keeps of the keys, where it does."""
 
     key: Float[Array, "batch kv_heads capacity head_dim"]
     value: Float[Array, "batch kv_heads capacity head_dim"]
+    projected: Int8[Array, "batch kv_heads capacity padded_rank"] | None = None
 
 
 KVCache = tuple[LayerCache, ...]
@@ -34,8 +37,10 @@ def write(
     key: Float[Array, "batch kv_heads tokens head_dim"],
     value: Float[Array, "batch kv_heads tokens head_dim"],
     offset: Int[Array, " batch"],
+    basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
 ) -> LayerCache:
-    """Puts new tokens at positions `offset .. offset + tokens` of each row.
+    """Puts new tokens at positions `offset .. offset + tokens` of each row; their projections too where the cache has
+    them, which takes the basis.
 
     The caller sees to it that `offset + tokens <= capacity`: past the end, XLA would move the write back.
     """
@@ -47,4 +52,9 @@ def write(
             buffer = lax.dynamic_update_slice(buffer, block, (row, 0, offset[row], 0))
         return buffer
 
-    return LayerCache(put(cache.key, key), put(cache.value, value))
+    projected = cache.projected
+    if projected is not None:
+        if basis is None:
+            raise ValueError("the cache keeps projected keys: writing to it needs the basis that projects them")
+        projected = put(projected, project_keys(key, basis))
+    return LayerCache(put(cache.key, key), put(cache.value, value), projected)

@@ -90,6 +90,11 @@ class TwoStage:
             )
 
     @property
+    def candidate_blocks(self) -> int:
+        """Key blocks that stage 1 leaves for stage 2."""
+        return -(-int(self.budget * self.candidates) // self.key_block)
+
+    @property
     def exact_keys(self) -> int:
         """Keys, in tokens, up to which a query block attends to all that it sees."""
         return max(self.budget, self.crossover)

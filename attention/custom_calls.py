@@ -24,9 +24,7 @@ Attended = tuple[
 def available(query: Array, key: Array, value: Array) -> bool:
     """Whether the kernels are there, not switched off, and made for these arrays."""
     same_type = query.dtype == key.dtype == value.dtype
-    return (
-        same_type and query.dtype in (jnp.float32, jnp.bfloat16) and query.shape[3] % 2 == 0 and kernels.enabled()
-    )
+    return same_type and query.dtype in (jnp.float32, jnp.bfloat16) and query.shape[3] % 2 == 0 and kernels.enabled()
 
 
 def exact(
@@ -82,7 +80,7 @@ def two_stage(
         candidate_blocks=config.candidate_blocks,
         sink=config.sink,
         local=config.local,
-        exact_up_to=config.exact_up_to,
+        exact_keys=config.exact_keys,
         exact_last_block=config.exact_last_block,
     )
 

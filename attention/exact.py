@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from . import custom_calls
 from .blocks import (
     MASKED,
     Visibility,
@@ -72,6 +73,10 @@ def exact_attention(
     query_block = min(query_block, next_power_of_two(queries))
     key_block = min(key_block, next_power_of_two(keys))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    if mask is None and custom_calls.available(query, key, value):
+        return custom_calls.exact(
+            query, key, value, offset=offset, lengths=lengths, causal=causal, scale=scale, softcap=softcap
+        )[0]
     blocked = split_queries(query, kv_heads, query_block)
     key, value = (pad_axis(x, 2, key_block) for x in (key, value))
     bias = None if mask is None else _blocked_bias(mask, (batch, query_heads), kv_heads, query_block, key_block)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from .blocks import MASKED, Visibility
 from .methods import Method
@@ -40,8 +40,9 @@ def forced_members(visibility: Visibility, sink: int, local: int, key_block: int
 
 def block_importance(
     method: Method,
-    query: Float[Array, "ranking_queries features"],
-    summary: Float[Array, "heads blocks ..."],
+    features: Shaped[Array, "ranking_queries features"],
+    scale: Float32[Array, " ranking_queries"],
+    summary: Shaped[Array, "heads blocks ..."],
     head: Int[Array, ""],
     visible_blocks: Int[Array, ""],
     tile: int,
@@ -55,10 +56,10 @@ def block_importance(
     def score(index: Int[Array, ""], logits: Array) -> Array:
         start = (head, index * tile, *(0,) * (summary.ndim - 2))
         part = lax.dynamic_slice(summary, start, (1, tile, *summary.shape[2:]))[0]
-        return lax.dynamic_update_slice(logits, method.block_logits(query, part), (index * tile, 0))
+        return lax.dynamic_update_slice(logits, method.block_products(features, part) * scale, (index * tile, 0))
 
     tiles = (visible_blocks + tile - 1) // tile
-    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, query.shape[0]), MASKED))
+    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, features.shape[0]), MASKED))
     visible = jnp.arange(blocks) < visible_blocks
     return largest_weight(jnp.where(visible[:, None], logits, MASKED))
 

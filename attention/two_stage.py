@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
+from . import custom_calls
 from .blocks import (
     MASKED,
     Visibility,
@@ -23,6 +24,7 @@ from .blocks import (
 from .compensation import MEAN_BLOCK, BlockSums, Selection, block_sums, compensate
 from .config import TwoStage, method_of
 from .exact import Partial, exact_block, next_power_of_two, normalise
+from .methods import LowRank, RankingQueries, project_keys
 from .ops import cap, matmul_transposed, transposed_matmul
 from .selection import Forced, block_importance, forced_members, largest_weight, select
 
@@ -36,8 +38,7 @@ class PreparedKeys(NamedTuple):
 
     key: Float[Array, "batch kv_heads keys head_dim"]
     value: Float[Array, "batch kv_heads keys value_dim"]
-    basis: Float[Array, "heads 2 head_dim rank"] | None
-    summary: Float[Array, "heads blocks ..."]
+    summary: Shaped[Array, "heads blocks ..."]
     sums: BlockSums | None
 
 
@@ -53,16 +54,36 @@ def two_stage_attention(
     scale: float | None = None,
     softcap: float | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
+    projected: Int8[Array, "batch kv_heads keys padded_rank"] | None = None,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
     """Attention over the `config.budget` keys that each query block finds most important.
 
-    Arguments and result are those of `exact_attention`; `basis` holds the projections that `low_rank` needs.
+    Arguments and result are those of `exact_attention`; `basis` holds the projections that `low_rank` needs, and
+    `projected` what `project_keys` made of the keys, if the caller has it.
     """
     batch, kv_heads, keys, head_dim = key.shape
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    method = method_of(config)
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, rows = blocked.shape[:3]
-    prepared = prepare_keys(config, key, value, basis)
+    bases = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
+    features, unit = method.ranking_queries(blocked, bases)
+    ranking = RankingQueries(features, unit * scale)
+    if isinstance(method, LowRank) and config.compensation == "none" and custom_calls.available(query, key, value):
+        if projected is None:
+            assert basis is not None
+            projected = project_keys(key, basis)
+        return custom_calls.two_stage(
+            config,
+            *(query, key, value, projected),
+            *ranking,
+            offset=offset,
+            lengths=lengths,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+        )[0]
+    prepared = prepare_keys(config, key, value, bases, projected)
     exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[2])
     lengths = jnp.minimum(lengths, keys)
 
@@ -73,7 +94,8 @@ def two_stage_attention(
 
         def selected(block: Int[Array, ""], out: Array) -> Array:
             visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
-            part = selected_block(config, blocked[head, block], prepared, head, visibility, scale, softcap)
+            ranks = RankingQueries(features[head, block], ranking.scale[head, block])
+            part = selected_block(config, blocked[head, block], ranks, prepared, head, visibility, scale, softcap)
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         def exact(index: Int[Array, ""], out: Array) -> Array:
@@ -97,16 +119,20 @@ def prepare_keys(
     config: TwoStage,
     key: Float[Array, "batch kv_heads keys head_dim"],
     value: Float[Array, "batch kv_heads keys value_dim"],
-    basis: Float[Array, "kv_heads 2 head_dim rank"] | None,
+    bases: Float[Array, "heads 2 head_dim rank"] | None,
+    projected: Int8[Array, "batch kv_heads keys padded_rank"] | None,
 ) -> PreparedKeys:
     """Pads keys to whole stage-1 tiles and summarises their blocks."""
     multiple = max(min(_STAGE_1_TILE, next_power_of_two(key.shape[2])), config.key_block, MEAN_BLOCK)
     key, value = (pad_axis(x, 2, multiple) for x in (key, value))
-    batch, kv_heads, _, head_dim = key.shape
-    basis = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
-    summary = method_of(config).summarize(key.reshape(batch * kv_heads, -1, config.key_block, head_dim), basis)
+    batch, kv_heads, length, head_dim = key.shape
+    blocked = (batch * kv_heads, length // config.key_block, config.key_block)
+    if projected is None:
+        summary = method_of(config).summarize(key.reshape(*blocked, head_dim), bases)
+    else:
+        summary = pad_axis(projected, 2, multiple).reshape(*blocked, -1)
     sums = block_sums(key, value) if config.compensation == "block_mean" else None
-    return PreparedKeys(key, value, basis, summary, sums)
+    return PreparedKeys(key, value, summary, sums)
 
 
 def selected_blocks(
@@ -127,6 +153,7 @@ def selected_blocks(
 def selected_block(
     config: TwoStage,
     query: Float[Array, "rows head_dim"],
+    ranking: RankingQueries,
     keys: PreparedKeys,
     head: Int[Array, ""],
     visibility: Visibility,
@@ -138,7 +165,7 @@ def selected_block(
     block_length = config.key_block
     forced = forced_members(visibility, config.sink, config.local, block_length)
 
-    block, block_visible = _stage_1(config, query, keys, head, visibility, forced, scale)
+    block, block_visible = _stage_1(config, ranking, keys, head, visibility, forced)
     position = (block[:, None] * block_length + jnp.arange(block_length, dtype=jnp.int32)).reshape(-1)
     candidate = keys.key.reshape(-1, block_length, head_dim)[head * (length // block_length) + block]
     candidate = candidate.reshape(-1, head_dim)
@@ -158,25 +185,22 @@ def selected_block(
 
 def _stage_1(
     config: TwoStage,
-    query: Float[Array, "rows head_dim"],
+    ranking: RankingQueries,
     keys: PreparedKeys,
     head: Int[Array, ""],
     visibility: Visibility,
     forced: Forced,
-    scale: float,
 ) -> tuple[Int[Array, " candidate_blocks"], Bool[Array, " candidate_blocks"]]:
     """The key blocks whose tokens stage 2 looks at, and whether each is visible."""
-    method, block_length = method_of(config), config.key_block
-    blocks = keys.summary.shape[1]
-    count = min(blocks, -(-int(config.budget * config.candidates) // block_length))
+    block_length, blocks = config.key_block, keys.summary.shape[1]
     # Only blocks that every query sees whole are ranked; a block at the edge of what is visible is forced.
     ranked = (forced.start if visibility.causal else visibility.length) // block_length
-    features = method.project(query, None if keys.basis is None else keys.basis[head]) * scale
     tile = min(blocks, _STAGE_1_TILE // block_length)
-    importance = block_importance(method, features.astype(query.dtype), keys.summary, head, ranked, tile)
+    importance = block_importance(method_of(config), *ranking, keys.summary, head, ranked, tile)
     block = jnp.arange(blocks, dtype=jnp.int32)
     always = forced.covers(block * block_length) | (block >= ranked)
-    return select(importance, always, block * block_length < visibility.end(), count)
+    visible = block * block_length < visibility.end()
+    return select(importance, always, visible, min(blocks, config.candidate_blocks))
 
 
 def _softmax(logits: Float[Array, "keys rows"], value: Float[Array, "keys value_dim"]) -> Partial:

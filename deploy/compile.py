@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
+from ..attention.methods import padded_rank
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
@@ -111,7 +112,7 @@ def compile(
                     chunk=min(chunk, capacity),
                     batch=batch,
                     choice=choice,
-                    cache=_cache_info(config, batch, capacity, dtype),
+                    cache=_cache_info(config, batch, capacity, dtype, choice.attention, bases),
                     report=report,
                 )
                 for capacity, choice in zip(buckets, choices, strict=True)
@@ -191,9 +192,15 @@ def _attention_shape(config: Any, dtype: str, batch: int, chunk: int) -> Attenti
     return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, batch, chunk)
 
 
-def _cache_info(config: Any, batch: int, capacity: int, dtype: str) -> CacheInfo:
-    array = ArrayInfo((batch, config.num_key_value_heads, capacity, config.head_dim), dtype)
-    return CacheInfo(config.num_hidden_layers, (array, array))
+def _cache_info(
+    config: Any, batch: int, capacity: int, dtype: str, attention: AttentionConfig, bases: Sequence[jax.Array] | None
+) -> CacheInfo:
+    """Keys and values, and the projected keys where a bucket's stage 1 ranks them."""
+    heads = (batch, config.num_key_value_heads, capacity)
+    arrays = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
+    if isinstance(attention, TwoStage) and bases:
+        arrays += (ArrayInfo((*heads, padded_rank(bases[0])), "int8"),)
+    return CacheInfo(config.num_hidden_layers, arrays)
 
 
 def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:

@@ -149,4 +149,4 @@ def _layers(cache: PlainCache) -> KVCache:
 
 
 def _plain(cache: KVCache) -> PlainCache:
-    return tuple(tuple(layer) for layer in cache)
+    return tuple(tuple(array for array in layer if array is not None) for layer in cache)

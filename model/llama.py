@@ -132,10 +132,11 @@ class LlamaAttention(nnx.Module):
         basis: Array | None,
     ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
         query, key, value = self.queries_keys_values(hidden, rotary)
+        projected = None
         if cache is not None:
-            cache = write(cache, key, value, offset)
-            key, value = cache
-        context = attend(attention, query, key, value, offset=offset, lengths=lengths, basis=basis)
+            cache = write(cache, key, value, offset, basis)
+            key, value, projected = cache
+        context = attend(attention, query, key, value, offset=offset, lengths=lengths, basis=basis, projected=projected)
         batch, tokens, _ = hidden.shape
         return self.o_proj(context.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)), cache
 

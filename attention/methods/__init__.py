@@ -3,13 +3,23 @@
 from dataclasses import asdict
 from typing import Any
 
-from .base import Method
-from .low_rank import LowRank
+from .base import Method, RankingQueries
+from .low_rank import LowRank, padded_rank, project_keys
 from .mean_pool import MeanPool
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (LowRank, MeanPool)}
 
-__all__ = ["METHODS", "LowRank", "MeanPool", "Method", "make_method", "method_to_dict"]
+__all__ = [
+    "METHODS",
+    "LowRank",
+    "MeanPool",
+    "Method",
+    "RankingQueries",
+    "make_method",
+    "method_to_dict",
+    "padded_rank",
+    "project_keys",
+]
 
 
 def make_method(name: str, **options: Any) -> Method:

@@ -7,10 +7,18 @@ methods (see `attention.selection`).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Shaped
+
+
+class RankingQueries(NamedTuple):
+    """What stage 1 knows of the queries of every block: features of some or all of them, and the factor that makes a
+    logit of a feature product."""
+
+    features: Shaped[Array, "heads query_blocks ranking_queries features"]
+    scale: Float32[Array, "heads query_blocks ranking_queries"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Method(ABC):
     name: ClassVar[str]
     """The name under which the registry knows the method."""
     needs_basis: ClassVar[bool] = False
-    """Whether `summarize` and `project` need what `calibrate` gives."""
+    """Whether the method needs what `calibrate` gives."""
 
     def calibrate(
         self,
@@ -35,17 +43,19 @@ class Method(ABC):
         self,
         key: Float[Array, "heads blocks key_block head_dim"],
         basis: Float[Array, "heads 2 head_dim rank"] | None,
-    ) -> Float[Array, "heads blocks ..."]:
+    ) -> Shaped[Array, "heads blocks ..."]:
         """What stage 1 keeps of each key block."""
 
     @abstractmethod
-    def project(
-        self, query: Float[Array, "queries head_dim"], basis: Float[Array, "2 head_dim rank"] | None
-    ) -> Float[Array, "ranking_queries features"]:
-        """What stage 1 keeps of a query block: the features of some or all of its queries."""
+    def ranking_queries(
+        self,
+        query: Float[Array, "heads query_blocks queries head_dim"],
+        basis: Float[Array, "heads 2 head_dim rank"] | None,
+    ) -> RankingQueries:
+        """What stage 1 keeps of each query block."""
 
     @abstractmethod
-    def block_logits(
-        self, query: Float[Array, "ranking_queries features"], summary: Float[Array, "blocks ..."]
-    ) -> Float[Array, "blocks ranking_queries"]:
-        """The estimated largest logit of each query in each key block, in float32 and before scaling."""
+    def block_products(
+        self, features: Shaped[Array, "ranking_queries features"], summary: Shaped[Array, "blocks ..."]
+    ) -> Float32[Array, "blocks ranking_queries"]:
+        """The estimated largest product of each query with a key of each block, before `RankingQueries.scale`."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from ..ops import matmul_transposed
-from .base import Method
+from .base import Method, RankingQueries
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class MeanPool(Method):
     ) -> Float[Array, "heads blocks head_dim"]:
         return jnp.mean(key.astype(jnp.float32), axis=2).astype(key.dtype)
 
-    def project(self, query: Float[Array, "queries head_dim"], basis: Array | None) -> Float[Array, "queries head_dim"]:
-        return query
+    def ranking_queries(
+        self, query: Float[Array, "heads query_blocks queries head_dim"], basis: Array | None
+    ) -> RankingQueries:
+        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32))
 
-    def block_logits(
-        self, query: Float[Array, "queries head_dim"], summary: Float[Array, "blocks head_dim"]
-    ) -> Float[Array, "blocks queries"]:
-        return matmul_transposed(summary, query)
+    def block_products(
+        self, features: Float[Array, "queries head_dim"], summary: Float[Array, "blocks head_dim"]
+    ) -> Float32[Array, "blocks queries"]:
+        return matmul_transposed(summary, features)

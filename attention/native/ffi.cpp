@@ -149,7 +149,7 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
                      Floats ranking_scale, Vector offset, Vector lengths,
                      ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
                      int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
-                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t exact_up_to,
+                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t exact_keys,
                      bool exact_last_block) {
   auto described = describe({query, key, value, offset, lengths}, *output, *lse);
   if (described.has_error()) return described.error();
@@ -172,8 +172,8 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t row = head / call.kv_heads, length = call.length(row), start = call.offset[row];
     const int64_t count = valid_blocks(call, row);
-    const int64_t few_keys = causal ? clip((exact_up_to - start) / query_block, 0, count) : 0;
-    const int64_t first = length <= exact_up_to ? count : few_keys;
+    const int64_t few_keys = causal ? clip((exact_keys - start) / query_block, 0, count) : 0;
+    const int64_t first = length <= exact_keys ? count : few_keys;
     // A quotient below 0 may round either way: it is clipped.
     const int64_t tail = length - query_block - start;
     const int64_t last = exact_last_block ? clip(tail < 0 ? 0 : tail / query_block, 0, count) : count;
@@ -230,7 +230,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Attr<int64_t>("candidate_blocks")
                                   .Attr<int64_t>("sink")
                                   .Attr<int64_t>("local")
-                                  .Attr<int64_t>("exact_up_to")
+                                  .Attr<int64_t>("exact_keys")
                                   .Attr<bool>("exact_last_block"));
 
 #pragma GCC visibility pop
