@@ -5,7 +5,7 @@ are those of the best rank-r approximation of the *logits* over a calibration te
 which keeps more at the same rank, because a direction in which keys vary but no query looks costs nothing to drop.
 
 Projected keys are rounded to int8 in units that calibration fixed, so that a key's projection depends on nothing but
-the key and may be cached; queries are rounded relative to their own largest component. Sums of their products are exact.
+the key and may be cached; queries are rounded relative to their own largest component. Sums of products are exact.
 """
 
 import math
@@ -75,7 +75,7 @@ class LowRank(Method):
     ) -> RankingQueries:
         projection = _required(basis)[:, None, 0].astype(query.dtype)
         projected = _pad(jnp.matmul(query, projection, preferred_element_type=jnp.float32))
-        heads, blocks, queries, rank = projected.shape
+        heads, blocks, queries, _ = projected.shape
         count = math.ceil(self.query_share * queries)
         if count < queries:
             norms = jnp.sum(jnp.square(projected), axis=-1)
