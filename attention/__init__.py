@@ -1,11 +1,14 @@
 """Attention as pure functions on arrays: exact, and two-stage with a top-k selection of the keys."""
 
+from typing import Any
+
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from .config import AttentionConfig, Auto, Dense, TwoStage, attention_to_dict, method_of
 from .exact import exact_attention
 from .methods import METHODS, LowRank, MeanPool, Method, make_method
-from .two_stage import two_stage_attention
+from .two_stage import any_selected, two_stage_attention
 
 __all__ = [
     "METHODS",
@@ -43,29 +46,24 @@ def attend(
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to. A
     budget or a crossover that covers every key is exact attention, and is computed as such.
     """
-    if isinstance(config, TwoStage) and config.exact_keys < key.shape[2]:
-        return two_stage_attention(
-            config,
-            query,
-            key,
-            value,
-            offset=offset,
-            lengths=lengths,
-            causal=causal,
-            scale=scale,
-            softcap=softcap,
-            basis=basis,
-        )
+    options: dict[str, Any] = {
+        "offset": offset,
+        "lengths": lengths,
+        "causal": causal,
+        "scale": scale,
+        "softcap": softcap,
+    }
     dense = config if isinstance(config, Dense) else Dense()
-    return exact_attention(
-        query,
-        key,
-        value,
-        offset=offset,
-        lengths=lengths,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-        query_block=dense.query_block,
-        key_block=dense.key_block,
-    )
+
+    def exact() -> Array:
+        return exact_attention(query, key, value, query_block=dense.query_block, key_block=dense.key_block, **options)
+
+    def two_stage(config: TwoStage) -> Array:
+        return two_stage_attention(config, query, key, value, basis=basis, **options)
+
+    if isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
+        return exact()
+    # A call whose query blocks all attend exactly, as in short prompts, pays for no summary of the keys and has the
+    # larger query blocks of exact attention.
+    some = any_selected(config, query.shape[2], offset, lengths, causal)
+    return lax.cond(some, lambda: two_stage(config), exact)

@@ -7,6 +7,7 @@ exactly.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -122,6 +123,20 @@ def selected_blocks(
     first = jnp.where(length <= config.exact_keys, count, few_keys)
     last = jnp.clip((length - size - offset) // size, 0, count) if config.exact_last_block else count
     return first, jnp.maximum(first, last)
+
+
+def any_selected(
+    config: TwoStage, queries: int, offset: Int[Array, " batch"], lengths: Int[Array, " batch"], causal: bool
+) -> Bool[Array, ""]:
+    """Whether a query block of any row attends to a selection, among the `queries` tokens of a call."""
+    size = config.query_block
+
+    def selects(start: Int[Array, ""], length: Int[Array, ""]) -> Bool[Array, ""]:
+        count = valid_blocks(start, length, -(-queries // size), size)
+        first, last = selected_blocks(config, start, length, count, causal)
+        return first < last
+
+    return jnp.any(jax.vmap(selects)(offset, lengths))
 
 
 def selected_block(

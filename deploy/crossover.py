@@ -179,7 +179,8 @@ def _basis(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Array | N
     method = method_of(two_stage)
     if not method.needs_basis:
         return None
-    return jnp.asarray(method.calibrate(query[:, :_CALIBRATION_TOKENS], key[:, :_CALIBRATION_TOKENS]))
+    tokens = min(_CALIBRATION_TOKENS, query.shape[1])
+    return jnp.asarray(method.calibrate(query[:, :tokens], key[:, :tokens]))
 
 
 def _timed(
