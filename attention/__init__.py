@@ -1,11 +1,14 @@
 """Attention as pure functions on arrays: exact, and two-stage with a top-k selection of the keys."""
 
+from typing import Any
+
+from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from .config import AttentionConfig, Auto, Dense, TwoStage, attention_to_dict, method_of
 from .exact import exact_attention
 from .methods import METHODS, LowRank, MeanPool, Method, make_method, project_keys
-from .two_stage import two_stage_attention
+from .two_stage import any_selected, runs_in_kernel, two_stage_attention
 
 __all__ = [
     "METHODS",
@@ -43,33 +46,29 @@ def attend(
     """The attention that a configuration asks for; arguments as in `exact_attention`.
 
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to, and
-    `projected` what `project_keys` made of the keys (made here if it is not given). A
-    budget or a crossover that covers every key is exact attention, and is computed as such.
+    `projected` what `project_keys` made of the keys (made here if it is not given). A budget or a crossover that
+    covers every key is exact attention, and is computed as such.
     """
-    if isinstance(config, TwoStage) and config.exact_keys < key.shape[2]:
-        return two_stage_attention(
-            config,
-            query,
-            key,
-            value,
-            offset=offset,
-            lengths=lengths,
-            causal=causal,
-            scale=scale,
-            softcap=softcap,
-            basis=basis,
-            projected=projected,
-        )
+    options: dict[str, Any] = {
+        "offset": offset,
+        "lengths": lengths,
+        "causal": causal,
+        "scale": scale,
+        "softcap": softcap,
+    }
     dense = config if isinstance(config, Dense) else Dense()
-    return exact_attention(
-        query,
-        key,
-        value,
-        offset=offset,
-        lengths=lengths,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-        query_block=dense.query_block,
-        key_block=dense.key_block,
-    )
+
+    def exact() -> Array:
+        return exact_attention(query, key, value, query_block=dense.query_block, key_block=dense.key_block, **options)
+
+    def two_stage(config: TwoStage) -> Array:
+        return two_stage_attention(config, query, key, value, basis=basis, projected=projected, **options)
+
+    if isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
+        return exact()
+    if runs_in_kernel(config, query, key, value):
+        return two_stage(config)
+    # In XLA, a call whose query blocks all attend exactly, as in short prompts, pays for no summary of the keys and has
+    # the larger query blocks of exact attention.
+    some = any_selected(config, query.shape[2], offset, lengths, causal)
+    return lax.cond(some, lambda: two_stage(config), exact)

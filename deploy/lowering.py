@@ -89,7 +89,7 @@ def _compile_entry(
     custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
     check_custom_calls(name, custom_calls)
     payload, _, _ = serialize_executable.serialize(compiled)
-    portable = _portable(function, specs)
+    portable = portable_code(function, specs)
     _, *results = lowered.out_info
     return EntryInfo(
         native=write_file(folder, f"native/{capacity}/{name}.bin", payload),
@@ -103,7 +103,7 @@ def _compile_entry(
     )
 
 
-def _portable(function: Callable[..., Any], specs: tuple[Any, ...]) -> bytes:
+def portable_code(function: Callable[..., Any], specs: tuple[Any, ...]) -> bytes:
     """The serialized StableHLO of a function, in the form that calls no native kernels."""
 
     # jit keeps traces by function: the same one again would give the trace that calls the kernels.

@@ -42,7 +42,7 @@ def attention_tables(manifest: Manifest) -> list[Table]:
 
 
 def _crossover_table(manifest: Manifest) -> Table:
-    table = Table(title="one chunk of a prompt, some heads of one layer")
+    table = Table(title="the crossover, measured", caption="one chunk of a prompt, some heads of one layer")
     for name in CROSSOVER_COLUMNS:
         table.add_column(name, justify="right")
     for row in crossover_rows(manifest):

@@ -62,6 +62,25 @@ def test_compile_options_reach_the_manifest(artifact: Path) -> None:
     assert [bucket.capacity for bucket in info.buckets] == [64]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], iceformer.Auto()),
+        (["--budget", "512"], iceformer.Auto(iceformer.TwoStage(budget=512))),
+        (["--attention", "auto", "--method", "mean_pool"], iceformer.Auto(iceformer.TwoStage(method="mean_pool"))),
+        (["--attention", "two_stage", "--sink", "4"], iceformer.TwoStage(sink=4)),
+        (["--attention", "dense"], iceformer.Dense()),
+    ],
+)
+def test_attention_is_auto_unless_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], expected: object
+) -> None:
+    given = []
+    monkeypatch.setattr(iceformer, "compile", lambda *_, attention, **__: given.append(attention))
+    assert run(capsys, "compile", "checkpoint", "artifact", *options)[0] == 0
+    assert given == [expected]
+
+
 def test_generate(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +121,7 @@ def test_inspect(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "two-stage, low_rank",
         "budget 32",
         "default text",
+        "as asked",
         "native/64/score.bin",
         "the machine code runs here",
     ):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iceformer.attention import LowRank, MeanPool, TwoStage, two_stage_attention
+from iceformer.attention import LowRank, MeanPool, TwoStage, attend, two_stage_attention
+from iceformer.attention.two_stage import any_selected
 
 from .reference import naive_attention, random_inputs
 
@@ -30,6 +31,9 @@ def run(config, query, key, value, offset, lengths, causal):
     return two_stage_attention(
         config, query, key, value, offset=offset, lengths=lengths, causal=causal, basis=FULL_RANK
     )
+
+
+run_attend = jax.jit(attend, static_argnums=0)
 
 
 def attention_matrix(config, query, key, lengths, causal, offset=(0, 0)) -> np.ndarray:
@@ -142,6 +146,21 @@ def test_chunks_of_a_prompt_equal_one_call(name) -> None:
             np.testing.assert_allclose(
                 part[row, :, :valid], whole[row, :, start : start + valid], atol=2e-6, err_msg=f"row {row}"
             )
+
+
+@pytest.mark.parametrize("start", [0, 24, 32, 64])
+@pytest.mark.parametrize("lengths", [(KEYS, 20), (60, 10), (61, 61)])
+def test_calls_that_select_nothing_take_the_exact_path_to_the_same_result(start, lengths) -> None:
+    config = CONFIGS["mean_pool, crossover"]
+    query, key, value = map(jnp.asarray, random_inputs(9, 2, 4, 2, KEYS, KEYS, HEAD_DIM))
+    rows: dict[str, Any] = {"offset": jnp.full(2, start, jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
+    chunk = query[:, :, start : start + 32]
+    output = run_attend(config, chunk, key, value, **rows)
+    expected = run(config, chunk, key, value, **rows, causal=True)
+    for row, length in enumerate(lengths):
+        valid = max(0, length - start)
+        np.testing.assert_allclose(output[row, :, :valid], expected[row, :, :valid], atol=2e-6)
+    assert any_selected(config, 32, **rows, causal=True) == (start + 32 > 60 and max(lengths) > max(60, start))
 
 
 def test_a_needle_is_found_by_low_rank_and_lost_by_block_means() -> None:

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import iceformer
+from iceformer import kernels
 from iceformer.attention import LowRank
 from iceformer.deploy.calibration import calibration_ids
 from iceformer.deploy.compile import eos_token_ids
 from iceformer.deploy.entries import score_block
-from iceformer.deploy.lowering import check_custom_calls
+from iceformer.deploy.lowering import check_custom_calls, portable_code
 
 from .conftest import TEXT, VOCABULARY
 
@@ -83,6 +87,28 @@ def test_unknown_custom_calls_fail() -> None:
     check_custom_calls("score", ("TopK", "iceformer_exact"))
     with pytest.raises(ValueError, match="score calls lapack_sgesdd_ffi, which another process may not have"):
         check_custom_calls("score", ("TopK", "lapack_sgesdd_ffi"))
+
+
+def test_portable_code_is_traced_again_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that doubles wherever kernels are allowed, traced in that form first."""
+    allowed = [True]
+
+    @contextmanager
+    def disabled() -> Iterator[None]:
+        allowed[0] = False
+        yield
+        allowed[0] = True
+
+    monkeypatch.setattr(kernels, "disabled", disabled)
+
+    def function(weights: tuple[jax.Array, ...], cache: jax.Array) -> jax.Array:
+        return cache * (2.0 if allowed[0] else 1.0)
+
+    specs = ((), jax.ShapeDtypeStruct((3,), jnp.float32))
+    lowered = jax.jit(function, donate_argnums=1).lower(*specs)
+    np.testing.assert_array_equal(lowered.compile()((), jnp.ones(3)), 2.0)
+    portable = export.deserialize(bytearray(portable_code(function, specs)))
+    np.testing.assert_array_equal(portable.call((), jnp.ones(3)), 1.0)
 
 
 @pytest.mark.parametrize(("chunk", "block"), [(2048, 256), (256, 256), (300, 150), (100, 100), (514, 2), (1, 1)])
