@@ -87,13 +87,14 @@ def plot(result: Benchmark, path: Path) -> None:
             high = [max(timing.seconds) - timing.median for timing in timings]
             axes.errorbar([t.length for t in timings], middle, yerr=[low, high], fmt=style, label=engine, capsize=3)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(result.lengths, [str(length) for length in result.lengths])
     axes.set_yscale("log")
-    axes.set_xlabel("tokens\n\n" + "\n".join(textwrap.fill(line, 110) for line in result.retention.lines()), fontsize=7)
+    axes.set_xlabel("tokens\n\n" + "\n".join(textwrap.fill(line, 130) for line in result.retention.lines()), fontsize=7)
     axes.set_ylabel("seconds")
     axes.set_title(f"{_title(result)}\n{result.machine['cpu']}", fontsize=9)
     axes.grid(visible=True, which="both", alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

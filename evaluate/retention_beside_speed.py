@@ -134,12 +134,10 @@ def measure_retention(
     """
     if records < 1 or tokens < _LEAST_TOKENS:
         raise ValueError(
-            f"{records} records of {tokens} tokens: expected at least 1, of at least {_LEAST_TOKENS} tokens"
+            f"{records} records of {tokens} tokens, expected at least 1 of at least {_LEAST_TOKENS} tokens"
         )
     if not model.is_dir():
-        return Retention(
-            missing="the demo model is only in the repository (demo/model): run this from a checkout of it"
-        )
+        return Retention(missing="the demo model is only in the repository (demo/model): run from a checkout of it")
     current = earlier if earlier.asked == (records, tokens) else Retention((records, tokens))
     bench = _Bench(work, model, dtype, tokens, report)
     plan = [

@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import iceformer
+from iceformer.cli import main
 from iceformer.evaluate import benchmark as benchmark_module
 from iceformer.evaluate.attention_benchmark import AttentionShape, run_attention_benchmark
 from iceformer.evaluate.benchmark import run_benchmark
 from iceformer.evaluate.benchmark_report import benchmark_table, plot, summary
 from iceformer.evaluate.benchmark_result import Benchmark
-from iceformer.evaluate.engines import ENGINES
-from iceformer.evaluate.own_engines import attention_left_out
+from iceformer.evaluate.engines import ENGINES, PrefillJob, ours
+from iceformer.evaluate.own_engines import attention_left_out, compile_engine
 from iceformer.evaluate.processes import Timing
 from iceformer.evaluate.retention_beside_speed import ALL_ALONG, AT_THE_END, Kept, Retention
 from iceformer.evaluate.shapes import ModelShape, write_random_model
@@ -125,6 +126,21 @@ def test_attention_is_left_out_only_inside(tmp_path: Path) -> None:
     np.testing.assert_array_equal(model(ids), before)
 
 
+def test_our_engine_gives_the_logits_of_the_last_token(tmp_path: Path) -> None:
+    folder = write_random_model(tmp_path / "model", SHAPE, 64, "float32")
+    checkpoint, artifact = tmp_path / "checkpoint", tmp_path / "exact"
+    attention = iceformer.TwoStage(budget=64)
+    compile_engine("exact", folder, checkpoint, artifact, length=50, attention=attention, dtype="float32")
+    ids = np.arange(50, dtype=np.int32)
+    job = PrefillJob(
+        engine="exact", length=50, dtype="float32", threads=1, output="", source=str(folder), form=str(artifact)
+    )
+    engine = ours(job, ids)
+    expected = iceformer.load_model(checkpoint)(jnp.asarray(ids)[None])[0, -1]
+    np.testing.assert_allclose(engine.output(), expected, atol=1e-5)
+    engine.run()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -171,8 +187,50 @@ def test_attention_alone_in_both_directions_has_no_retention(tmp_path: Path) -> 
         run_attention_benchmark(tmp_path, shape=shape, retention=True)
 
 
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, Any] = {}
+
+    def run(work: Path, **options: Any) -> Benchmark:
+        given.update(options)
+        options["report"]("a step")
+        return made_up()
+
+    monkeypatch.setattr("iceformer.evaluate.attention_benchmark.run_attention_benchmark", run)
+    command = ["benchmark", str(tmp_path), "--attention-only", "--bidirectional", "--heads", "8", "--kv-heads", "2"]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--lengths", "512,1024", "--engines", "exact,sdpa"])
+    assert not end.value.code
+    assert given["shape"] == AttentionShape(8, 2, 64, causal=False)
+    assert (given["lengths"], given["engines"], given["retention"]) == ((512, 1024), ["exact", "sdpa"], False)
+    printed = capsys.readouterr()
+    assert "0 s  a step" in printed.err
+    assert "retention 0.900  questions at the end" in printed.out
+    assert "onnxruntime" not in printed.out
+    assert (tmp_path / "benchmark.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bidirectional"], "--bidirectional belongs to --attention-only"),
+        (["--head-dim", "32"], "--head-dim belongs to --attention-only"),
+        (["--attention-only", "--model", "a"], "--model does not go with --attention-only"),
+        (["--attention-only", "--engines", "floor"], "expected some of: two_stage, exact, sdpa, eager"),
+    ],
+)
+def test_the_command_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["benchmark", str(tmp_path), *options])
+    assert end.value.code == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_small_run_of_every_engine(tmp_path: Path) -> None:
+    for package in ("openvino", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
     options: dict[str, Any] = {
         "shape": SHAPE,
         "attention": iceformer.TwoStage(budget=64),
@@ -201,6 +259,8 @@ def test_a_small_run_of_every_engine(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_engines_agree_in_bfloat16_or_say_why_not(tmp_path: Path) -> None:
+    for package in ("openvino", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
     engines = ("exact", "sdpa", "openvino", "onnxruntime")
     result = run_benchmark(tmp_path, shape=SHAPE, lengths=(128,), engines=engines, dtype="bfloat16", retention=False)
     assert result.figures()["agrees_with_exact"] == {"exact-128": True, "sdpa-128": True, "openvino-128": True}
