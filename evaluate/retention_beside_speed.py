@@ -160,6 +160,7 @@ class _Bench:
     def __init__(self, work: Path, model: Path, dtype: str, tokens: int, report: Report) -> None:
         self._work, self._model, self._dtype, self._tokens, self._report = work, model, dtype, tokens, report
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self._words = pseudo_words(np.random.default_rng(0), 4000)
         self._exact: dict[str, NDArray[np.bool_]] = {}
 
     def ask(self, name: str, config: TwoStage, records: int) -> Kept:
@@ -198,18 +199,18 @@ class _Bench:
         """A record of nearly as many tokens as are wanted, and never more."""
         lines = self._tokens // 12
         while True:
-            task = Task.of(_record(name, seed, lines, self._tokens), self._tokenizer)
-            if len(task.ids) <= self._tokens:
+            task = Task.of(self._record(name, seed, lines), self._tokenizer)
+            excess = len(task.ids) / self._tokens
+            if excess <= 1:
                 return task
-            lines = min(lines - 1, lines * self._tokens // len(task.ids))
+            # How long a line is and how many questions follow it is drawn anew: the last steps must be small.
+            lines = int(lines * min(0.99, 1.05 / excess))
 
-
-def _record(name: str, seed: int, lines: int, tokens: int) -> Record:
-    rng = np.random.default_rng(seed)
-    words = pseudo_words(rng, 4000)
-    if name == ALL_ALONG:
-        return make_record(rng, lines, words, asked=0.9, closing=1)
-    return make_record(rng, lines, words, closing=max(1, min(20, tokens // 256)))
+    def _record(self, name: str, seed: int, lines: int) -> Record:
+        rng = np.random.default_rng(seed)
+        if name == ALL_ALONG:
+            return make_record(rng, lines, self._words, asked=0.9, closing=1)
+        return make_record(rng, lines, self._words, closing=max(1, min(20, self._tokens // 256)))
 
 
 def _json_number(value: float) -> float | None:
