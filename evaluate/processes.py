@@ -255,8 +255,12 @@ def run_module(module: str, *arguments: str, threads: int) -> str:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's environment with the number of threads that XLA and OpenMP are to use."""
-    return os.environ | {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
+    """This process's environment with the number of threads that XLA and OpenMP are to use.
+
+    Threads of OpenMP (torch) sleep while they wait: spinning, they take the processors from the engine whose turn is
+    next, and with any other work on the machine a barrier of theirs costs more than what it waits for.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
 
 
 def failure(code: int, log: IO[str]) -> str:
