@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -56,6 +56,7 @@ class Compensation(StrEnum):
     BLOCK_MEAN = "block_mean"
 
 
+_RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -261,43 +262,102 @@ def benchmark(
     model: Annotated[
         Path | None, typer.Option(help="Hugging Face folder.", show_default="random weights of the shape below")
     ] = None,
-    hidden: Annotated[int, typer.Option(help="Width of the random model.")] = 768,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Its query heads.")] = 12,
-    kv_heads: Annotated[int, typer.Option(help="Its key and value heads.")] = 12,
-    mlp: Annotated[int, typer.Option(help="Width inside its MLP.")] = 2048,
-    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 32000,
+    hidden: Annotated[int, typer.Option(help="Width of the random model.", rich_help_panel=_RANDOM_MODEL)] = 768,
+    layers: Annotated[int, typer.Option(help="Its layers.", rich_help_panel=_RANDOM_MODEL)] = 4,
+    heads: Annotated[
+        int, typer.Option(help="Its query heads; also of --attention-only.", rich_help_panel=_RANDOM_MODEL)
+    ] = 12,
+    kv_heads: Annotated[
+        int, typer.Option(help="Its key and value heads; also of --attention-only.", rich_help_panel=_RANDOM_MODEL)
+    ] = 12,
+    mlp: Annotated[int, typer.Option(help="Width inside its MLP.", rich_help_panel=_RANDOM_MODEL)] = 2048,
+    vocab: Annotated[int, typer.Option(help="Its vocabulary.", rich_help_panel=_RANDOM_MODEL)] = 32000,
+    attention_only: Annotated[
+        bool,
+        typer.Option(
+            "--attention-only",
+            help="Time attention alone, on random queries, keys and values.",
+            rich_help_panel=_ATTENTION_ONLY,
+        ),
+    ] = False,
+    bidirectional: Annotated[
+        bool,
+        typer.Option(
+            "--bidirectional",
+            help="With --attention-only: every query sees every key.",
+            rich_help_panel=_ATTENTION_ONLY,
+        ),
+    ] = False,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(help="With --attention-only: head width.", show_default="64", rich_help_panel=_ATTENTION_ONLY),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Prompts in tokens, with commas.")] = "4096,16384",
     engines: Annotated[
-        str, typer.Option(help="Of two_stage, exact, floor (attention left out), sdpa, eager; with commas.")
-    ] = "two_stage,exact,floor,sdpa",
+        str | None,
+        typer.Option(
+            help="With commas, of two_stage, exact, floor (attention left out), sdpa, eager, openvino, onnxruntime; "
+            "with --attention-only of two_stage, exact, sdpa, eager.",
+            show_default="two_stage,exact,floor,sdpa",
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of every engine.")] = Dtype.FLOAT32,
     budget: Annotated[int, typer.Option(help="Keys that a two-stage query attends to.")] = 1024,
-    rounds: Annotated[int, typer.Option(help="Timed prefills of each engine at each length.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each engine at each length, at least 3.")] = 3,
     threads: Annotated[int | None, typer.Option(help="Of every engine.", show_default="all")] = None,
+    retention: Annotated[
+        bool | None,
+        typer.Option(
+            "--retention/--no-retention",
+            help="Measure what the timed attention keeps of the demo model's answers; takes minutes, once a folder.",
+            show_default="yes; no with --attention-only",
+            rich_help_panel=_RETENTION,
+        ),
+    ] = None,
+    retention_records: Annotated[
+        int, typer.Option(help="Records of each kind for that.", rich_help_panel=_RETENTION)
+    ] = 2,
+    retention_tokens: Annotated[
+        int, typer.Option(help="Tokens of a record, nearly.", rich_help_panel=_RETENTION)
+    ] = 16384,
 ) -> None:
-    """Time prefill beside other engines: same weights, tokens and threads, in turn, in one run."""
+    """Time prefill, or attention alone, beside other engines: same weights, input and threads, in turn, in one run.
+
+    FOLDER takes benchmark.json and benchmark.png. The same command goes on where it was interrupted.
+    """
     from . import TwoStage
+    from .evaluate.attention_benchmark import AttentionShape, run_attention_benchmark
     from .evaluate.benchmark import run_benchmark
     from .evaluate.benchmark_report import benchmark_table, plot, summary
     from .evaluate.shapes import ModelShape
 
-    result = run_benchmark(
-        work,
-        model=model,
-        shape=ModelShape(hidden, layers, heads, kv_heads, mlp, vocab),
-        lengths=_integers(lengths, "--lengths"),
-        engines=engines.replace(",", " ").split(),
-        attention=TwoStage(budget=budget),
-        dtype=dtype.value,
-        rounds=rounds,
-        threads=threads,
-        report=lambda line: stderr.print(escape(line), highlight=False),
-    )
+    if not attention_only and (bidirectional or head_dim):
+        raise ValueError(f"--{'bidirectional' if bidirectional else 'head-dim'} belongs to --attention-only")
+    if attention_only and model:
+        raise ValueError("--model does not go with --attention-only, which takes --heads, --kv-heads and --head-dim")
+    options: dict[str, Any] = {
+        "lengths": _integers(lengths, "--lengths"),
+        "attention": TwoStage(budget=budget),
+        "dtype": dtype.value,
+        "rounds": rounds,
+        "threads": threads,
+        "retention": not attention_only if retention is None else retention,
+        "retention_records": retention_records,
+        "retention_tokens": retention_tokens,
+    }
+    if engines:
+        options["engines"] = engines.replace(",", " ").split()
+    with _steps() as report:
+        if attention_only:
+            attention_shape = AttentionShape(heads, kv_heads, head_dim or 64, causal=not bidirectional)
+            result = run_attention_benchmark(work, shape=attention_shape, report=report, **options)
+        else:
+            shape = ModelShape(hidden, layers, heads, kv_heads, mlp, vocab)
+            result = run_benchmark(work, model=model, shape=shape, report=report, **options)
     plot(result, work / "benchmark.png")
     stdout.print(benchmark_table(result))
     for line in summary(result):
-        stdout.print(line, highlight=False)
+        stdout.print(line, highlight=False, soft_wrap=True)
     stdout.print(f"result: {work / 'benchmark.json'}, plot: {work / 'benchmark.png'}", soft_wrap=True)
 
 
@@ -357,6 +417,28 @@ def _progress(description: str) -> "Iterator[Progress]":
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Shows on stderr the step that begins: a live line with its time on a terminal, else a plain line."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    start = time.perf_counter()
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
+
+        def report(step: str) -> None:
+            if not stderr.is_terminal:
+                stderr.print(f"{time.perf_counter() - start:7.0f} s  {escape(step)}", highlight=False, soft_wrap=True)
+                return
+            for task in live.tasks:
+                took = f"{task.elapsed or 0:7.1f} s  {task.description}"
+                live.console.print(took, highlight=False, soft_wrap=True)
+                live.remove_task(task.id)
+            live.add_task(escape(step), total=None)
+
+        yield report
 
 
 def _print_warning(message: Warning | str, *_: Any) -> None:

@@ -1,119 +1,126 @@
-"""One engine in a process of its own, so that its memory is its own and engines can be timed in turn.
+"""The engines that prefill a prompt, ours and others', on the same weights and token ids.
 
-`python -m iceformer.evaluate.engines JSON` prepares and warms up the engine that the JSON describes and prints one line
-(`{"ready": seconds}`). Then each line on stdin times one prefill and prints `{"seconds": ...}`, and the end of stdin
-ends it with `{"peak_bytes": ...}`. What the engine's libraries print goes to stderr.
+`python -m iceformer.evaluate.engines JSON` is the process of the engine that the JSON describes, see `processes.py`.
 """
 
 import json
-import os
 import sys
-import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-Prefill = Callable[[], Any]
+from .processes import Engine, Job, serve
+
+OPENVINO_MODEL = "model.xml"
+ONNX_MODEL = "model.onnx"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What an engine process is to time: the prefill of `length` random tokens, up to the logits of the last one.
+@dataclass(frozen=True, kw_only=True)
+class PrefillJob(Job):
+    """The prefill of `length` random tokens, up to the logits of the last one.
 
     Attributes:
-        engine: a key of `ENGINES`.
         source: Hugging Face folder of the model.
-        artifact: for our own engines, the compiled artifact.
-        length: tokens of the prompt.
-        dtype: "float32" or "bfloat16".
-        threads: of the engine.
-        seed: of the token ids.
+        form: folder with the model in the engine's own form: for our own engines, the compiled artifact.
     """
 
-    engine: str
+    module: ClassVar[str] = "iceformer.evaluate.engines"
+
     source: str
-    artifact: str
-    length: int
-    dtype: str
-    threads: int
-    seed: int = 0
+    form: str
 
 
-def ours(job: Job, ids: np.ndarray) -> Prefill:
+def ours(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
     """An artifact of ours, whatever its attention is."""
     from ..deploy.session import load
 
-    session = load(job.artifact)
-    return lambda: session.generate(ids, max_new_tokens=1).ids
+    session = load(job.form)
+    (bucket,) = session.info.buckets
+    # What `generate` computes for its first token, before it draws; the session keeps logits to itself.
+    return Engine(lambda: session.generate(ids, max_new_tokens=1), lambda: session._prefill(bucket, ids, None))
 
 
-def _transformers(job: Job, ids: np.ndarray, implementation: str) -> Prefill:
+def sdpa(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
+    """transformers with PyTorch's fused attention, what people use today."""
+    return _transformers(job, ids, "sdpa")
+
+
+def eager(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
+    """transformers with attention that writes the [heads, n, n] scores out: IceFormer's own baseline."""
+    return _transformers(job, ids, "eager")
+
+
+def _transformers(job: PrefillJob, ids: NDArray[np.int32], implementation: str) -> Engine:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job.threads)
     model = AutoModelForCausalLM.from_pretrained(
-        job.source, dtype=getattr(torch, job.dtype), attn_implementation=implementation
+        job.source, dtype=getattr(torch, job.dtype), attn_implementation=implementation, local_files_only=True
     )
     tokens = torch.from_numpy(ids.astype(np.int64))[None]
 
     def prefill() -> Any:
         with torch.inference_mode():
-            return model(tokens, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            return model(tokens, use_cache=True, logits_to_keep=1).logits[0, -1]
 
-    return prefill
-
-
-def transformers_sdpa(job: Job, ids: np.ndarray) -> Prefill:
-    """transformers with PyTorch's fused attention, what people use today."""
-    return _transformers(job, ids, "sdpa")
+    return Engine(prefill, lambda: prefill().float().numpy())
 
 
-def transformers_eager(job: Job, ids: np.ndarray) -> Prefill:
-    """transformers with attention that writes the [n, n] scores out: IceFormer's own baseline."""
-    return _transformers(job, ids, "eager")
+def openvino(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
+    """OpenVINO's CPU plugin, told to compute in the job's dtype."""
+    from openvino import Core
+
+    options = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[job.dtype],
+        "INFERENCE_NUM_THREADS": job.threads,
+    }
+    model = Core().compile_model(Path(job.form) / OPENVINO_MODEL, "CPU", options)
+    tokens = ids.astype(np.int64)[None]
+    return Engine(lambda: model(tokens), lambda: np.array(model(tokens)[0][0]))
 
 
-ENGINES: dict[str, Callable[[Job, np.ndarray], Prefill]] = {
+def onnxruntime(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
+    """ONNX Runtime's CPU provider with its fused attention."""
+    from onnxruntime import InferenceSession
+    from onnxruntime.capi.onnxruntime_pybind11_state import SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = job.threads
+    session = InferenceSession(Path(job.form) / ONNX_MODEL, options, providers=["CPUExecutionProvider"])
+    inputs = {"ids": ids.astype(np.int64)[None]}
+    return Engine(lambda: session.run(None, inputs), lambda: np.asarray(session.run(None, inputs)[0])[0])
+
+
+ENGINES: dict[str, Callable[[PrefillJob, NDArray[np.int32]], Engine]] = {
     "two_stage": ours,
     "exact": ours,
     "floor": ours,
-    "sdpa": transformers_sdpa,
-    "eager": transformers_eager,
+    "sdpa": sdpa,
+    "eager": eager,
+    "openvino": openvino,
+    "onnxruntime": onnxruntime,
 }
 """Engines by name. `floor` is our model with the attention left out: what its dense layers cost."""
 
+UNSUPPORTED = {("onnxruntime", "bfloat16"): "ONNX Runtime has no bfloat16 kernels for CPUs"}
+"""Reasons not to start an engine with a dtype."""
+
 
 def main(text: str) -> None:
-    """Runs one engine process."""
-    job = Job(**json.loads(text))
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    """Runs one engine's process."""
+    job = PrefillJob(**json.loads(text))
 
-    def answer(**fields: float) -> None:
-        answers.write(json.dumps(fields) + "\n")
-
-    with redirect_stdout(sys.stderr):
+    def prepare() -> Engine:
         config = json.loads((Path(job.source) / "config.json").read_text())
         ids = np.random.default_rng(job.seed).integers(0, config["vocab_size"], job.length).astype(np.int32)
-        start = time.perf_counter()
-        prefill = ENGINES[job.engine](job, ids)
-        prefill()
-        answer(ready=time.perf_counter() - start)
-        for _ in sys.stdin:
-            start = time.perf_counter()
-            prefill()
-            answer(seconds=time.perf_counter() - start)
-    answer(peak_bytes=_peak_bytes())
+        return ENGINES[job.engine](job, ids)
 
-
-def _peak_bytes() -> int:
-    """The largest resident memory of this process; getrusage would count that of its parent before exec too."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    serve(job.output, prepare)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..convert.folder import new_folder
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -44,16 +46,18 @@ class ModelShape:
 
 
 def write_random_model(folder: Path, shape: ModelShape, context: int, dtype: str, seed: int = 0) -> Path:
-    """Writes config.json and model.safetensors with normal weights of standard deviation 0.02, in the given dtype.
+    """Writes config.json and model.safetensors with normal weights of standard deviation 0.02, whole or not at all.
 
     Args:
-        folder: made if it is not there.
+        folder: the Hugging Face folder to write, which must not exist.
         shape: the sizes.
         context: positions that the model takes, in tokens.
-        dtype: "float32" or "bfloat16".
+        dtype: of the weights, "float32" or "bfloat16".
         seed: of the weights.
+
+    Raises:
+        FileExistsError: the folder exists.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -69,7 +73,6 @@ def write_random_model(folder: Path, shape: ModelShape, context: int, dtype: str
         "tie_word_embeddings": False,
         "dtype": dtype,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     rng = np.random.default_rng(seed)
     kind = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     tensors = {
@@ -78,7 +81,9 @@ def write_random_model(folder: Path, shape: ModelShape, context: int, dtype: str
         else (rng.standard_normal(size, dtype=np.float32) * np.float32(0.02)).astype(kind)
         for name, size in _tensors(shape).items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with new_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
