@@ -55,7 +55,7 @@ class TwoStage:
     budget: int = 1024
     query_block: int = 0
     key_block: int = 8
-    candidates: float = 2.0
+    candidates: float = 1.5
     sink: int = 8
     local: int = -1
     exact_last_block: bool = True

@@ -41,7 +41,7 @@ class LowRank(Method):
     needs_basis: ClassVar[bool] = True
 
     rank: int = 32
-    query_share: float = 0.25
+    query_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.rank < 1:

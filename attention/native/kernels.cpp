@@ -153,7 +153,7 @@ class TwoStage {
     importance_ = arena.take<float>(larger_of(blocks, most_candidates_));
     chosen_ = arena.take<int32_t>(larger_of(blocks, most_candidates_));
     candidate_ = arena.take<int32_t>(most_candidates_);
-    buckets_ = arena.take<int32_t>(kSelectBuckets);
+    select_scratch_ = arena.take<int32_t>(kSelectBuckets + larger_of(blocks, most_candidates_));
     inverse_ = arena.take<float>(block_.lanes());
   }
 
@@ -203,7 +203,7 @@ class TwoStage {
       ranking_.run(task, ranked, importance_);
       for (int64_t block = 0; block < visible; ++block)
         if (block >= ranked || forced(block * size)) importance_[block] = kForced;
-      select_largest(importance_, visible, count, chosen_, buckets_);
+      select_largest(importance_, visible, count, chosen_, select_scratch_);
     } else {
       for (int64_t block = 0; block < count; ++block) chosen_[block] = static_cast<int32_t>(block);
     }
@@ -235,7 +235,7 @@ class TwoStage {
         best = larger(best, load<Floats>(block_.logits() + i * block_.stride() + lane) * load<Floats>(inverse_ + lane));
       importance_[i] = largest(best);
     }
-    select_largest(importance_, candidates, count, chosen_, buckets_);
+    select_largest(importance_, candidates, count, chosen_, select_scratch_);
     return count;
   }
 
@@ -269,7 +269,7 @@ class TwoStage {
   Ranking ranking_;
   int64_t sink_end_ = 0, forced_start_ = 0, forced_end_ = 0;
   float *importance_, *inverse_;
-  int32_t *chosen_, *candidate_, *buckets_;
+  int32_t *chosen_, *candidate_, *select_scratch_;
 };
 
 template <class Format>

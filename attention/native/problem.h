@@ -57,8 +57,8 @@ struct Kernels {
 };
 
 // Writes the indices of the `count` largest of `values`, rising; of equal values the lower index wins. No NaN.
-// `buckets` is scratch for kSelectBuckets counters.
+// `scratch` has room for kSelectBuckets + size integers.
 constexpr int64_t kSelectBuckets = 2048;
-void select_largest(const float* values, int64_t size, int64_t count, int32_t* indices, int32_t* buckets);
+void select_largest(const float* values, int64_t size, int64_t count, int32_t* indices, int32_t* scratch);
 
 }  // namespace iceformer
