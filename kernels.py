@@ -1,9 +1,9 @@
 """The native kernels: a shared library of XLA custom calls for attention, found, registered, chosen.
 
 The library is built when the package is installed (setup.py) from attention/native. Where it is missing, or switched
-off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the path
-of another build of the library, to be used instead. ICEFORMER_ISA names the instruction set that the library uses, among
-those that the processor has; by default it takes the best.
+off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the
+path of another build of the library. ICEFORMER_ISA names the instruction set that the library uses, among those that
+the processor has; by default it takes the best.
 
 Imports only jax, so that a session can register the kernels before it loads machine code that calls them.
 """

@@ -1,8 +1,8 @@
 """Builds the native kernels where a C++ compiler is present; everything else stands in pyproject.toml.
 
 attention/native/kernels.cpp is compiled once for each instruction set, with its flags; the library chooses among them
-at run time. A compiler that does not know AMX (GCC before 11) leaves that set out. Without a compiler, or with ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and
-runs in pure XLA.
+at run time. With a compiler that does not know AMX (GCC before 11) that set is left out. Without a compiler, or with
+ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and runs in pure XLA.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
     "avx512_bf16": AVX512_BF16,
-    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DICEFORMER_TILES"],
 }
 AMX_PROBE = """
 #include <immintrin.h>

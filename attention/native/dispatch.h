@@ -8,8 +8,8 @@ namespace iceformer {
 // The kernels chosen by `choose_instruction_set`, or before that the best that this processor has.
 const Kernels& kernels();
 
-// Whether the processor has all that the kernels with AMX use, and the operating system lets this process use tiles: asks
-// it for them.
+// Whether the processor has what the kernels with AMX use, and the operating system grants this process its tiles, for
+// which this asks.
 bool amx_allowed();
 
 }  // namespace iceformer

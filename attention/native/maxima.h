@@ -7,7 +7,7 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// Packed ranking queries: [depth][lanes], and what the sums of each lane begin with.
+// Packed ranking queries: [depth][lanes], and what the sums of each lane begin with, which is 0 with tiles.
 struct RankingQueries {
   const uint32_t* words;
   const int32_t* start;
@@ -44,6 +44,7 @@ ICEFORMER_INLINE void raise_to_products(
     for (int v = 0; v < V; ++v) best[v] = larger(best[v], sum[r][v]);
 }
 
+// The products of one key block after the other.
 class BlockMaxima {
  public:
   BlockMaxima(const Attention& call, const Selection& selection, Arena& arena)
@@ -92,6 +93,7 @@ class BlockMaxima {
 
 constexpr int64_t kMaximaLanes = 2 * kTileSide;
 
+// The same on tiles, which multiply signed bytes as they are.
 class BlockMaxima {
  public:
   BlockMaxima(const Attention& call, const Selection& selection, Arena& arena)
@@ -127,7 +129,8 @@ class BlockMaxima {
 
   // Keys as whole tiles: where they lie if the array holds that many, which may be of the next key blocks.
   Left keys(int64_t head, int64_t first, int64_t count) {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(selection_.projected) + (head * call_.keys + first) * depth_;
+    const uint32_t* from =
+        reinterpret_cast<const uint32_t*>(selection_.projected) + (head * call_.keys + first) * depth_;
     const int64_t rows = round_up(count, kTileSide), width = padded_depth();
     if (width == depth_ && first + rows <= call_.keys) return {from, depth_, 1};
     memset(copy_, 0, sizeof(uint32_t) * rows * width);

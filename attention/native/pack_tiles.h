@@ -27,7 +27,7 @@ ICEFORMER_INLINE void transpose_quarters(const __m512i (&rows)[4], uint32_t* to,
   store(to + 3 * stride, _mm512_unpackhi_epi64(b, d));
 }
 
-// From 32 rows, their elements `d` to d + 7: writes 8 rows of 16 words, each the pair of two consecutive rows' elements.
+// Of 32 rows, takes elements d to d + 7: writes 8 rows of 16 words, each the pair of two consecutive rows' elements.
 ICEFORMER_INLINE void transpose_pairs(const Bfloat16Bits* const* rows, int64_t d, uint32_t* to, int64_t stride) {
   // Quarter q of vector j is pair 4q + j, so that transposing the quarters leaves the pairs in their order.
   __m512i first[4], second[4];

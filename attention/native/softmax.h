@@ -102,7 +102,8 @@ class QueryBlock {
 
   // Logits of up to kTileKeys keys into rows of `logits`, scaled, capped and masked; raises the largest of each lane.
   void score(Rows<Element> keys, int64_t count, float* logits) {
-    multiply<Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth_, logits, stride_, false);
+    const Left left = Format::keys(keys, count, packed_);
+    multiply<Product>(count, lanes_, left, {query_, lanes_}, depth_, logits, stride_, false);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = keys.position(i);
       const bool masked = call_.causal && position > first_;

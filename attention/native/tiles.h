@@ -1,14 +1,13 @@
-// Matrix products on AMX tiles, for processors that have them: the operands of matmul.h, with the rows and the depth
-// padded to whole tiles.
+// Matrix products on AMX tiles: the operands of matmul.h, with the rows and the depth padded to whole tiles. Only where
+// the build asks for it, because a process has to be granted tiles before it uses them (amx.cpp): that the compiler may
+// use their instructions does not say so.
 #pragma once
 
 #include "matmul.h"
 
 #if defined(ICEFORMER_EMULATE_AMX)
+#define ICEFORMER_TILES
 #include "amx_emulation.h"
-#define ICEFORMER_TILES 1
-#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
-#define ICEFORMER_TILES 1
 #endif
 
 #if defined(ICEFORMER_TILES)
@@ -23,9 +22,9 @@ constexpr int64_t kTileSide = 16;
 // instructions read: GCC takes a configuration for 8 bytes, and a tile that is loaded for none.
 ICEFORMER_INLINE void settle_memory(const void* at) { __asm__ volatile("" : : "r"(at) : "memory"); }
 
-// While it lives, the thread's tiles have the shapes that `multiply_tiles` uses, for sums in steps of `step` words: tiles
-// 0 to 3 hold results, 4 and 5 rows of the left operand, 6 and 7 of the right one. The tiles belong to whoever
-// configured them last, so nothing else in the thread may use them meanwhile.
+// While it lives, the thread's tiles have the shapes that `multiply_tiles` uses, for sums in steps of `step` words: 0 to
+// 3 hold results, 4 and 5 rows of the left operand, 6 and 7 rows of the right one. Nothing else in the thread may use
+// tiles meanwhile, and afterwards they are free for others.
 class Tiles {
  public:
   explicit Tiles(int64_t step = kTileSide) {
@@ -99,8 +98,8 @@ ICEFORMER_INLINE void multiply_tiles(
 }
 
 // `multiply` of words of four int8 (`kIntegers`; the result is int32) or of two bfloat16 (it is float32), inside
-// `Tiles(step)`. Reads and writes whole tiles: `rows` are rounded up to 16 and `depth` to `step`; what lies there must
-// be zero in both operands, as far as `depth` is concerned. `lanes` are a multiple of 16, and left.step is 1.
+// `Tiles(step)`. Reads and writes whole tiles: rows are rounded up to 16, whatever they hold, and depth to `step`,
+// where both operands must hold zeros. Lanes are a multiple of 16, and left.step is 1.
 template <bool kIntegers>
 void multiply_by_tiles(int64_t rows, int64_t lanes, Left left, Lanes right, int64_t depth, int64_t step, void* result,
                        int64_t stride, bool add) {
