@@ -7,7 +7,7 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// Packed ranking queries: [depth][lanes], and what the sums of each lane begin with, which is 0 with tiles.
+// Packed ranking queries: [depth][lanes], and what the sums of each lane begin with where keys are flipped.
 struct RankingQueries {
   const uint32_t* words;
   const int32_t* start;

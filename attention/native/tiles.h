@@ -22,9 +22,9 @@ constexpr int64_t kTileSide = 16;
 // instructions read: GCC takes a configuration for 8 bytes, and a tile that is loaded for none.
 ICEFORMER_INLINE void settle_memory(const void* at) { __asm__ volatile("" : : "r"(at) : "memory"); }
 
-// While it lives, the thread's tiles have the shapes that `multiply_tiles` uses, for sums in steps of `step` words: 0 to
-// 3 hold results, 4 and 5 rows of the left operand, 6 and 7 rows of the right one. Nothing else in the thread may use
-// tiles meanwhile, and afterwards they are free for others.
+// While it lives, the thread's tiles have the shapes that `multiply_tiles` uses, for sums in steps of `step` words:
+// tiles 0 to 3 hold results, 4 and 5 rows of the left operand, 6 and 7 rows of the right one. Nothing else in the thread
+// may use tiles meanwhile, and afterwards they are free for others.
 class Tiles {
  public:
   explicit Tiles(int64_t step = kTileSide) {

@@ -62,9 +62,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(library: Path, instruction_set: str, *command: str) -> str:
     environment = {**os.environ, "ICEFORMER_KERNELS": str(library), "ICEFORMER_ISA": instruction_set}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True, **output)
-    assert done.returncode == 0, done.stdout
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
