@@ -1,8 +1,9 @@
 """The native kernels: a shared library of XLA custom calls for attention, found, registered, chosen.
 
 The library is built when the package is installed (setup.py) from attention/native. Where it is missing, or switched
-off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_ISA names the instruction
-set that the library uses, among those that the processor has; by default it takes the best.
+off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the
+path of another build of the library. ICEFORMER_ISA names the instruction set that the library uses, among those that
+the processor has; by default it takes the best.
 
 Imports only jax, so that a session can register the kernels before it loads machine code that calls them.
 """
@@ -33,9 +34,13 @@ class KernelsMissingWarning(UserWarning):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library with its custom calls registered, or None where there is none."""
-    if os.environ.get("ICEFORMER_KERNELS", "1") == "0":
+    setting = os.environ.get("ICEFORMER_KERNELS", "1")
+    if setting == "0":
         return None
-    if not _LIBRARY.exists():
+    path = _LIBRARY if setting in ("", "1") else Path(setting)
+    if path != _LIBRARY and not path.is_file():
+        raise ValueError(f"ICEFORMER_KERNELS is {setting!r}, expected 0, 1 or the path of a library")
+    if not path.exists():
         warnings.warn(
             "iceformer was installed without its native kernels (no C++ compiler?): attention runs in pure XLA, which "
             "is slower; install a C++ compiler and then iceformer again",
@@ -43,7 +48,7 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=4,
         )
         return None
-    library = ctypes.CDLL(str(_LIBRARY))
+    library = ctypes.CDLL(str(path.resolve()))
     for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
         getattr(library, name).restype = ctypes.c_char_p
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool
@@ -60,7 +65,8 @@ def register() -> bool:
     """Makes the custom calls known to XLA, once; False where the library is not there or switched off.
 
     Raises:
-        ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks.
+        ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks, or
+            ICEFORMER_KERNELS a library that is not there.
     """
     return _library() is not None
 

@@ -1,8 +1,8 @@
 """Builds the native kernels where a C++ compiler is present; everything else stands in pyproject.toml.
 
 attention/native/kernels.cpp is compiled once for each instruction set, with its flags; the library chooses among them
-at run time. Without a compiler, or with ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and
-runs in pure XLA.
+at run time. With a compiler that does not know AMX (GCC before 11) that set is left out. Without a compiler, or with
+ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and runs in pure XLA.
 """
 
 import hashlib
@@ -17,12 +17,22 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 NATIVE = Path("attention", "native")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+AVX512_BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DICEFORMER_TILES"],
 }
+AMX_PROBE = """
+#include <immintrin.h>
+void probe(const void *configuration) {
+  _tile_loadconfig(configuration);
+  _tile_dpbf16ps(0, 1, 2);
+  _tile_dpbssd(0, 1, 2);
+}
+"""
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", *os.environ.get("ICEFORMER_CXXFLAGS", "").split()]
 
 
@@ -47,27 +57,44 @@ class BuildKernels(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if on_x86 or not flags}
+        if "amx" in sets and not self.knows_amx():
+            del sets["amx"]
         macros: list[tuple[str, str | None]] = [("ICEFORMER_VERSION", f'"{sources_version()}"')]
         macros += [("ICEFORMER_X86", None)] if on_x86 else []
+        macros += [("ICEFORMER_AMX", None)] if "amx" in sets else []
         include = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
         output = Path(self.build_temp)
         objects = self.compiler.compile(
-            [str(NATIVE / name) for name in ("ffi.cpp", "dispatch.cpp", "select.cpp")],
+            [str(NATIVE / name) for name in ("ffi.cpp", "dispatch.cpp", "amx.cpp", "select.cpp")],
             output_dir=str(output),
             macros=macros,
             extra_postargs=[*FLAGS, *include],
         )
-        for name, flags in INSTRUCTION_SETS.items():
-            if on_x86 or not flags:
-                objects += self.compiler.compile(
-                    [str(NATIVE / "kernels.cpp")],
-                    output_dir=str(output / name),
-                    macros=[*macros, ("ICEFORMER_ISA", name)],
-                    extra_postargs=[*FLAGS, *flags],
-                )
+        for name, flags in sets.items():
+            objects += self.compiler.compile(
+                [str(NATIVE / "kernels.cpp")],
+                output_dir=str(output / name),
+                macros=[*macros, ("ICEFORMER_ISA", name)],
+                extra_postargs=[*FLAGS, *flags],
+            )
         target = self.get_ext_fullpath(extension.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, target, target_lang="c++")
+
+    def knows_amx(self) -> bool:
+        """Whether compiler and assembler take AMX."""
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "amx_probe.cpp").write_text(AMX_PROBE)
+        try:
+            self.compiler.compile(
+                [str(folder / "amx_probe.cpp")], output_dir=str(folder), extra_postargs=INSTRUCTION_SETS["amx"]
+            )
+        except CCompilerError as error:
+            self.warn(f"the kernels for AMX are left out, the compiler does not know it: {error}")
+            return False
+        return True
 
     def get_ext_filename(self, fullname: str) -> str:
         # Loaded by ctypes, not imported: the name carries no Python version.

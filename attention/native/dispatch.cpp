@@ -23,6 +23,12 @@ ICEFORMER_DECLARE(avx2)
 ICEFORMER_DECLARE(avx512)
 ICEFORMER_DECLARE(avx512_bf16)
 #endif
+#if defined(ICEFORMER_AMX)
+ICEFORMER_DECLARE(amx)
+#endif
+#if defined(ICEFORMER_EMULATE_AMX)
+ICEFORMER_DECLARE(amx_emulated)
+#endif
 
 namespace {
 
@@ -35,6 +41,9 @@ struct InstructionSet {
 const std::vector<InstructionSet>& available() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
+#if defined(ICEFORMER_AMX)
+    if (amx_allowed()) found.push_back({"amx", &amx::kernels});
+#endif
 #if defined(ICEFORMER_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -46,6 +55,9 @@ const std::vector<InstructionSet>& available() {
     if (avx2) found.push_back({"avx2", &avx2::kernels});
 #endif
     found.push_back({"baseline", &baseline::kernels});
+#if defined(ICEFORMER_EMULATE_AMX)
+    found.push_back({"amx_emulated", &amx_emulated::kernels});
+#endif
     return found;
   }();
   return sets;

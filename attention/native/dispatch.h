@@ -8,6 +8,10 @@ namespace iceformer {
 // The kernels chosen by `choose_instruction_set`, or before that the best that this processor has.
 const Kernels& kernels();
 
+// Whether the processor has what the kernels with AMX use, and the operating system grants this process its tiles, for
+// which this asks.
+bool amx_allowed();
+
 }  // namespace iceformer
 
 #pragma GCC visibility push(default)

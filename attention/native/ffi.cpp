@@ -160,12 +160,12 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   call.softcap = softcap;
   const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
   const int64_t rank = projected.dimensions()[3], ranking_queries = ranking.dimensions()[2];
-  if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank % 4 ||
+  if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank < 4 || rank % 4 ||
       !has_shape(ranking, {heads, blocks, ranking_queries, rank}) ||
       !has_shape(ranking_scale, {heads, blocks, ranking_queries}) || call.keys % key_block)
     return ffi::Error::InvalidArgument(
         "expected projected [batch, kv_heads, keys, rank], ranking [heads, blocks, ranking_queries, rank] and its scale, "
-        "rank a multiple of 4 and keys one of key_block");
+        "rank a positive multiple of 4 and keys one of key_block");
   const Selection selection = {projected.typed_data(), ranking.typed_data(), ranking_scale.typed_data(), rank,
                                ranking_queries, budget, key_block, candidate_blocks, sink, local};
   std::vector<Task> exact_tasks, tasks;

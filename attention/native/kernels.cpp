@@ -1,6 +1,7 @@
 // The kernels of one instruction set: this file is compiled once for each, with ICEFORMER_ISA naming it and the
 // compiler's flags allowing its instructions.
 
+#include "maxima.h"
 #include "softmax.h"
 
 namespace iceformer {
@@ -14,31 +15,6 @@ ICEFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ICEFORMER_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 ICEFORMER_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Integer products of `R` keys with `V` vectors of queries; raises `best` to their largest.
-template <int R, int V>
-ICEFORMER_INLINE void raise_to_products(
-    Left keys, Lanes queries, int64_t depth, const int32_t* start, Ints (&best)[V]) {
-  Ints sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = load<Ints>(start + v * kLanes);
-  for (int64_t k = 0; k < depth; ++k) {
-    Words lanes[V];
-    for (int v = 0; v < V; ++v) lanes[v] = load<Words>(queries.words + k * queries.stride + v * kLanes);
-    for (int r = 0; r < R; ++r) {
-      const auto word = Int8Product::broadcast(keys.words + r * keys.row + k * keys.step);
-      for (int v = 0; v < V; ++v) sum[r][v] = Int8Product::add(sum[r][v], word, lanes[v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) best[v] = larger(best[v], sum[r][v]);
-}
-
-#if ICEFORMER_LANES == 16
-constexpr int kProductRows = 8, kProductVectors = 2;
-#else
-constexpr int kProductRows = 4, kProductVectors = 2;
-#endif
-
 // Stage 1 of one query block: which key blocks its tokens are worth a second look.
 class Ranking {
  public:
@@ -46,13 +22,13 @@ class Ranking {
       : call_(call),
         selection_(selection),
         depth_(selection.rank / 4),
-        lanes_(ceil_divide(selection.ranking_queries, kProductVectors * kLanes) * kProductVectors * kLanes) {
+        lanes_(round_up(selection.ranking_queries, kMaximaLanes)),
+        maxima_(call, selection, arena) {
     const int64_t blocks = ceil_divide(call.keys, selection.key_block);
-    query_ = arena.take<uint32_t>(depth_ * lanes_);
+    query_ = arena.take<uint32_t>(maxima_.padded_depth() * lanes_);
     start_ = arena.take<int32_t>(lanes_);
     scale_ = arena.take<float>(lanes_);
     normaliser_ = arena.take<float>(lanes_);
-    flipped_ = arena.take<uint32_t>(depth_ * selection.key_block);
     logits_ = arena.take<float>(blocks * lanes_);
   }
 
@@ -60,10 +36,8 @@ class Ranking {
   // gives to one of its keys.
   void run(const Task& task, int64_t count, float* importance) {
     pack_queries(task);
-    const uint32_t* keys = reinterpret_cast<const uint32_t*>(selection_.projected) +
-                           task.head * call_.keys * depth_;
     for (int64_t lane = 0; lane < lanes_; ++lane) normaliser_[lane] = kLowest;
-    for (int64_t block = 0; block < count; ++block) score(keys + block * selection_.key_block * depth_, block);
+    score(task, count);
     normalise(count);
     for (int64_t block = 0; block < count; ++block) {
       Floats best = fill(kMasked);
@@ -90,30 +64,27 @@ class Ranking {
       start_[lane] = Int8Product::kStart * sum;
       scale_[lane] = real ? scale[lane] : 0.0f;
     }
+    memset(query_ + depth_ * lanes_, 0, sizeof(uint32_t) * (maxima_.padded_depth() - depth_) * lanes_);
   }
 
-  // The largest logit of each query in one key block.
-  void score(const uint32_t* keys, int64_t block) {
-    const int64_t size = selection_.key_block;
-    if (Int8Product::kFlip) {
-      for (int64_t i = 0; i < size * depth_; ++i) flipped_[i] = keys[i] ^ Int8Product::kFlip;
-      keys = flipped_;
+  // The largest logit of each query in each of the first `count` key blocks.
+  void score(const Task& task, int64_t count) {
+    [[maybe_unused]] const auto scope = maxima_.scope();
+    const RankingQueries queries = {query_, start_, lanes_};
+    for (int64_t block = 0; block < count; block += maxima_.blocks()) {
+      const int64_t some = smaller(maxima_.blocks(), count - block);
+      float* logits = logits_ + block * lanes_;
+      maxima_.run(task.head, block, some, queries, reinterpret_cast<int32_t*>(logits));
+      for (int64_t i = 0; i < some; ++i) scale_products(logits + i * lanes_);
     }
-    for (int64_t lane = 0; lane < lanes_; lane += kProductVectors * kLanes) {
-      Ints best[kProductVectors];
-      for (auto& vector : best) vector = fill_ints(INT32_MIN);
-      const Lanes queries = {query_ + lane, lanes_};
-      int64_t key = 0;
-      for (; key + kProductRows <= size; key += kProductRows)
-        raise_to_products<kProductRows>({keys + key * depth_, depth_, 1}, queries, depth_, start_ + lane, best);
-      for (; key < size; ++key)
-        raise_to_products<1>({keys + key * depth_, depth_, 1}, queries, depth_, start_ + lane, best);
-      for (int v = 0; v < kProductVectors; ++v) {
-        const int64_t at = lane + v * kLanes;
-        const Floats logit = to_floats(best[v]) * load<Floats>(scale_ + at);
-        store(logits_ + block * lanes_ + at, logit);
-        store(normaliser_ + at, larger(load<Floats>(normaliser_ + at), logit));
-      }
+  }
+
+  // From integer products to logits, in place; raises the largest of each lane.
+  void scale_products(float* logits) {
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+      const Floats logit = to_floats(load<Ints>(logits + lane)) * load<Floats>(scale_ + lane);
+      store(logits + lane, logit);
+      store(normaliser_ + lane, larger(load<Floats>(normaliser_ + lane), logit));
     }
   }
 
@@ -133,7 +104,8 @@ class Ranking {
   const Attention& call_;
   const Selection& selection_;
   int64_t depth_, lanes_;
-  uint32_t *query_, *flipped_;
+  BlockMaxima maxima_;
+  uint32_t* query_;
   int32_t* start_;
   float *scale_, *normaliser_, *logits_;
 };
@@ -161,6 +133,7 @@ class TwoStage {
     block_.begin(task);
     force();
     const int64_t candidates = rank_blocks(task);
+    [[maybe_unused]] const typename Format::Product::Scope scope{};
     for (int64_t start = 0; start < candidates; start += kTileKeys)
       block_.score(block_.keys(candidate_ + start, 0), smaller(kTileKeys, candidates - start),
                    block_.logits() + start * block_.stride());
@@ -287,6 +260,7 @@ void run_task(const Attention& call, const Task& task, void* scratch) {
   Arena arena(scratch);
   if (task.selection) return TwoStage<Format>(call, *task.selection, arena).run(task);
   QueryBlock<Format> block(call, arena, kTileKeys);
+  [[maybe_unused]] const typename Format::Product::Scope scope{};
   block.begin(task);
   block.attend(nullptr, 0, block.end());
   block.finish();

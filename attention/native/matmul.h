@@ -10,8 +10,16 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// Products of words of one float.
+// What a product needs while its kernels run: nothing, unless it works on tiles (tiles.h).
+struct NoScope {};
+
+ICEFORMER_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Products of words of one float. `multiply` works on multiples of `kRows` rows and `kDepth` words: it reads and writes
+// beyond what it is asked for up to those.
 struct FloatProduct {
+  using Scope = NoScope;
+  static constexpr int64_t kRows = 1, kDepth = 1;
   using Accumulator = Floats;
   using Broadcast = Floats;
   static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
@@ -26,6 +34,8 @@ struct FloatProduct {
 #define ICEFORMER_BFLOAT16_DOT 1
 // Products of words of two bfloat16, summed in float32.
 struct Bfloat16Product {
+  using Scope = NoScope;
+  static constexpr int64_t kRows = 1, kDepth = 1;
   using Accumulator = Floats;
   using Broadcast = __m512i;
   static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {

@@ -1,7 +1,7 @@
 // How float32 and bfloat16 arrays become the packed words of matmul.h.
 #pragma once
 
-#include "matmul.h"
+#include "tiles.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
@@ -89,7 +89,7 @@ ICEFORMER_INLINE uint16_t round_to_bfloat16(float value) {
 #if defined(ICEFORMER_BFLOAT16_DOT)
 
 // Words of two bfloat16, for processors that multiply them.
-struct Bfloat16 {
+struct Bfloat16Pairs {
   using Element = Bfloat16Bits;
   using Product = Bfloat16Product;
   static constexpr int64_t kPerWord = 2;
@@ -134,6 +134,10 @@ struct Bfloat16 {
     return {words, stride};
   }
 };
+
+#if !defined(ICEFORMER_TILES)
+using Bfloat16 = Bfloat16Pairs;
+#endif
 
 #else
 

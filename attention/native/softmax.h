@@ -2,7 +2,7 @@
 // recurrence). Every array has the block's queries in its lanes.
 #pragma once
 
-#include "pack.h"
+#include "pack_tiles.h"
 #include "problem.h"
 
 namespace iceformer {
@@ -35,20 +35,24 @@ template <class Format>
 class QueryBlock {
  public:
   using Element = typename Format::Element;
+  using Product = typename Format::Product;
 
   // `logit_rows`: keys whose logits the caller wants to hold at once.
   QueryBlock(const Attention& call, Arena& arena, int64_t logit_rows)
       : call_(call),
         rows_(call.rows()),
-        lanes_((rows_ + kLanes - 1) / kLanes * kLanes),
+        lanes_(round_up(rows_, kLanes)),
         // Rows of a power of two apart would share the same few sets of the cache.
-        stride_(lanes_ + (lanes_ / kLanes % 2 == 0 ? kLanes : 0)) {
-    const int64_t depth = (call.head_dim + Format::kPerWord - 1) / Format::kPerWord;
-    const int64_t widest = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
-    query_ = arena.take<uint32_t>(depth * lanes_);
-    packed_ = arena.take<uint32_t>(kTileKeys * widest);
-    logits_ = arena.take<float>(logit_rows * stride_);
-    total_ = arena.take<float>(call.value_dim * stride_);
+        stride_(lanes_ + (lanes_ / kLanes % 2 == 0 ? kLanes : 0)),
+        depth_(round_up(call.head_dim / Format::kPerWord, Product::kDepth)),
+        total_rows_(round_up(call.value_dim, Product::kRows)) {
+    static_assert(kTileKeys % Product::kRows == 0 && kTileKeys / Format::kPerWord % Product::kDepth == 0);
+    const int64_t key_words = kTileKeys * depth_;
+    const int64_t value_words = total_rows_ * (kTileKeys / Format::kPerWord);
+    query_ = arena.take<uint32_t>(depth_ * lanes_);
+    packed_ = arena.take<uint32_t>(key_words > value_words ? key_words : value_words);
+    logits_ = arena.take<float>(round_up(logit_rows, Product::kRows) * stride_);
+    total_ = arena.take<float>(total_rows_ * stride_);
     largest_ = arena.take<float>(lanes_);
     weight_ = arena.take<float>(lanes_);
     decay_ = arena.take<float>(lanes_);
@@ -68,7 +72,7 @@ class QueryBlock {
   }
 
   void restart() {
-    memset(total_, 0, sizeof(float) * call_.value_dim * stride_);
+    memset(total_, 0, sizeof(float) * total_rows_ * stride_);
     for (int64_t lane = 0; lane < lanes_; ++lane) {
       largest_[lane] = kLowest;
       weight_[lane] = 0.0f;
@@ -98,9 +102,8 @@ class QueryBlock {
 
   // Logits of up to kTileKeys keys into rows of `logits`, scaled, capped and masked; raises the largest of each lane.
   void score(Rows<Element> keys, int64_t count, float* logits) {
-    const int64_t depth = call_.head_dim / Format::kPerWord;
-    multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
-                                       logits, stride_, false);
+    const Left left = Format::keys(keys, count, packed_);
+    multiply<Product>(count, lanes_, left, {query_, lanes_}, depth_, logits, stride_, false);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = keys.position(i);
       const bool masked = call_.causal && position > first_;
@@ -138,7 +141,7 @@ class QueryBlock {
     const Left left = Format::values(values, count, packed_);
     const Lanes right = Format::weights(weights, count, lanes_, stride_);
     const int64_t depth = (count + Format::kPerWord - 1) / Format::kPerWord;
-    multiply<typename Format::Product>(call_.value_dim, lanes_, left, right, depth, total_, stride_, true);
+    multiply<Product>(call_.value_dim, lanes_, left, right, depth, total_, stride_, true);
   }
 
   // Exact attention to `count` keys, consecutive ones from `first` on or those at `positions`.
@@ -188,6 +191,7 @@ class QueryBlock {
           query + ((row * call_.query_heads + query_head) * call_.queries + index) * call_.head_dim;
       for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = Format::word(from + k * Format::kPerWord);
     }
+    memset(query_ + depth * lanes_, 0, sizeof(uint32_t) * (depth_ - depth) * lanes_);
   }
 
   // Brings what was summed under an earlier largest logit, kept in decay_, to the present one.
@@ -210,6 +214,7 @@ class QueryBlock {
 
   const Attention& call_;
   int64_t rows_, lanes_, stride_;
+  int64_t depth_, total_rows_;  // words of a packed query or key, and rows of total_: whole tiles
   int64_t head_ = 0, block_ = 0, first_ = 0;
   uint32_t *query_, *packed_;
   float *logits_, *total_, *largest_, *weight_, *decay_;

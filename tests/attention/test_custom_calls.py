@@ -52,7 +52,9 @@ CASES = {
     "two-stage, odd sizes, softcap": Case(
         two_stage=SMALL | HALF, heads=(3, 1), queries=90, keys=333, head_dim=36, softcap=5.0
     ),
-    "two-stage, small blocks": Case(two_stage=SMALL | {"key_block": 2, "crossover": 200}, head_dim=128),
+    "two-stage, small blocks, many directions": Case(
+        two_stage=SMALL | {"key_block": 2, "crossover": 200, "method": LowRank(rank=70)}, head_dim=128
+    ),
     "two-stage, large blocks": Case(two_stage=SMALL | HALF | {"key_block": 16, "candidates": 2.0, "local": 0}),
     "two-stage, bfloat16": Case(two_stage=SMALL, dtype="bfloat16"),
     "two-stage, bfloat16, bidirectional": Case(two_stage=SMALL, dtype="bfloat16", causal=False, head_dim=256),
