@@ -1,8 +1,9 @@
 """The native kernels: a shared library of XLA custom calls for attention, found, registered, chosen.
 
 The library is built when the package is installed (setup.py) from attention/native. Where it is missing, or switched
-off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_ISA names the instruction
-set that the library uses, among those that the processor has; by default it takes the best.
+off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the path
+of another build of the library. ICEFORMER_ISA names the instruction set that the library uses, among those that the
+processor has; by default it takes the best.
 
 Imports only jax, so that a session can register the kernels before it loads machine code that calls them.
 """
@@ -33,9 +34,16 @@ class KernelsMissingWarning(UserWarning):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library with its custom calls registered, or None where there is none."""
-    if os.environ.get("ICEFORMER_KERNELS", "1") == "0":
+    wanted = os.environ.get("ICEFORMER_KERNELS") or "1"
+    if wanted == "0":
         return None
-    if not _LIBRARY.exists():
+    file = _LIBRARY if wanted == "1" else Path(wanted)
+    if file != _LIBRARY and not file.is_file():
+        raise FileNotFoundError(
+            f"ICEFORMER_KERNELS is {wanted!r}, but there is no such file: expected the path of a build of the library, "
+            "or 0 for pure XLA, or 1"
+        )
+    if not file.exists():
         warnings.warn(
             "iceformer was installed without its native kernels (no C++ compiler?): attention runs in pure XLA, which "
             "is slower; install a C++ compiler and then iceformer again",
@@ -43,7 +51,7 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=4,
         )
         return None
-    library = ctypes.CDLL(str(_LIBRARY))
+    library = ctypes.CDLL(str(file.resolve()))
     for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
         getattr(library, name).restype = ctypes.c_char_p
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool
@@ -60,6 +68,7 @@ def register() -> bool:
     """Makes the custom calls known to XLA, once; False where the library is not there or switched off.
 
     Raises:
+        FileNotFoundError: ICEFORMER_KERNELS names a library that is not there.
         ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks.
     """
     return _library() is not None
