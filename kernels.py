@@ -1,9 +1,9 @@
 """The native kernels: a shared library of XLA custom calls for attention, found, registered, chosen.
 
 The library is built when the package is installed (setup.py) from attention/native. Where it is missing, or switched
-off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the path
-of another build of the library. ICEFORMER_ISA names the instruction set that the library uses, among those that the
-processor has; by default it takes the best.
+off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the
+path of another build of the library. ICEFORMER_ISA names the instruction set that the library uses, among those that
+the processor has; by default it takes the best.
 
 Imports only jax, so that a session can register the kernels before it loads machine code that calls them.
 """
@@ -55,12 +55,12 @@ def _library() -> ctypes.CDLL | None:
     for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
         getattr(library, name).restype = ctypes.c_char_p
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     name = os.environ.get("ICEFORMER_ISA", "")
     if not library.iceformer_choose_instruction_set(name.encode()):
         known = library.iceformer_instruction_sets().decode().replace(" ", ", ")
         raise ValueError(f"ICEFORMER_ISA is {name!r}, but this build and this processor have: {known}")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library
 
 

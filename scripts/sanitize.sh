@@ -24,7 +24,8 @@ CXX=g++ LDFLAGS="$sanitizers" \
   ICEFORMER_CXXFLAGS="$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -fno-wrapv -g1 -O1" \
   "$PYTHON" setup.py --quiet build_ext --build-lib "$folder" --build-temp "$folder/objects"
 
-# Leaks are not looked for: Python and XLA keep memory until the process ends.
+# Leaks are not looked for: Python and XLA keep memory until the process ends. Output is captured above the level of file
+# descriptors, because the report of an abort would be lost with it.
 LD_PRELOAD="$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   ICEFORMER_KERNELS="$folder/iceformer/attention/native/libiceformer.so" ICEFORMER_SANITIZED=1 \
-  "$PYTHON" -m pytest tests/attention/test_custom_calls.py "$@"
+  "$PYTHON" -m pytest tests/attention/test_custom_calls.py --capture=sys "$@"
