@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +124,24 @@ def test_sanitizers_find_nothing_in_some_cases() -> None:
 @needs_sanitizers
 def test_sanitizers_find_nothing() -> None:
     sanitized(examples=10)
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_source_archive_has_the_library_that_was_built_with_it(tmp_path: Path) -> None:
+    def make(kind: str, folder: Path, **environment: str) -> Path:
+        code = f"import sys; from setuptools import build_meta as backend; backend.build_{kind}(sys.argv[1])"
+        target = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        subprocess.run([sys.executable, "-c", code, target], cwd=folder, env=os.environ | environment, check=True)
+        return next(target.iterdir())
+
+    shutil.unpack_archive(make("sdist", ROOT), tmp_path / "source", filter="data")
+    folder = next((tmp_path / "source").iterdir())
+    library = "iceformer/attention/native/libiceformer.so"
+    assert not list(folder.rglob("*.so"))
+    with zipfile.ZipFile(make("wheel", folder)) as wheel:
+        assert library in wheel.namelist()
+        assert not str(wheel.filename).endswith("-any.whl")
+    # In the same folder: what was built before stays out.
+    with zipfile.ZipFile(make("wheel", folder, ICEFORMER_BUILD_KERNELS="0")) as wheel:
+        assert "iceformer/kernels.py" in wheel.namelist()
+        assert library not in wheel.namelist()
