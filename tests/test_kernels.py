@@ -112,9 +112,8 @@ def test_disabled_lasts_for_its_block_and_stays_in_what_was_traced() -> None:
 
     def attend_traced() -> jax.Array:
         query = jnp.ones((1, 2, 8, 16))
-        rows = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 8, jnp.int32)}
-        basis = jnp.ones((2, 2, 16, 4))
-        return two_stage_attention(TwoStage(), query, query, query, basis=basis, **rows)
+        offset, lengths, basis = jnp.zeros(1, jnp.int32), jnp.full(1, 8, jnp.int32), jnp.ones((2, 2, 16, 4))
+        return two_stage_attention(TwoStage(), query, query, query, offset=offset, lengths=lengths, basis=basis)
 
     assert kernels.enabled()
     assert kernels.TWO_STAGE in lowered()

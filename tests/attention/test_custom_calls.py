@@ -210,7 +210,7 @@ def test_a_key_of_overwhelming_weight_that_is_not_selected_does_not_wipe_out_the
 def test_an_unknown_instruction_set_is_refused() -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
-    with pytest.raises(ValueError, match=r"expected one of: .*baseline"), kernels.using("abacus"):
+    with pytest.raises(ValueError, match="expected one of: "), kernels.using("abacus"):
         pass
 
 
