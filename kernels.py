@@ -34,13 +34,16 @@ class KernelsMissingWarning(UserWarning):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library with its custom calls registered, or None where there is none."""
-    setting = os.environ.get("ICEFORMER_KERNELS", "1")
-    if setting == "0":
+    wanted = os.environ.get("ICEFORMER_KERNELS") or "1"
+    if wanted == "0":
         return None
-    path = _LIBRARY if setting in ("", "1") else Path(setting)
-    if path != _LIBRARY and not path.is_file():
-        raise ValueError(f"ICEFORMER_KERNELS is {setting!r}, expected 0, 1 or the path of a library")
-    if not path.exists():
+    file = _LIBRARY if wanted == "1" else Path(wanted)
+    if file != _LIBRARY and not file.is_file():
+        raise FileNotFoundError(
+            f"ICEFORMER_KERNELS is {wanted!r}, but there is no such file: expected the path of a build of the library, "
+            "or 0 for pure XLA, or 1"
+        )
+    if not file.exists():
         warnings.warn(
             "iceformer was installed without its native kernels (no C++ compiler?): attention runs in pure XLA, which "
             "is slower; install a C++ compiler and then iceformer again",
@@ -48,16 +51,16 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=4,
         )
         return None
-    library = ctypes.CDLL(str(path.resolve()))
+    library = ctypes.CDLL(str(file.resolve()))
     for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
         getattr(library, name).restype = ctypes.c_char_p
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     name = os.environ.get("ICEFORMER_ISA", "")
     if not library.iceformer_choose_instruction_set(name.encode()):
         known = library.iceformer_instruction_sets().decode().replace(" ", ", ")
         raise ValueError(f"ICEFORMER_ISA is {name!r}, but this build and this processor have: {known}")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library
 
 
@@ -65,8 +68,8 @@ def register() -> bool:
     """Makes the custom calls known to XLA, once; False where the library is not there or switched off.
 
     Raises:
-        ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks, or
-            ICEFORMER_KERNELS a library that is not there.
+        FileNotFoundError: ICEFORMER_KERNELS names a library that is not there.
+        ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks.
     """
     return _library() is not None
 

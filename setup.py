@@ -48,9 +48,13 @@ class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set; a failure leaves the library out."""
 
     def run(self) -> None:
-        if os.environ.get("ICEFORMER_BUILD_KERNELS", "1") == "0":
-            return
+        # A library of an earlier build must not be installed with these sources.
+        for extension in self.extensions:
+            Path(self.build_lib, self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         try:
+            if os.environ.get("ICEFORMER_BUILD_KERNELS", "1") == "0":
+                raise PlatformError("ICEFORMER_BUILD_KERNELS is 0")
             super().run()
         except (CCompilerError, ExecError, PlatformError) as error:
             self.warn(f"the native kernels are left out, attention will run in pure XLA: {error}")

@@ -64,6 +64,7 @@ def two_stage_attention(
     """
     batch, kv_heads, keys, head_dim = key.shape
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    lengths = jnp.minimum(lengths, keys)
     method = method_of(config)
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, rows = blocked.shape[:3]
@@ -86,7 +87,6 @@ def two_stage_attention(
         )[0]
     prepared = prepare_keys(config, key, value, bases, projected)
     exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[2])
-    lengths = jnp.minimum(lengths, keys)
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
         start, length = offset[head // kv_heads], lengths[head // kv_heads]
@@ -221,7 +221,10 @@ def _stage_1(
     block = jnp.arange(blocks, dtype=jnp.int32)
     always = forced.covers(block * block_length) | (block >= ranked)
     visible = block * block_length < visibility.end()
-    return select(importance, always, visible, min(blocks, config.candidate_blocks))
+    chosen, _ = select(importance, always, visible, min(blocks, config.candidate_blocks))
+    # Rising, so that of tokens that stage 2 finds equal it takes the first ones.
+    chosen = jnp.sort(chosen)
+    return chosen, visible[chosen]
 
 
 def _softmax(logits: Float[Array, "keys rows"], value: Float[Array, "keys value_dim"]) -> Partial:

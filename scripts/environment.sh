@@ -1,7 +1,8 @@
 # Sourced by demo.sh and test.sh, from the root of the checkout: a virtual environment in .venv, made once.
 # PYTHON names the interpreter that makes it, python3 by default.
 
-# install EXTRA: the project, editable, with that extra; does nothing where pyproject.toml has not changed since.
+# install EXTRA: the project, editable, with that extra and its native kernels; does nothing where nothing that they are
+# built from has changed since.
 install() {
   local extra=$1 stamp=.venv/.installed-$1
   if [ ! -x .venv/bin/python ]; then
@@ -11,7 +12,7 @@ install() {
     }
     "${PYTHON:-python3}" -m venv .venv
   fi
-  if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+  if [ ! -f "$stamp" ] || [ -n "$(find pyproject.toml setup.py attention/native/*.{cpp,h} -newer "$stamp")" ]; then
     echo "installing iceformer[$extra] into .venv ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" >&2
     touch "$stamp"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import iceformer
+from iceformer import kernels
 from iceformer.cli import main
 
 OPTIONS = (
@@ -159,6 +161,29 @@ def test_known_errors_are_one_line(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message.format(**places) in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ICEFORMER_ISA": "abacus"}, "error: ICEFORMER_ISA is 'abacus', but this build and this processor have: "),
+        ({"ICEFORMER_KERNELS": "/nowhere.so"}, "error: ICEFORMER_KERNELS is '/nowhere.so', but there is no such file"),
+    ],
+)
+def test_a_wrong_choice_of_kernels_is_one_line(artifact: Path, environment: dict[str, str], message: str) -> None:
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    for command in (["inspect", artifact], ["generate", artifact, "the line"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "iceformer.cli", *map(str, command)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+        assert result.stderr.startswith(message)
 
 
 def test_a_missing_extra_is_named() -> None:

@@ -128,6 +128,7 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
                  int64_t query_block, bool causal, float scale, float softcap) {
   auto described = describe({query, key, value, offset, lengths}, *output, *lse);
   if (described.has_error()) return described.error();
+  if (query_block < 1) return ffi::Error::InvalidArgument("query_block: expected at least 1");
   Attention call = *described;
   call.query_block = query_block;
   call.causal = causal;
@@ -153,6 +154,9 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
                      bool exact_last_block) {
   auto described = describe({query, key, value, offset, lengths}, *output, *lse);
   if (described.has_error()) return described.error();
+  if (query_block < 1 || key_block < 1 || budget < 1 || candidate_blocks < 1 || sink < 0 || local < 0)
+    return ffi::Error::InvalidArgument(
+        "query_block, key_block, budget, candidate_blocks: expected at least 1; sink, local: at least 0");
   Attention call = *described;
   call.query_block = query_block;
   call.causal = causal;

@@ -7,6 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Inlined always: a copy compiled for one instruction set could be the one that the linker keeps for all of them.
+#define ICEFORMER_INLINE inline __attribute__((always_inline))
+
 namespace iceformer {
 
 // The logit of a key that is not visible, and the log-sum-exp of a query that sees none: the lowest float32.
@@ -28,10 +31,10 @@ struct Attention {
   float scale;
   float softcap;  // 0 for none
 
-  int64_t group() const { return query_heads / kv_heads; }
-  int64_t rows() const { return group() * query_block; }
-  int64_t blocks() const { return (queries + query_block - 1) / query_block; }
-  int64_t length(int64_t row) const { return lengths[row] < keys ? lengths[row] : keys; }
+  ICEFORMER_INLINE int64_t group() const { return query_heads / kv_heads; }
+  ICEFORMER_INLINE int64_t rows() const { return group() * query_block; }
+  ICEFORMER_INLINE int64_t blocks() const { return (queries + query_block - 1) / query_block; }
+  ICEFORMER_INLINE int64_t length(int64_t row) const { return lengths[row] < keys ? lengths[row] : keys; }
 };
 
 // How two-stage attention selects keys; fields as in TwoStage (attention/config.py).

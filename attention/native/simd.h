@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "problem.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -15,8 +17,6 @@
 #else
 #define ICEFORMER_LANES 4
 #endif
-
-#define ICEFORMER_INLINE inline __attribute__((always_inline))
 
 namespace iceformer {
 namespace ICEFORMER_ISA {

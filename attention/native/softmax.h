@@ -5,6 +5,10 @@
 #include "pack_tiles.h"
 #include "problem.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
@@ -13,7 +17,8 @@ constexpr int64_t kTileKeys = 128;
 // Where the running maximum begins: below every logit that is visible, above kMasked.
 constexpr float kLowest = -1e30f;
 
-// Hands out aligned pieces of one scratch buffer; with no buffer it only counts.
+// Hands out aligned pieces of one scratch buffer; with no buffer it only counts. AddressSanitizer sees every access
+// between the pieces, as if each were allocated alone.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -21,12 +26,24 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T), room = (bytes + 63) / 64 * 64 + kGap;
+    used_ += room;
+#if defined(__SANITIZE_ADDRESS__)
+    if (piece) {
+      __asan_unpoison_memory_region(piece, bytes);
+      __asan_poison_memory_region(piece + bytes, room - bytes);
+    }
+#endif
     return reinterpret_cast<T*>(piece);
   }
   size_t used() const { return used_; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGap = 256;
+#else
+  static constexpr size_t kGap = 0;
+#endif
   char* base_;
   size_t used_ = 0;
 };
