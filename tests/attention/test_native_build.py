@@ -72,7 +72,7 @@ def test_wide_instructions_are_in_the_functions_of_their_instruction_set_only() 
         pytest.skip("the native kernels are not built")
     functions = set(wide_functions(kernels._LIBRARY))
     assert any("9iceformer4avx2" in name for name in functions)
-    assert {name for name in functions if not re.search(r"9iceformer(4avx2|6avx512|11avx512_bf16)", name)} == set()
+    assert {name for name in functions if not re.search(r"9iceformer(4avx2|6avx512|11avx512_bf16|3amx)\d", name)} == set()
 
 
 @needs_binutils
@@ -82,13 +82,13 @@ def test_no_object_offers_the_linker_a_function_that_another_instruction_set_cou
     objects = {
         file.relative_to(tmp_path / "objects").parts[0]: file for file in (tmp_path / "objects").rglob("kernels.o")
     }
-    assert set(objects) == {"baseline", "avx2", "avx512", "avx512_bf16"}
+    assert set(objects) - {"amx"} == {"baseline", "avx2", "avx512", "avx512_bf16"}, "amx needs a recent compiler"
     for name, file in objects.items():
         symbols = subprocess.check_output(["nm", "--format=posix", file], text=True).splitlines()
         weak = {line.split()[0] for line in symbols if line.split()[1] in "WVu"}
         weak = {symbol for symbol in weak if not symbol.startswith("DW.ref.")}  # A pointer, not code.
         assert weak
-        assert {symbol for symbol in weak if not re.match(rf"_ZNK?9iceformer{len(name)}{name}\d", symbol)} == set(), (
+        assert {symbol for symbol in weak if not re.match(rf"_ZZ?NK?9iceformer{len(name)}{name}\d", symbol)} == set(), (
             name
         )
     for file in [*(tmp_path / "objects" / "attention").rglob("*.o"), objects["baseline"]]:
