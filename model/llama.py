@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
@@ -302,5 +301,4 @@ class LlamaForCausalLM(nnx.Module):
         self, input_ids: Int[Array, "batch tokens"], offset: Int[Array, " batch"], lengths: Int[Array, " batch"]
     ) -> RotaryTables:
         positions = offset[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-        # The barrier keeps XLA from computing sines and cosines anew in every layer.
-        return lax.optimization_barrier(rotary_tables(self.config.rope, self.config.head_dim, positions, lengths))
+        return rotary_tables(self.config.rope, self.config.head_dim, positions, lengths)

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from ..attention.blocks import pad_axis
 from .config import read_choice, read_integer, read_number, require
 
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3")
@@ -38,6 +40,9 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+
+
+_TABLE_PIECES = 4
 
 
 class RotaryTables(NamedTuple):
@@ -100,7 +105,13 @@ def rotary_tables(
     """The tables for tokens at absolute `positions` of rows that are `lengths` tokens long in all."""
     frequencies = inverse_frequencies(rope, head_dim, lengths)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[:, None, :]
-    return RotaryTables(jnp.cos(angles), jnp.sin(angles))
+    # A loop, because XLA would else compute sines and cosines where they are used: anew in every layer and head.
+    pieces = pad_axis(angles, 1, _TABLE_PIECES).reshape(angles.shape[0], _TABLE_PIECES, -1, angles.shape[2])
+    cos, sin = lax.map(lambda piece: (jnp.cos(piece), jnp.sin(piece)), pieces.swapaxes(0, 1))
+    tokens = positions.shape[1]
+    return RotaryTables(
+        *(table.swapaxes(0, 1).reshape(angles.shape[0], -1, angles.shape[2])[:, :tokens] for table in (cos, sin))
+    )
 
 
 def apply_rotary(

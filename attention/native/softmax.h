@@ -57,6 +57,8 @@ class QueryBlock {
   // `logit_rows`: keys whose logits the caller wants to hold at once.
   QueryBlock(const Attention& call, Arena& arena, int64_t logit_rows)
       : call_(call),
+        // A scale above 0 keeps the order of the logits, so that it can wait for the exponential.
+        factor_(call.softcap > 0 || !(call.scale > 0) ? 1.0f : call.scale),
         rows_(call.rows()),
         lanes_(round_up(rows_, kLanes)),
         // Rows of a power of two apart would share the same few sets of the cache.
@@ -117,40 +119,27 @@ class QueryBlock {
             positions};
   }
 
-  // Logits of up to kTileKeys keys into rows of `logits`, scaled, capped and masked; raises the largest of each lane.
+  // Logits of up to kTileKeys keys into rows of `logits`, capped and masked; raises the largest of each lane. They are
+  // still to be multiplied by `factor_`.
   void score(Rows<Element> keys, int64_t count, float* logits) {
-    const Left left = Format::keys(keys, count, packed_);
-    multiply<Product>(count, lanes_, left, {query_, lanes_}, depth_, logits, stride_, false);
+    const int64_t depth = call_.head_dim / Format::kPerWord;
+    multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
+                                       logits, stride_, false);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = keys.position(i);
       const bool masked = call_.causal && position > first_;
-      for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
-        float* at = logits + i * stride_ + lane;
-        Floats logit = load<Floats>(at) * call_.scale;
-        if (call_.softcap > 0) logit = call_.softcap * hyperbolic_tangent(logit * (1.0f / call_.softcap));
-        if (masked) {
-          const Ints visible = load<Ints>(position_ + lane) >= fill_ints(static_cast<int32_t>(position));
-          logit = visible ? logit : fill(kMasked);
-        }
-        store(at, logit);
-        store(largest_ + lane, larger(load<Floats>(largest_ + lane), logit));
-      }
+      if (masked || factor_ != call_.scale) finish_logits(logits + i * stride_, masked ? position : -1);
     }
+    int64_t lane = 0;
+    for (; lane + 4 * kLanes <= lanes_; lane += 4 * kLanes) raise_largest<4>(logits, count, lane);
+    for (; lane < lanes_; lane += kLanes) raise_largest<1>(logits, count, lane);
   }
 
   // Logits to softmax weights relative to the largest; adds them to each lane's weight if `add`.
   void exponentiate(float* logits, int64_t count, bool add) {
-    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
-      const Floats largest = load<Floats>(largest_ + lane);
-      Floats sum = {};
-      for (int64_t i = 0; i < count; ++i) {
-        float* at = logits + i * stride_ + lane;
-        const Floats weight = exponential(load<Floats>(at) - largest);
-        store(at, weight);
-        sum += weight;
-      }
-      if (add) store(weight_ + lane, load<Floats>(weight_ + lane) + sum);
-    }
+    int64_t lane = 0;
+    for (; lane + 4 * kLanes <= lanes_; lane += 4 * kLanes) exponentiate_lanes<4>(logits, count, lane, add);
+    for (; lane < lanes_; lane += kLanes) exponentiate_lanes<1>(logits, count, lane, add);
   }
 
   // Adds values times weights; the weights are used up.
@@ -188,11 +177,54 @@ class QueryBlock {
       const float factor = some ? 1.0f / weight_[lane] : 0.0f;
       for (int64_t d = 0; d < call_.value_dim; ++d)
         Format::store_output(output + index * call_.value_dim + d, total_[d * stride_ + lane] * factor);
-      call_.lse[index] = some ? largest_[lane] + __builtin_logf(weight_[lane]) : kMasked;
+      call_.lse[index] = some ? largest_[lane] * factor_ + __builtin_logf(weight_[lane]) : kMasked;
     }
   }
 
  private:
+  // Scales and caps a key's logits where that cannot wait, and masks the queries before its position (-1: none).
+  void finish_logits(float* logits, int64_t position) {
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+      Floats logit = load<Floats>(logits + lane);
+      if (factor_ != call_.scale) logit *= call_.scale;
+      if (call_.softcap > 0) logit = call_.softcap * hyperbolic_tangent(logit * (1.0f / call_.softcap));
+      const Ints visible = load<Ints>(position_ + lane) >= fill_ints(static_cast<int32_t>(position));
+      if (position >= 0) logit = visible ? logit : fill(kMasked);
+      store(logits + lane, logit);
+    }
+  }
+
+  // `V` vectors of lanes at a time, so that a row is read in long pieces.
+  template <int V>
+  void raise_largest(const float* logits, int64_t count, int64_t lane) {
+    Floats largest[V];
+    for (int v = 0; v < V; ++v) largest[v] = load<Floats>(largest_ + lane + v * kLanes);
+    for (int64_t i = 0; i < count; ++i)
+      for (int v = 0; v < V; ++v)
+        largest[v] = larger(largest[v], load<Floats>(logits + i * stride_ + lane + v * kLanes));
+    for (int v = 0; v < V; ++v) store(largest_ + lane + v * kLanes, largest[v]);
+  }
+
+  template <int V>
+  void exponentiate_lanes(float* logits, int64_t count, int64_t lane, bool add) {
+    Floats largest[V], sum[V];
+    for (int v = 0; v < V; ++v) {
+      largest[v] = load<Floats>(largest_ + lane + v * kLanes);
+      sum[v] = Floats{};
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int v = 0; v < V; ++v) {
+        float* at = logits + i * stride_ + lane + v * kLanes;
+        const Floats weight = exponential((load<Floats>(at) - largest[v]) * factor_);
+        store(at, weight);
+        sum[v] += weight;
+      }
+    for (int v = 0; add && v < V; ++v) {
+      float* at = weight_ + lane + v * kLanes;
+      store(at, load<Floats>(at) + sum[v]);
+    }
+  }
+
   void pack_queries() {
     const int64_t row = head_ / call_.kv_heads, kv_head = head_ % call_.kv_heads;
     const int64_t depth = call_.head_dim / Format::kPerWord;
@@ -216,7 +248,7 @@ class QueryBlock {
     bool changed = false;
     for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
       const Floats before = load<Floats>(decay_ + lane), now = load<Floats>(largest_ + lane);
-      const Floats decay = exponential(before - now);
+      const Floats decay = exponential((before - now) * factor_);
       store(decay_ + lane, decay);
       store(weight_ + lane, load<Floats>(weight_ + lane) * decay);
       for (int64_t i = 0; i < kLanes; ++i) changed |= decay[i] != 1.0f;
@@ -230,6 +262,7 @@ class QueryBlock {
   }
 
   const Attention& call_;
+  float factor_;
   int64_t rows_, lanes_, stride_;
   int64_t depth_, total_rows_;  // words of a packed query or key, and rows of total_: whole tiles
   int64_t head_ = 0, block_ = 0, first_ = 0;

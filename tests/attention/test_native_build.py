@@ -72,7 +72,9 @@ def test_wide_instructions_are_in_the_functions_of_their_instruction_set_only() 
         pytest.skip("the native kernels are not built")
     functions = set(wide_functions(kernels._LIBRARY))
     assert any("9iceformer4avx2" in name for name in functions)
-    assert {name for name in functions if not re.search(r"9iceformer(4avx2|6avx512|11avx512_bf16|3amx)\d", name)} == set()
+    assert {
+        name for name in functions if not re.search(r"9iceformer(4avx2|6avx512|11avx512_bf16|3amx)\d", name)
+    } == set()
 
 
 @needs_binutils
