@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Float32, Int, Int8
 
 from .. import kernels
 from .blocks import pad_axis
-from .config import TwoStage
+from .config import TwoStage, method_of
+from .methods import LowRank
 
 _ROWS = 128
 """Query rows, those of all heads that share a KV head, that the kernel for exact attention aims at in a task."""
@@ -57,8 +58,7 @@ def two_stage(
     key: Float[Array, "batch kv_heads keys head_dim"],
     value: Float[Array, "batch kv_heads keys value_dim"],
     projected: Int8[Array, "batch kv_heads keys rank"],
-    ranking: Int8[Array, "heads blocks ranking_queries rank"],
-    ranking_scale: Float32[Array, "heads blocks ranking_queries"],
+    projected_queries: Float32[Array, "heads blocks rows rank"],
     *,
     offset: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
@@ -66,11 +66,13 @@ def two_stage(
     scale: float,
     softcap: float | None,
 ) -> Attended:
-    """Two-stage attention, from the projected keys and the queries that rank them."""
+    """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions."""
+    method = method_of(config)
+    assert isinstance(method, LowRank)
     key, value, projected = (pad_axis(x, 2, config.key_block) for x in (key, value, projected))
     return _call(
         kernels.TWO_STAGE,
-        (query, key, value, projected, ranking, ranking_scale, offset, lengths),
+        (query, key, value, projected, projected_queries, offset, lengths),
         query_block=config.query_block,
         causal=causal,
         scale=scale,
@@ -82,6 +84,7 @@ def two_stage(
         local=config.local,
         exact_keys=config.exact_keys,
         exact_last_block=config.exact_last_block,
+        ranking_queries=method.ranking_count(projected_queries.shape[2]),
     )
 
 

@@ -25,7 +25,7 @@ from .blocks import (
 from .compensation import MEAN_BLOCK, BlockSums, Selection, block_sums, compensate
 from .config import TwoStage, method_of
 from .exact import Partial, exact_block, next_power_of_two, normalise
-from .methods import LowRank, RankingQueries, project_keys
+from .methods import LowRank, RankingQueries, project_keys, project_queries, required
 from .ops import cap, matmul_transposed, transposed_matmul
 from .selection import Forced, block_importance, forced_members, largest_weight, select
 
@@ -65,26 +65,23 @@ def two_stage_attention(
     batch, kv_heads, keys, head_dim = key.shape
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     lengths = jnp.minimum(lengths, keys)
-    method = method_of(config)
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, rows = blocked.shape[:3]
     bases = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
-    features, unit = method.ranking_queries(blocked, bases)
-    ranking = RankingQueries(features, unit * scale)
     if runs_in_kernel(config, query, key, value):
-        if projected is None:
-            assert basis is not None
-            projected = project_keys(key, basis)
         return custom_calls.two_stage(
             config,
-            *(query, key, value, projected),
-            *ranking,
+            *(query, key, value),
+            project_keys(key, required(basis)) if projected is None else projected,
+            project_queries(blocked, required(bases)),
             offset=offset,
             lengths=lengths,
             causal=causal,
             scale=scale,
             softcap=softcap,
         )[0]
+    features, unit = method_of(config).ranking_queries(blocked, bases)
+    ranking = RankingQueries(features, unit * scale)
     prepared = prepare_keys(config, key, value, bases, projected)
     exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[2])
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .base import Method, RankingQueries
-from .low_rank import LowRank, padded_rank, project_keys
+from .low_rank import LowRank, padded_rank, project_keys, project_queries, required
 from .mean_pool import MeanPool
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (LowRank, MeanPool)}
@@ -19,6 +19,8 @@ __all__ = [
     "method_to_dict",
     "padded_rank",
     "project_keys",
+    "project_queries",
+    "required",
 ]
 
 

@@ -66,17 +66,16 @@ class LowRank(Method):
         key: Float[Array, "heads blocks key_block head_dim"],
         basis: Float[Array, "heads 2 head_dim rank"] | None,
     ) -> Int8[Array, "heads blocks key_block padded_rank"]:
-        return project_keys(key, _required(basis)[:, None])
+        return project_keys(key, required(basis)[:, None])
 
     def ranking_queries(
         self,
         query: Float[Array, "heads query_blocks queries head_dim"],
         basis: Float[Array, "heads 2 head_dim rank"] | None,
     ) -> RankingQueries:
-        projection = _required(basis)[:, None, 0].astype(query.dtype)
-        projected = _pad(jnp.matmul(query, projection, preferred_element_type=jnp.float32))
+        projected = project_queries(query, required(basis))
         heads, blocks, queries, _ = projected.shape
-        count = math.ceil(self.query_share * queries)
+        count = self.ranking_count(queries)
         if count < queries:
             norms = jnp.sum(jnp.square(projected), axis=-1)
             # Two axes: XLA sorts all of it where top-k has more.
@@ -86,6 +85,10 @@ class LowRank(Method):
         unit = jnp.where(largest > 0, largest, 1.0) / _LARGEST
         return RankingQueries(jnp.round(projected / unit[..., None]).astype(jnp.int8), unit)
 
+    def ranking_count(self, queries: int) -> int:
+        """How many of a block's queries take part in stage 1."""
+        return math.ceil(self.query_share * queries)
+
     def block_products(
         self, features: Int8[Array, "ranking_queries rank"], summary: Int8[Array, "blocks key_block rank"]
     ) -> Float32[Array, "blocks ranking_queries"]:
@@ -93,6 +96,13 @@ class LowRank(Method):
         # Sums of integer products of this size are exact in float32, which XLA multiplies faster than int8.
         keys, queries = (x.astype(jnp.float32).reshape(-1, rank) for x in (summary, features))
         return jnp.max(matmul_transposed(keys, queries).reshape(blocks, key_block, -1), axis=1)
+
+
+def project_queries(
+    query: Float[Array, "heads query_blocks queries head_dim"], basis: Float[Array, "heads 2 head_dim rank"]
+) -> Float32[Array, "heads query_blocks queries padded_rank"]:
+    """The calibrated projections of queries, with zeros up to a multiple of 4 components."""
+    return _pad(jnp.matmul(query, basis[:, None, 0].astype(query.dtype), preferred_element_type=jnp.float32))
 
 
 def project_keys(
@@ -116,7 +126,12 @@ def _pad(x: Float[Array, "*axes rank"]) -> Float[Array, "*axes padded_rank"]:
     return pad_axis(x, x.ndim - 1, 4)
 
 
-def _required(basis: Array | None) -> Array:
+def required(basis: Array | None) -> Array:
+    """The basis.
+
+    Raises:
+        ValueError: there is none.
+    """
     if basis is None:
         raise ValueError("low_rank needs calibrated projections: pass basis=, as LowRank.calibrate makes it")
     return basis

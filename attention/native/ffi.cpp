@@ -37,6 +37,7 @@ thread_local Scratch scratch;
 
 using Vector = ffi::Buffer<ffi::DataType::S32, 1>;
 using Bytes = ffi::Buffer<ffi::DataType::S8, 4>;
+using Queries = ffi::Buffer<ffi::DataType::F32, 4>;
 using Floats = ffi::Buffer<ffi::DataType::F32, 3>;
 
 struct Operands {
@@ -146,12 +147,11 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
 }
 
 ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                     Bytes projected, Bytes ranking,
-                     Floats ranking_scale, Vector offset, Vector lengths,
+                     Bytes projected, Queries projected_queries, Vector offset, Vector lengths,
                      ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
                      int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
-                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t exact_keys,
-                     bool exact_last_block) {
+                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t exact_keys, bool exact_last_block,
+                     int64_t ranking_queries) {
   auto described = describe({query, key, value, offset, lengths}, *output, *lse);
   if (described.has_error()) return described.error();
   if (query_block < 1 || key_block < 1 || budget < 1 || candidate_blocks < 1 || sink < 0 || local < 0)
@@ -163,15 +163,15 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   call.scale = scale;
   call.softcap = softcap;
   const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
-  const int64_t rank = projected.dimensions()[3], ranking_queries = ranking.dimensions()[2];
+  const int64_t rank = projected.dimensions()[3];
   if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank < 4 || rank % 4 ||
-      !has_shape(ranking, {heads, blocks, ranking_queries, rank}) ||
-      !has_shape(ranking_scale, {heads, blocks, ranking_queries}) || call.keys % key_block)
+      !has_shape(projected_queries, {heads, blocks, call.rows(), rank}) || call.keys % key_block || ranking_queries < 1 ||
+      ranking_queries > call.rows())
     return ffi::Error::InvalidArgument(
-        "expected projected [batch, kv_heads, keys, rank], ranking [heads, blocks, ranking_queries, rank] and its scale, "
-        "rank a positive multiple of 4 and keys one of key_block");
-  const Selection selection = {projected.typed_data(), ranking.typed_data(), ranking_scale.typed_data(), rank,
-                               ranking_queries, budget, key_block, candidate_blocks, sink, local};
+        "expected projected [batch, kv_heads, keys, rank], projected_queries [heads, blocks, rows, rank], rank a positive multiple "
+        "of 4, keys one of key_block, and 1 to all of the rows as ranking_queries");
+  const Selection selection = {projected.typed_data(), projected_queries.typed_data(), rank, ranking_queries,
+                               budget, key_block, candidate_blocks, sink, local};
   std::vector<Task> exact_tasks, tasks;
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t row = head / call.kv_heads, length = call.length(row), start = call.offset[row];
@@ -219,8 +219,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<iceformer::Bytes>()
-                                  .Arg<iceformer::Bytes>()
-                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Queries>()
                                   .Arg<iceformer::Vector>()
                                   .Arg<iceformer::Vector>()
                                   .Ret<ffi::AnyBuffer>()
@@ -235,6 +234,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Attr<int64_t>("sink")
                                   .Attr<int64_t>("local")
                                   .Attr<int64_t>("exact_keys")
-                                  .Attr<bool>("exact_last_block"));
+                                  .Attr<bool>("exact_last_block")
+                                  .Attr<int64_t>("ranking_queries"));
 
 #pragma GCC visibility pop

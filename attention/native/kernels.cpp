@@ -26,6 +26,9 @@ class Ranking {
         maxima_(call, selection, arena) {
     const int64_t blocks = ceil_divide(call.keys, selection.key_block);
     query_ = arena.take<uint32_t>(maxima_.padded_depth() * lanes_);
+    norm_ = arena.take<float>(call.rows());
+    row_ = arena.take<int32_t>(call.rows());
+    select_scratch_ = arena.take<int32_t>(kSelectBuckets + call.rows());
     start_ = arena.take<int32_t>(lanes_);
     scale_ = arena.take<float>(lanes_);
     normaliser_ = arena.take<float>(lanes_);
@@ -48,23 +51,43 @@ class Ranking {
   }
 
  private:
+  // Takes the queries of the largest norm and rounds each relative to its largest component.
   void pack_queries(const Task& task) {
-    const int64_t index = task.head * call_.blocks() + task.block;
-    const int8_t* queries = selection_.ranking + index * selection_.ranking_queries * selection_.rank;
-    const float* scale = selection_.ranking_scale + index * selection_.ranking_queries;
-    for (int64_t lane = 0; lane < lanes_; ++lane) {
-      const bool real = lane < selection_.ranking_queries;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < depth_; ++k) {
-        uint32_t word = 0;
-        if (real) memcpy(&word, queries + lane * selection_.rank + 4 * k, sizeof word);
-        for (int byte = 0; byte < 4; ++byte) sum += static_cast<int8_t>(word >> (8 * byte));
-        query_[k * lanes_ + lane] = word;
-      }
-      start_[lane] = Int8Product::kStart * sum;
-      scale_[lane] = real ? scale[lane] : 0.0f;
+    const int64_t rows = call_.rows(), count = selection_.ranking_queries, rank = selection_.rank;
+    const float* queries = selection_.projected_queries + (task.head * call_.blocks() + task.block) * rows * rank;
+    for (int64_t row = 0; row < rows; ++row) {
+      float sum = 0.0f;
+      for (int64_t d = 0; d < rank; ++d) sum += queries[row * rank + d] * queries[row * rank + d];
+      norm_[row] = sum;
     }
-    memset(query_ + depth_ * lanes_, 0, sizeof(uint32_t) * (maxima_.padded_depth() - depth_) * lanes_);
+    select_largest(norm_, rows, count, row_, select_scratch_);
+    memset(query_, 0, sizeof(uint32_t) * maxima_.padded_depth() * lanes_);
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      start_[lane] = 0;
+      scale_[lane] = 0.0f;
+      if (lane < count) pack_query(queries + row_[lane] * rank, lane);
+    }
+  }
+
+  void pack_query(const float* query, int64_t lane) {
+    float largest = 0.0f;
+    for (int64_t d = 0; d < selection_.rank; ++d) {
+      const float magnitude = __builtin_fabsf(query[d]);
+      if (magnitude > largest) largest = magnitude;
+    }
+    const float unit = (largest > 0.0f ? largest : 1.0f) / 127.0f;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < depth_; ++k) {
+      uint32_t word = 0;
+      for (int64_t byte = 0; byte < 4; ++byte) {
+        const int32_t rounded = static_cast<int32_t>(__builtin_rintf(query[4 * k + byte] / unit));
+        sum += rounded;
+        word |= (static_cast<uint32_t>(rounded) & 0xffu) << (8 * byte);
+      }
+      query_[k * lanes_ + lane] = word;
+    }
+    start_[lane] = Int8Product::kStart * sum;
+    scale_[lane] = unit * call_.scale;
   }
 
   // The largest logit of each query in each of the first `count` key blocks.
@@ -90,14 +113,17 @@ class Ranking {
 
   // From each query's largest logit to its log-sum-exp; lanes without a query give weight to nothing.
   void normalise(int64_t count) {
-    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
-      const Floats peak = load<Floats>(normaliser_ + lane);
-      Floats sum = {};
+    static_assert(kMaximaLanes % (2 * kLanes) == 0, "lanes are summed two vectors at a time");
+    for (int64_t lane = 0; lane < lanes_; lane += 2 * kLanes) {
+      const Floats peak[2] = {load<Floats>(normaliser_ + lane), load<Floats>(normaliser_ + lane + kLanes)};
+      Floats sum[2] = {};
       for (int64_t block = 0; block < count; ++block)
-        sum += exponential(load<Floats>(logits_ + block * lanes_ + lane) - peak);
-      for (int64_t i = 0; i < kLanes; ++i)
-        normaliser_[lane + i] =
-            lane + i < selection_.ranking_queries ? peak[i] + __builtin_logf(sum[i]) : -kMasked;
+        for (int v = 0; v < 2; ++v)
+          sum[v] += exponential(load<Floats>(logits_ + block * lanes_ + lane + v * kLanes) - peak[v]);
+      for (int64_t i = 0; i < 2 * kLanes; ++i) {
+        const float total = peak[i / kLanes][i % kLanes] + __builtin_logf(sum[i / kLanes][i % kLanes]);
+        normaliser_[lane + i] = lane + i < selection_.ranking_queries ? total : -kMasked;
+      }
     }
   }
 
@@ -106,8 +132,8 @@ class Ranking {
   int64_t depth_, lanes_;
   BlockMaxima maxima_;
   uint32_t* query_;
-  int32_t* start_;
-  float *scale_, *normaliser_, *logits_;
+  int32_t *start_, *row_, *select_scratch_;
+  float *norm_, *scale_, *normaliser_, *logits_;
 };
 
 // Two-stage attention of one query block (attention/two_stage.py is the reference).

@@ -40,9 +40,9 @@ struct Attention {
 // How two-stage attention selects keys; fields as in TwoStage (attention/config.py).
 struct Selection {
   const int8_t* projected;  // [batch, kv_heads, keys, rank]: keys in the directions that stage 1 looks at
-  const int8_t* ranking;    // [batch * kv_heads, blocks, ranking_queries, rank]: the queries that rank key blocks
-  const float* ranking_scale;  // [batch * kv_heads, blocks, ranking_queries]: logit of an integer product of 1
-  int64_t rank, ranking_queries;
+  const float* projected_queries;    // [batch * kv_heads, blocks, rows, rank]: the queries of each block, projected likewise
+  int64_t rank;
+  int64_t ranking_queries;  // how many queries of a block rank key blocks: those of the largest norm
   int64_t budget, key_block, candidate_blocks, sink, local;
 };
 
