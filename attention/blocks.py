@@ -15,6 +15,10 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 """The logit of a key that is not visible. Finite, so that no subtraction of it gives NaN."""
 
 
+EXACT_QUERY_BLOCK, EXACT_KEY_BLOCK = 256, 512
+"""Queries and keys, in tokens, of one step of exact attention in XLA."""
+
+
 class Visibility(NamedTuple):
     """Which keys the queries of one block may see: key j iff j < length and (not causal or j <= position)."""
 

@@ -8,6 +8,7 @@ manifest.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .blocks import EXACT_KEY_BLOCK, EXACT_QUERY_BLOCK
 from .methods import Method, make_method, method_to_dict
 
 
@@ -16,12 +17,12 @@ class Dense:
     """Exact attention, computed block by block without an [n, n] array.
 
     Attributes:
-        query_block: queries, in tokens, that are computed together.
-        key_block: keys, in tokens, that one step of the online softmax takes.
+        query_block: queries, in tokens, that are computed together in XLA; the native kernel has blocks of its own.
+        key_block: keys, in tokens, that one step of the online softmax takes in XLA.
     """
 
-    query_block: int = 256
-    key_block: int = 512
+    query_block: int = EXACT_QUERY_BLOCK
+    key_block: int = EXACT_KEY_BLOCK
 
     def __post_init__(self) -> None:
         _check_power_of_two("query_block", self.query_block)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import custom_calls
 from .blocks import (
+    EXACT_KEY_BLOCK,
+    EXACT_QUERY_BLOCK,
     MASKED,
     Visibility,
     head_tile,
@@ -47,8 +49,8 @@ def exact_attention(
     scale: float | None = None,
     softcap: float | None = None,
     mask: Mask | None = None,
-    query_block: int = 256,
-    key_block: int = 512,
+    query_block: int = EXACT_QUERY_BLOCK,
+    key_block: int = EXACT_KEY_BLOCK,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
     """softmax(query . key * scale) . value over the keys that each query sees.
 
@@ -62,8 +64,8 @@ def exact_attention(
         scale: factor of the logits, 1 / sqrt(head_dim) by default.
         softcap: cap of the logits (Gemma 2), applied after the scale and before the masks.
         mask: further mask: True where a key takes part, or floats that are added to the logits.
-        query_block: queries computed together.
-        key_block: keys of one step of the online softmax.
+        query_block: queries computed together in XLA; the native kernel has blocks of its own.
+        key_block: keys of one step of the online softmax in XLA.
 
     Returns:
         The attention output in the query's dtype; 0 for a query that sees no key.

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from . import custom_calls
 from .blocks import (
+    EXACT_KEY_BLOCK,
     MASKED,
     Visibility,
     join_queries,
@@ -29,7 +30,6 @@ from .methods import LowRank, RankingQueries, project_keys, project_queries, req
 from .ops import cap, matmul_transposed, transposed_matmul
 from .selection import Forced, block_importance, forced_members, largest_weight, select
 
-_EXACT_KEY_BLOCK = 512
 _STAGE_1_TILE = 4096
 """Keys that stage 1 scores at a time: with 64 queries a megabyte of scores, which stays in the cache."""
 
@@ -83,7 +83,7 @@ def two_stage_attention(
     features, unit = method_of(config).ranking_queries(blocked, bases)
     ranking = RankingQueries(features, unit * scale)
     prepared = prepare_keys(config, key, value, bases, projected)
-    exact_key_block = min(_EXACT_KEY_BLOCK, prepared.key.shape[2])
+    exact_key_block = min(EXACT_KEY_BLOCK, prepared.key.shape[2])
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
         start, length = offset[head // kv_heads], lengths[head // kv_heads]

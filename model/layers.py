@@ -3,6 +3,7 @@
 Activations have the parameters' dtype; products accumulate in float32, the rest is computed in it.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 """Activation functions by the name that a config's `hidden_act` gives."""
 
+_LEAST_ROWS = 8
+"""Rows of a bfloat16 product, at least: what processors with tiles want, too."""
+
 _initial = nnx.initializers.normal(0.02)
 
 
@@ -40,9 +44,7 @@ class Linear(nnx.Module):
 
     def float32(self, x: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
         """The same without rounding the result to x's dtype."""
-        product = lax.dot_general(
-            x, self.kernel[...], (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        product = _multiply(x, self.kernel[...], 0)
         return product if self.bias is None else product + self.bias[...].astype(jnp.float32)
 
 
@@ -57,8 +59,21 @@ class Embedding(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows features"]) -> Float32[Array, "*rows num_embeddings"]:
         """`x @ table.T`: what a model with tied embeddings has for an output layer."""
-        table = self.embedding[...]
-        return lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return _multiply(x, self.embedding[...], 1)
+
+
+def _multiply(x: Float[Array, "*rows k"], weight: Float[Array, "m n"], axis: int) -> Float32[Array, "*rows features"]:
+    """The product of x's last dimension with the given axis of a weight, in float32.
+
+    XLA's bfloat16 product of a single row makes a float32 copy of the whole weight at each call, which takes 15 times
+    as long as the product of a few rows: so there are a few.
+    """
+    rows = math.prod(x.shape[:-1])
+    flat = x.reshape(rows, x.shape[-1])
+    if x.dtype == jnp.bfloat16 and rows < _LEAST_ROWS:
+        flat = jnp.pad(flat, ((0, _LEAST_ROWS - rows), (0, 0)))
+    product = lax.dot_general(flat, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return product[:rows].reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

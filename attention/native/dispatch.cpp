@@ -12,8 +12,8 @@
 
 namespace iceformer {
 
-#define ICEFORMER_DECLARE(isa)   \
-  namespace isa {                \
+#define ICEFORMER_DECLARE(isa)  \
+  namespace isa {               \
   extern const Kernels kernels; \
   }
 

@@ -16,8 +16,8 @@ bool amx_allowed();
 
 #pragma GCC visibility push(default)
 extern "C" {
-// Chooses an instruction set by name, or the best one for an empty name. Gives false, and changes nothing, if this build
-// or this processor does not have it.
+// Chooses an instruction set by name, or the best one for an empty name. Gives false, and changes nothing, if this
+// build or this processor does not have it.
 bool iceformer_choose_instruction_set(const char* name);
 
 // The chosen one's name.

@@ -108,7 +108,8 @@ void clear(const Attention& call, int64_t head, int64_t first_block) {
   }
 }
 
-ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* selection, const std::vector<Task>& tasks) {
+ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* selection,
+               const std::vector<Task>& tasks) {
   const Kernels& chosen = kernels();
   const size_t bytes = chosen.scratch_bytes(call, nullptr);
   const size_t selected_bytes = selection ? chosen.scratch_bytes(call, selection) : 0;
@@ -125,8 +126,8 @@ ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* sel
 }
 
 ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector offset,
-                 Vector lengths, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
-                 int64_t query_block, bool causal, float scale, float softcap) {
+                 Vector lengths, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block,
+                 bool causal, float scale, float softcap) {
   auto described = describe({query, key, value, offset, lengths}, *output, *lse);
   if (described.has_error()) return described.error();
   if (query_block < 1) return ffi::Error::InvalidArgument("query_block: expected at least 1");
@@ -148,10 +149,9 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
 
 ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
                      Bytes projected, Queries projected_queries, Vector offset, Vector lengths,
-                     ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
-                     int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
-                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t exact_keys, bool exact_last_block,
-                     int64_t ranking_queries) {
+                     ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block, bool causal,
+                     float scale, float softcap, int64_t budget, int64_t key_block, int64_t candidate_blocks,
+                     int64_t sink, int64_t local, int64_t exact_keys, bool exact_last_block, int64_t ranking_queries) {
   auto described = describe({query, key, value, offset, lengths}, *output, *lse);
   if (described.has_error()) return described.error();
   if (query_block < 1 || key_block < 1 || budget < 1 || candidate_blocks < 1 || sink < 0 || local < 0)
@@ -165,13 +165,21 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
   const int64_t rank = projected.dimensions()[3];
   if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank < 4 || rank % 4 ||
-      !has_shape(projected_queries, {heads, blocks, call.rows(), rank}) || call.keys % key_block || ranking_queries < 1 ||
-      ranking_queries > call.rows())
+      !has_shape(projected_queries, {heads, blocks, call.rows(), rank}) || call.keys % key_block ||
+      ranking_queries < 1 || ranking_queries > call.rows())
     return ffi::Error::InvalidArgument(
-        "expected projected [batch, kv_heads, keys, rank], projected_queries [heads, blocks, rows, rank], rank a positive multiple "
+        "expected projected [batch, kv_heads, keys, rank], projected_queries [heads, blocks, rows, rank], rank a "
+        "positive multiple "
         "of 4, keys one of key_block, and 1 to all of the rows as ranking_queries");
-  const Selection selection = {projected.typed_data(), projected_queries.typed_data(), rank, ranking_queries,
-                               budget, key_block, candidate_blocks, sink, local};
+  const Selection selection = {projected.typed_data(),
+                               projected_queries.typed_data(),
+                               rank,
+                               ranking_queries,
+                               budget,
+                               key_block,
+                               candidate_blocks,
+                               sink,
+                               local};
   std::vector<Task> exact_tasks, tasks;
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t row = head / call.kv_heads, length = call.length(row), start = call.offset[row];

@@ -160,8 +160,8 @@ ICEFORMER_INLINE void multiply_tile(Left left, Lanes right, int64_t depth, float
 }
 
 template <class Product, int V, int R = kTileRows>
-ICEFORMER_INLINE void multiply_rest(
-    int64_t rows, Left left, Lanes right, int64_t depth, float* result, int64_t stride, bool add) {
+ICEFORMER_INLINE void multiply_rest(int64_t rows, Left left, Lanes right, int64_t depth, float* result, int64_t stride,
+                                    bool add) {
   if constexpr (R > 0) {
     if (rows == R) return multiply_tile<Product, R, V>(left, right, depth, result, stride, add);
     multiply_rest<Product, V, R - 1>(rows, left, right, depth, result, stride, add);
@@ -176,16 +176,16 @@ void multiply_panel(int64_t vectors, int64_t rows, Left left, Lanes right, int64
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const Left part = {left.words + row * left.row, left.row, left.step};
       const int64_t left_over = rows - row;
-      multiply_rest<Product, V>(
-          left_over < kTileRows ? left_over : kTileRows, part, right, depth, result + row * stride, stride, add);
+      multiply_rest<Product, V>(left_over < kTileRows ? left_over : kTileRows, part, right, depth,
+                                result + row * stride, stride, add);
     }
   }
 }
 
 // result[row][lane] (+)= sum over k of left[row][k] . right[k][lane], for `rows` rows and `lanes` lanes.
 template <class Product>
-void multiply(
-    int64_t rows, int64_t lanes, Left left, Lanes right, int64_t depth, float* result, int64_t stride, bool add) {
+void multiply(int64_t rows, int64_t lanes, Left left, Lanes right, int64_t depth, float* result, int64_t stride,
+              bool add) {
   for (int64_t lane = 0; lane < lanes; lane += kTileVectors * kLanes) {
     const int64_t vectors = (lanes - lane) / kLanes;
     multiply_panel<Product>(vectors < kTileVectors ? vectors : kTileVectors, rows, left,

@@ -27,8 +27,8 @@ constexpr int64_t kMaximaLanes = kProductVectors * kLanes;
 
 // Integer products of `R` keys with `V` vectors of queries; raises `best` to their largest.
 template <int R, int V>
-ICEFORMER_INLINE void raise_to_products(
-    Left keys, Lanes queries, int64_t depth, const int32_t* start, Ints (&best)[V]) {
+ICEFORMER_INLINE void raise_to_products(Left keys, Lanes queries, int64_t depth, const int32_t* start,
+                                        Ints (&best)[V]) {
   Ints sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = load<Ints>(start + v * kLanes);
@@ -62,8 +62,8 @@ class BlockMaxima {
   // Writes the largest product of each lane with the keys of `count` key blocks: [count][lanes].
   void run(int64_t head, int64_t block, int64_t, RankingQueries queries, int32_t* largest) {
     const int64_t size = selection_.key_block;
-    const uint32_t* keys = reinterpret_cast<const uint32_t*>(selection_.projected) +
-                           (head * call_.keys + block * size) * depth_;
+    const uint32_t* keys =
+        reinterpret_cast<const uint32_t*>(selection_.projected) + (head * call_.keys + block * size) * depth_;
     if (Int8Product::kFlip) {
       for (int64_t i = 0; i < size * depth_; ++i) flipped_[i] = keys[i] ^ Int8Product::kFlip;
       keys = flipped_;
@@ -76,8 +76,7 @@ class BlockMaxima {
       int64_t key = 0;
       for (; key + kProductRows <= size; key += kProductRows)
         raise_to_products<kProductRows>({keys + key * depth_, depth_, 1}, right, depth_, start, best);
-      for (; key < size; ++key)
-        raise_to_products<1>({keys + key * depth_, depth_, 1}, right, depth_, start, best);
+      for (; key < size; ++key) raise_to_products<1>({keys + key * depth_, depth_, 1}, right, depth_, start, best);
       for (int v = 0; v < kProductVectors; ++v) store(largest + lane + v * kLanes, best[v]);
     }
   }

@@ -87,8 +87,8 @@ struct Bfloat16 : Bfloat16Pairs {
   static constexpr int64_t kKeys = 2 * kTileSide, kWidth = 8;
 
   // Where fewer keys or elements are left: zeros stand for the others.
-  static void transpose_rest(
-      Rows<Bfloat16Bits> rows, int64_t key, int64_t count, int64_t d, uint32_t* to, int64_t stride) {
+  static void transpose_rest(Rows<Bfloat16Bits> rows, int64_t key, int64_t count, int64_t d, uint32_t* to,
+                             int64_t stride) {
     Bfloat16Bits copy[kKeys][kWidth] = {};
     const Bfloat16Bits* row[kKeys];
     const int64_t width = rows.width - d < kWidth ? rows.width - d : kWidth;

@@ -17,12 +17,12 @@ constexpr float kMasked = -3.4028234663852886e38f;
 
 // softmax(query . key * scale) . value. Arrays are dense and row-major, [batch, heads, tokens, width].
 struct Attention {
-  bool bfloat16;      // of query, key, value and output; else float32
-  const void* query;  // [batch, query_heads, queries, head_dim]
-  const void* key;    // [batch, kv_heads, keys, head_dim]
-  const void* value;  // [batch, kv_heads, keys, value_dim]
-  void* output;       // [batch, query_heads, queries, value_dim]
-  float* lse;         // [batch, query_heads, queries]: log-sum-exp of the logits attended to
+  bool bfloat16;           // of query, key, value and output; else float32
+  const void* query;       // [batch, query_heads, queries, head_dim]
+  const void* key;         // [batch, kv_heads, keys, head_dim]
+  const void* value;       // [batch, kv_heads, keys, value_dim]
+  void* output;            // [batch, query_heads, queries, value_dim]
+  float* lse;              // [batch, query_heads, queries]: log-sum-exp of the logits attended to
   const int32_t* offset;   // [batch]: absolute position of the first query
   const int32_t* lengths;  // [batch]: tokens of the row; later keys are not seen
   int64_t batch, query_heads, kv_heads, queries, keys, head_dim, value_dim;
@@ -40,7 +40,8 @@ struct Attention {
 // How two-stage attention selects keys; fields as in TwoStage (attention/config.py).
 struct Selection {
   const int8_t* projected;  // [batch, kv_heads, keys, rank]: keys in the directions that stage 1 looks at
-  const float* projected_queries;    // [batch * kv_heads, blocks, rows, rank]: the queries of each block, projected likewise
+  const float*
+      projected_queries;  // [batch * kv_heads, blocks, rows, rank]: the queries of each block, projected likewise
   int64_t rank;
   int64_t ranking_queries;  // how many queries of a block rank key blocks: those of the largest norm
   int64_t budget, key_block, candidate_blocks, sink, local;

@@ -236,8 +236,7 @@ class QueryBlock {
         for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = 0;
         continue;
       }
-      const Element* from =
-          query + ((row * call_.query_heads + query_head) * call_.queries + index) * call_.head_dim;
+      const Element* from = query + ((row * call_.query_heads + query_head) * call_.queries + index) * call_.head_dim;
       for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = Format::word(from + k * Format::kPerWord);
     }
     memset(query_ + depth * lanes_, 0, sizeof(uint32_t) * (depth_ - depth) * lanes_);

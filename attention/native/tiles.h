@@ -23,8 +23,8 @@ constexpr int64_t kTileSide = 16;
 ICEFORMER_INLINE void settle_memory(const void* at) { __asm__ volatile("" : : "r"(at) : "memory"); }
 
 // While it lives, the thread's tiles have the shapes that `multiply_tiles` uses, for sums in steps of `step` words:
-// tiles 0 to 3 hold results, 4 and 5 rows of the left operand, 6 and 7 rows of the right one. Nothing else in the thread
-// may use tiles meanwhile, and afterwards they are free for others.
+// tiles 0 to 3 hold results, 4 and 5 rows of the left operand, 6 and 7 rows of the right one. Nothing else in the
+// thread may use tiles meanwhile, and afterwards they are free for others.
 class Tiles {
  public:
   explicit Tiles(int64_t step = kTileSide) {
@@ -53,14 +53,14 @@ class Tiles {
 
 // `R` by `V` tiles of result (+)= left . right. The tiles' numbers are part of the instructions, hence literals.
 template <bool kIntegers, int R, int V>
-ICEFORMER_INLINE void multiply_tiles(
-    Left left, Lanes right, int64_t depth, int64_t step, void* result, int64_t stride, bool add) {
-#define ICEFORMER_DOT(sum, a, b)  \
-  do {                            \
-    if constexpr (kIntegers)      \
-      _tile_dpbssd(sum, a, b);    \
-    else                          \
-      _tile_dpbf16ps(sum, a, b);  \
+ICEFORMER_INLINE void multiply_tiles(Left left, Lanes right, int64_t depth, int64_t step, void* result, int64_t stride,
+                                     bool add) {
+#define ICEFORMER_DOT(sum, a, b) \
+  do {                           \
+    if constexpr (kIntegers)     \
+      _tile_dpbssd(sum, a, b);   \
+    else                         \
+      _tile_dpbf16ps(sum, a, b); \
   } while (false)
   const int64_t left_bytes = 4 * left.row, right_bytes = 4 * right.stride, bytes = 4 * stride;
   char *upper = static_cast<char*>(result), *lower = upper + kTileSide * bytes;
@@ -130,8 +130,8 @@ struct Bfloat16TileProduct {
 };
 
 template <>
-inline void multiply<Bfloat16TileProduct>(
-    int64_t rows, int64_t lanes, Left left, Lanes right, int64_t depth, float* result, int64_t stride, bool add) {
+inline void multiply<Bfloat16TileProduct>(int64_t rows, int64_t lanes, Left left, Lanes right, int64_t depth,
+                                          float* result, int64_t stride, bool add) {
   multiply_by_tiles<false>(rows, lanes, left, right, depth, kTileSide, result, stride, add);
 }
 

@@ -118,8 +118,8 @@ static inline void dot_bfloat16(int sum, int left, int right) {
       for (int half = 0; half < 2; ++half) {
         const float value = bfloat16_of(word_at(a.data[row], k), half);
         for (int column = 0; column < 16; ++column)
-          parts[half][column] = flush(
-              __builtin_fmaf(value, bfloat16_of(word_at(b.data[k], column), half), parts[half][column]));
+          parts[half][column] =
+              flush(__builtin_fmaf(value, bfloat16_of(word_at(b.data[k], column), half), parts[half][column]));
       }
     memcpy(result, s.data[row], sizeof result);
     for (int column = 0; column < 16; ++column)
@@ -139,8 +139,8 @@ static inline void dot_int8(int sum, int left, int right) {
     for (int k = 0; k < b.rows; ++k)
       for (int byte = 0; byte < 4; ++byte)
         for (int column = 0; column < 16; ++column)
-          result[column] += static_cast<uint32_t>(byte_of(word_at(a.data[row], k), byte) *
-                                                  byte_of(word_at(b.data[k], column), byte));
+          result[column] +=
+              static_cast<uint32_t>(byte_of(word_at(a.data[row], k), byte) * byte_of(word_at(b.data[k], column), byte));
     memcpy(s.data[row], result, static_cast<size_t>(s.row_bytes));
   }
 }
