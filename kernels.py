@@ -43,15 +43,17 @@ def _library() -> ctypes.CDLL | None:
             f"ICEFORMER_KERNELS is {wanted!r}, but there is no such file: expected the path of a build of the library, "
             "or 0 for pure XLA, or 1"
         )
-    if not file.exists():
+    try:
+        library = ctypes.CDLL(str(file.resolve()))
+    except OSError as error:
+        missing = "iceformer was installed without its native kernels (no C++ compiler?)"
+        reason = f"iceformer's native kernels cannot be loaded ({error})" if file.exists() else missing
         warnings.warn(
-            "iceformer was installed without its native kernels (no C++ compiler?): attention runs in pure XLA, which "
-            "is slower; install a C++ compiler and then iceformer again",
+            f"{reason}: attention runs in pure XLA, which is slower; install a C++ compiler and then iceformer again",
             KernelsMissingWarning,
             stacklevel=4,
         )
         return None
-    library = ctypes.CDLL(str(file.resolve()))
     for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
         getattr(library, name).restype = ctypes.c_char_p
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def in_xla() -> np.ndarray:
         return attend()
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 @pytest.mark.usefixtures("built")
 def test_every_instruction_set_gives_the_same_in_a_process_of_its_own(index: int, in_xla: np.ndarray) -> None:
     names = (*kernels.instruction_sets(), "")
@@ -82,6 +83,14 @@ def test_missing_they_are_missed_once(in_xla: np.ndarray) -> None:
     name, output = json.loads(result.stdout)
     assert name is None
     np.testing.assert_allclose(output, in_xla, atol=1e-5)
+
+
+def test_a_library_that_is_damaged_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "lib.so").write_bytes(b"no library")
+    code = "from iceformer import kernels; print(kernels.register())"
+    result = run(code, ICEFORMER_KERNELS=str(tmp_path / "lib.so"))
+    assert result.stdout == "False\n"
+    assert "KernelsMissingWarning: iceformer's native kernels cannot be loaded" in result.stderr
 
 
 @pytest.mark.usefixtures("built")
