@@ -107,6 +107,7 @@ def serve(output: str, prepare: Callable[[], Engine]) -> None:
     """The child's side: prepares the engine, then answers until stdin ends. What libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    sys.stdout = sys.stderr  # Whose lines appear in the order in which they were written.
 
     def answer(**fields: float) -> None:
         answers.write(json.dumps(fields) + "\n")
