@@ -13,10 +13,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from ..model.llama import LlamaForCausalLM
+from ..model.decoder import CausalLM
 from ..model.registry import abstract_module, build
-from .names import dotted
 from .reader import read_json
+from .rules import dotted
 
 PARAMS = "params"
 CONFIG = "config.json"
@@ -26,7 +26,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _FILE_BYTES = 2**26
 
 
-def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> LlamaForCausalLM:
+def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> CausalLM:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
 
     Args:

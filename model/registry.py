@@ -1,4 +1,6 @@
-"""The registry of architectures, by a config's `model_type`. A new architecture is one file and one line here."""
+"""The registry of architectures, by a config's `model_type`. A new architecture is one file, one table of names in
+`convert/tables` and one line here.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,23 +9,34 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .config import require
+from .decoder import CausalLM, DecoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The classes of one model type; the module's name is the one that configs list under `architectures`."""
+    """The classes of one model type; the module's name is the one that configs list under `architectures`.
 
-    config: type[LlamaConfig]
-    module: type[LlamaForCausalLM]
+    Attributes:
+        name: as people write it, for tables.
+        config: the configuration, read by its `from_hf`.
+        module: the model, built from a configuration.
+        table: module of `convert/tables` with the names of its tensors.
+    """
+
+    name: str
+    config: Any
+    module: Any
+    table: str
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    LlamaConfig.model_type: Architecture(LlamaConfig, LlamaForCausalLM),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
 }
 
 
-def build(config: Mapping[str, Any]) -> tuple[Architecture, LlamaConfig]:
+def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
     A config without `model_type` is known by the class name under `architectures`.
@@ -37,10 +50,11 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, LlamaConfig]:
             f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}, "
             f"supported model types are: {', '.join(sorted(ARCHITECTURES))}"
         )
+    require(config, "quantization_config", None)
     return architecture, architecture.config.from_hf(config)
 
 
-def abstract_module(architecture: Architecture, config: LlamaConfig, dtype: DTypeLike) -> LlamaForCausalLM:
+def abstract_module(architecture: Architecture, config: DecoderConfig, dtype: DTypeLike) -> CausalLM:
     """The module with shapes and dtypes in place of parameters."""
     return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
 

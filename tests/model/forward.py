@@ -7,11 +7,11 @@ from jax.typing import ArrayLike
 
 import iceformer
 from iceformer.attention import AttentionConfig
-from iceformer.model.llama import LlamaForCausalLM
+from iceformer.model.decoder import CausalLM
 
 
 def forward(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     ids: ArrayLike,
     lengths: ArrayLike | None = None,
     attention: AttentionConfig = iceformer.Dense(),  # noqa: B008 - a frozen value

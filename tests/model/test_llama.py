@@ -12,13 +12,15 @@ from flax import nnx
 
 import iceformer
 from iceformer.attention.cache import KVCache, empty_cache
+from iceformer.model.decoder import CausalLM
 from iceformer.model.llama import LlamaConfig, LlamaForCausalLM
 from iceformer.model.registry import build
+from iceformer.model.rope import Rope
 
 from .forward import forward
 
 
-def token_ids(model: LlamaForCausalLM, *shape: int) -> jax.Array:
+def token_ids(model: CausalLM, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(2).integers(0, model.config.vocab_size, shape), jnp.int32)
 
 
@@ -26,9 +28,10 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import LlamaConfig as Reference
 
     config, reference = LlamaConfig.from_hf({}), Reference()
-    for name in LlamaConfig.__dataclass_fields__.keys() - {"rope"}:
+    for name in LlamaConfig.__dataclass_fields__.keys() - {"ropes", "windows"}:
         assert getattr(config, name) == getattr(reference, name), name
-    assert (config.rope.rope_type, config.rope.rope_theta) == ("default", 10000.0)
+    assert config.ropes == (Rope("default", 10000.0),) * 32
+    assert config.windows == (None,) * 32
 
 
 def test_null_fields_take_their_defaults() -> None:
@@ -40,7 +43,6 @@ def test_null_fields_take_their_defaults() -> None:
     ("fields", "message"),
     [
         ({"hidden_act": "mish"}, "hidden_act is 'mish', supported are: gelu"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, "layer_types"),
         ({"layer_types": 5}, "layer_types is 5"),
