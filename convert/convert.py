@@ -16,15 +16,24 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import __version__
+from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module, build
-from .checkpoint import CONFIG, FORMAT_VERSION, PARAMS, PROVENANCE, save_params
+from .checkpoint import CONFIG, FORMAT_VERSION, PARAMS, PROVENANCE, pooling_of, save_params
 from .folder import check_absent, new_folder
-from .reader import Weights, open_weights, read_json
+from .reader import Weights, open_weights, parse_json, read_json
 from .rules import Path as ParameterPath
 from .rules import Plan, Slot, dotted, make_plan
 from .tables import rules_of
 
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 """Files that go to the checkpoint as they are, where the source has them."""
 
 
@@ -43,7 +52,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
         FileNotFoundError: no such source, or a file of it is missing.
         FileExistsError: the target exists.
         ValueError: an unknown architecture or config field, a truncated or corrupt file, tensors that do not fit the
-            config (all of them are listed), or weights that are not finite.
+            config (all of them are listed), weights that are not finite, or a sentence embedder with modules that are
+            not supported.
     """
     source, target = Path(source), Path(target)
     check_absent(target)
@@ -51,8 +61,10 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
         raise FileNotFoundError(f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights")
     companions = [name for name in COMPANIONS if (source / name).exists()]
     for name in companions:
-        read_json(source / name)
+        parse_json(source / name)
     architecture, config = build(read_json(source / CONFIG))
+    if isinstance(config, EncoderConfig):
+        pooling_of(source)
     weights = open_weights(source)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
@@ -61,6 +73,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
         for name in (CONFIG, *companions):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         (folder / PROVENANCE).write_text(json.dumps(_provenance(source, weights), indent=2) + "\n")
     return target

@@ -57,6 +57,16 @@ class Weights:
             return opened.get_tensor(name)
 
 
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds; FileNotFoundError if there is none, ValueError if it is not JSON."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -64,12 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not JSON, or not an object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content

@@ -18,6 +18,7 @@ from ..attention import AttentionConfig, Dense
 from .config import read_integer
 from .decoder import Bases
 from .layers import ACTIVATIONS, Embedding, Linear
+from .pooling import Pooling
 from .rope import Rope, rotary_tables
 from .self_attention import LayerCall
 
@@ -219,6 +220,7 @@ class Encoder(nnx.Module):
         pooler: makes one vector of a row's first token, or None.
         head: the task's, or None for "features".
         head_pooling: what a head for whole rows reads: "pooler", "first" or "mean".
+        pooling: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as `pooled`.
     """
 
     def __init__(
@@ -237,6 +239,7 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.norm: Any = norm
         self.pooler, self.head, self.head_pooling = pooler, head, head_pooling
+        self.pooling: Pooling | None = None
 
     def inputs(self, tokens: int) -> dict[str, InputInfo]:
         """The inputs for rows of so many tokens; every row's `lengths` go beside them."""
@@ -261,10 +264,10 @@ class Encoder(nnx.Module):
             observe: is given the queries and keys of each layer in turn, while the function is traced.
 
         Returns:
-            `last_hidden_state` [batch, tokens, hidden_size]; `pooled` [batch, hidden_size] from a model with a pooler;
-            `logits` in float32 from a model with a task head: [batch, num_labels] for whole rows, [batch, tokens,
-            num_labels] for token classification, [batch, tokens, 2] (start and end) for question answering,
-            [batch, tokens, vocab_size] for masked language models.
+            `last_hidden_state` [batch, tokens, hidden_size]; `pooled` [batch, hidden_size] from a model with a pooler,
+            and in float32 from a sentence embedder; `logits` in float32 from a model with a task head: [batch,
+            num_labels] for whole rows, [batch, tokens, num_labels] for token classification, [batch, tokens, 2] (start
+            and end) for question answering, [batch, tokens, vocab_size] for masked language models.
         """
         config = self.config
         hidden = self.embeddings(inputs)
@@ -287,11 +290,12 @@ class Encoder(nnx.Module):
         if self.norm is not None:
             hidden = self.norm(hidden)
         outputs = {"last_hidden_state": hidden}
-        if self.pooler is not None:
-            outputs["pooled"] = self.pooler(hidden[:, 0])
+        pooled = None if self.pooler is None else self.pooler(hidden[:, 0])
         if self.head is not None:
-            outputs["logits"] = self._logits(self.head, hidden, outputs.get("pooled"), lengths)
-        return outputs
+            outputs["logits"] = self._logits(self.head, hidden, pooled, lengths)
+        if self.pooling is not None:
+            pooled = self.pooling(hidden, lengths)
+        return outputs if pooled is None else outputs | {"pooled": pooled}
 
     def queries_and_keys(
         self, inputs: Mapping[str, Array], lengths: Int[Array, " batch"]
