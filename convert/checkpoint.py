@@ -13,10 +13,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from ..model.decoder import CausalLM
 from ..model.encoder import Encoder
 from ..model.pooling import MODULES, Pooling, read_pooling
-from ..model.registry import abstract_module, build
+from ..model.registry import Model, abstract_module, build
 from .reader import parse_json, read_json
 from .rules import dotted
 
@@ -28,7 +27,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _FILE_BYTES = 2**26
 
 
-def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> CausalLM | Encoder:
+def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
 
     An encoder whose checkpoint has the files of sentence-transformers pools as they say.

@@ -4,25 +4,34 @@ from collections.abc import Sequence
 
 from .artifact import TOKENIZER
 from .manifest import Manifest
-from .tables import CROSSOVER_COLUMNS, MEGABYTE, crossover_rows, describe
+from .tables import (
+    ATTENTION_OF,
+    CROSSOVER_COLUMNS,
+    MEASURED_CALL,
+    MEGABYTE,
+    code_rows,
+    crossover_rows,
+    describe,
+    describe_task,
+)
 
 
 def card_text(manifest: Manifest, name: str) -> str:
     """The card in Markdown; `name` is the artifact's folder."""
     model, environment = manifest.model, manifest.environment
     calibration = manifest.provenance.calibration
-    has_tokenizer = any(file.path == TOKENIZER for file in manifest.files)
-    prompt = '"Once upon a time"' if has_tokenizer else "[1, 2, 3]"
     fitted = f" Calibrated on {calibration.kind} ({calibration.tokens} tokens)." if calibration else ""
+    python, command = _USE[model.kind](manifest, name)
     return f"""\
 # {name}
 
-A {model.model_type} model of {model.parameters / 1e6:.2f} million parameters ({manifest.dtype}), compiled ahead of time
-by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{manifest.provenance.checkpoint}`.
+A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.parameters / 1e6:.2f} million parameters
+({manifest.dtype}), compiled ahead of time by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint
+`{manifest.provenance.checkpoint}`.
 
 **This folder holds machine code. Load it only if you trust the person you have it from.**
 
-- Attention for prompts and scoring: see below.{fitted} New tokens attend exactly.
+- Attention of {ATTENTION_OF[model.kind]}: see below.{_NEW_TOKENS[model.kind]}{fitted}
 - Compiled for {environment.machine} with {", ".join(environment.cpu_features) or "unknown CPU features"}
   ({environment.cpu_model}), jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}.
   Elsewhere the StableHLO in `portable/` is compiled on first use.
@@ -40,17 +49,52 @@ by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{ma
 import iceformer
 
 session = iceformer.load("{name}")
-print(session.generate({prompt}, max_new_tokens=32))
-scores = session.score([1, 2, 3])  # scores.logprobs, scores.argmax
+{python}
 ```
 
 ```
 iceformer inspect {name}
-iceformer generate {name} {prompt if has_tokenizer else '"1 2 3"'} --max-new-tokens 32
+{command}
 ```
 
 `manifest.json` describes every file; loading refuses a file whose sha256 differs.
 """
+
+
+_NEW_TOKENS = {"decoder": " New tokens attend exactly.", "encoder": ""}
+
+
+def _use_of_decoder(manifest: Manifest, name: str) -> tuple[str, str]:
+    """Lines of Python, and a command."""
+    prompt, words = ('"Once upon a time"',) * 2 if _has_tokenizer(manifest) else ("[1, 2, 3]", '"1 2 3"')
+    return (
+        f"print(session.generate({prompt}, max_new_tokens=32))\n"
+        "scores = session.score([1, 2, 3])  # scores.logprobs, scores.argmax",
+        f"iceformer generate {name} {words} --max-new-tokens 32",
+    )
+
+
+def _use_of_encoder(manifest: Manifest, name: str) -> tuple[str, str]:
+    """Lines of Python, and a command."""
+    entry = manifest.buckets[0].entries["encode"]
+    given = [argument for argument in entry.arguments if argument != "lengths"]
+    results = ", ".join(f"encoding.{result}" for result in entry.results)
+    if "input_ids" not in given:
+        arrays = ", ".join(f'"{argument}": array' for argument in given)
+        shapes = " and ".join(f"{argument} {list(entry.arguments[argument].shape[1:])}" for argument in given)
+        return (
+            f"encoding = session.encode({{{arrays}}})  # {shapes}\nprint({results})",
+            f"iceformer encode {name} --file arrays.npz",
+        )
+    row, words = ('"Once upon a time"',) * 2 if _has_tokenizer(manifest) else ("[1, 2, 3]", '"1 2 3"')
+    return f"encoding = session.encode({row})\nprint({results})", f"iceformer encode {name} {words}"
+
+
+_USE = {"decoder": _use_of_decoder, "encoder": _use_of_encoder}
+
+
+def _has_tokenizer(manifest: Manifest) -> bool:
+    return any(file.path == TOKENIZER for file in manifest.files)
 
 
 def _attention_text(manifest: Manifest) -> str:
@@ -60,8 +104,9 @@ def _attention_text(manifest: Manifest) -> str:
     )
     if not manifest.crossover:
         return text
+    call = MEASURED_CALL[manifest.model.kind]
     measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
-    return f"{text}\n\nMeasured when this was compiled, one chunk of a prompt, some heads of one layer:\n\n{measured}"
+    return f"{text}\n\nMeasured when this was compiled, {call}, some heads of one layer:\n\n{measured}"
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -70,13 +115,8 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def _bucket_table(manifest: Manifest) -> str:
     lines = [
-        "| bucket (tokens) | entry | code (MB) | temporary memory (MB) | KV cache (MB) | compiled in (s) |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| bucket (tokens) | entry | code (MB) | temporary memory (MB) | results (MB) | KV cache (MB) | compiled (s) |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {bucket.capacity} | {name} | {entry.native.size / MEGABYTE:.2f} | {entry.memory.temp_bytes / MEGABYTE:.1f} "
-        f"| {bucket.cache.size_in_bytes / MEGABYTE:.1f} | {entry.compile_seconds:.1f} |"
-        for bucket in manifest.buckets
-        for name, entry in bucket.entries.items()
-    ]
+    lines += [f"| {' | '.join(row)} |" for bucket in manifest.buckets for row in code_rows(bucket)]
     return "\n".join(lines)

@@ -19,25 +19,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
-from ..attention.methods import padded_rank
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
-from ..model.decoder import Bases, DecoderConfig
-from ..model.registry import build
+from ..model.decoder import Bases
+from ..model.encoder import read_labels
+from ..model.registry import Model, ModelConfig, build
 from . import artifact as layout
-from .calibration import calibrate, calibration_ids
+from .calibration import calibrate, calibration_inputs
 from .card import card_text
 from .cpu import features_up_to
 from .crossover import AttentionShape, Choice, decide, needs_measurement
-from .entries import Entries
+from .entries import entries_class
 from .lowering import compile_bucket
 from .manifest import (
     ENTRIES,
     SCHEMA,
-    ArrayInfo,
     BucketInfo,
-    CacheInfo,
     CalibrationInfo,
     Environment,
     FileInfo,
@@ -49,13 +47,16 @@ from .manifest import (
 from .weights import write_weights
 
 DTYPES = ("float32", "bfloat16")
+BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
+"""The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
+_CLASSIFYING = ("sequence_classification", "token_classification")
 
 
 def compile(
     checkpoint: str | Path,
     artifact: str | Path,
     *,
-    buckets: Sequence[int] = (4096, 16384),
+    buckets: Sequence[int] | None = None,
     attention: AttentionConfig | Auto | None = None,
     dtype: str = "float32",
     batch: int = 1,
@@ -68,15 +69,19 @@ def compile(
     Args:
         checkpoint: a folder written by `iceformer.convert_checkpoint`.
         artifact: the folder to write, which must not exist.
-        buckets: rising sequence capacities in tokens; a prompt runs in the smallest one that holds it.
-        attention: of prompts and scoring. `TwoStage(...)` and `Dense()` are taken as they are; `Auto(...)` measures
-            from how many keys on two-stage attention is faster on this machine, and gives each bucket what is faster
-            there; None is `Auto()`. Single new tokens always attend exactly.
+        buckets: rising sequence capacities in tokens; a row runs in the smallest one that holds it. None is 4096 and
+            16384 for decoders, 128, 512, 4096 and 16384 for encoders, as far as the model goes; models of images and
+            sound have one bucket, of what they take.
+        attention: of prompts, scoring and encoding. `TwoStage(...)` and `Dense()` are taken as they are; `Auto(...)`
+            measures from how many keys on two-stage attention is faster on this machine, and gives each bucket what is
+            faster there; None is `Auto()`. Single new tokens always attend exactly.
         dtype: "float32" or "bfloat16", of weights and KV cache.
         batch: rows of every call.
-        chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk).
+        chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk). An
+            encoder takes whole rows.
         calibration: what the attention method is fitted on, if it needs that: a text file, token ids, or None for the
-            text that ships with the package (seeded random ids for a model without tokenizer). At most 4096 tokens.
+            text that ships with the package (seeded random ids for a model without tokenizer, random numbers for one
+            of images or sound). At most 4096 tokens.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
@@ -93,16 +98,18 @@ def compile(
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
     check_options(config, buckets=buckets, dtype=dtype, batch=batch, chunk=chunk)
+    buckets = default_buckets(config, chunk) if buckets is None else buckets
+    shape = _attention_shape(config, dtype, batch, chunk)
 
-    steps = 2 + needs_measurement(attention, buckets) + len(buckets) * len(ENTRIES)
+    steps = 2 + needs_measurement(attention, buckets, shape) + len(buckets) * len(ENTRIES[config.kind])
 
     with jax.default_device(jax.devices("cpu")[0]), _reporter(steps, progress) as report:
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
-        choices, measured = decide(attention, buckets, _attention_shape(config, dtype, batch, chunk), report)
+        choices, measured = decide(attention, buckets, shape, report)
         report("calibrating the attention")
         bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
-        entries = Entries.of(model, bases)
+        entries = entries_class(model).of(model, bases)
         with new_folder(target) as folder:
             weights = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
             compiled = tuple(
@@ -110,10 +117,10 @@ def compile(
                     folder,
                     entries,
                     capacity=capacity,
-                    chunk=min(chunk, capacity),
+                    chunk=min(chunk, capacity) if config.causal else capacity,
                     batch=batch,
                     choice=choice,
-                    cache=_cache_info(config, batch, capacity, dtype, choice.attention, bases),
+                    dtype=dtype,
                     report=report,
                 )
                 for capacity, choice in zip(buckets, choices, strict=True)
@@ -140,22 +147,40 @@ def compile(
     return target
 
 
-def check_options(config: Any, *, buckets: Sequence[int], dtype: str, batch: int, chunk: int) -> None:
+def default_buckets(config: ModelConfig, chunk: int) -> tuple[int, ...]:
+    """The buckets of a model if none are asked for, all of which it can have."""
+    if config.fixed_tokens is not None:
+        return (config.fixed_tokens,)
+    limit = config.max_tokens
+    capped = {capacity if limit is None else min(capacity, limit) for capacity in BUCKETS[config.kind]}
+    if config.causal:
+        capped = {capacity - (capacity % chunk if capacity > chunk else 0) for capacity in capped}
+    return tuple(sorted(capped))
+
+
+def check_options(config: ModelConfig, *, buckets: Sequence[int] | None, dtype: str, batch: int, chunk: int) -> None:
     """Raises ValueError, with what was found and expected, for options that cannot be compiled."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}")
     if batch < 1 or chunk < 1:
         raise ValueError(f"batch is {batch} and chunk is {chunk}, expected at least 1 each")
+    if buckets is None:
+        return
+    if config.fixed_tokens is not None and tuple(buckets) != (config.fixed_tokens,):
+        raise ValueError(
+            f"buckets are {tuple(buckets)}, but every row of this model has {config.fixed_tokens} tokens: "
+            "leave buckets out"
+        )
     if not buckets or min(buckets) < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
         raise ValueError(f"buckets are {tuple(buckets)}, expected rising numbers of tokens, each once")
     for capacity in buckets:
-        if capacity % min(chunk, capacity):
+        if config.causal and capacity % min(chunk, capacity):
             raise ValueError(f"bucket {capacity} is not a multiple of chunk {chunk}: change one of them")
     limit = config.max_tokens
     if limit is not None and buckets[-1] > limit:
         raise ValueError(
             f"bucket {buckets[-1]} is longer than the {limit} positions that the model was trained for "
-            f"(max_position_embeddings in {CONFIG}): choose buckets up to {limit}"
+            f"({CONFIG}): choose buckets up to {limit}"
         )
 
 
@@ -173,7 +198,7 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _calibrate(
-    model: Any, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
+    model: Model, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[Bases | None, CalibrationInfo | None]:
     """The basis that the buckets' method needs for each layer and what it comes from; None and None if none does."""
     # Buckets differ in whether they select, never in the method.
@@ -181,30 +206,20 @@ def _calibrate(
     method = next((method for method in methods if method.needs_basis), None)
     if method is None:
         return None, None
-    config = model.config
-    ids, info = calibration_ids(
-        source, checkpoint / layout.TOKENIZER, config.vocab_size, config.max_position_embeddings
-    )
-    return calibrate(model, method, ids), info
+    row = calibration_inputs(model, source, checkpoint / layout.TOKENIZER)
+    return calibrate(model, method, row.inputs, row.tokens), row.info
 
 
-def _attention_shape(config: Any, dtype: str, batch: int, chunk: int) -> AttentionShape:
-    return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, batch, chunk)
-
-
-def _cache_info(
-    config: DecoderConfig, batch: int, capacity: int, dtype: str, attention: AttentionConfig, bases: Bases | None
-) -> CacheInfo:
-    """Keys and values of each layer, and the projected keys where stage 1 ranks them."""
-    heads = (batch, config.num_key_value_heads, capacity)
-    keys_and_values = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
-    if bases is None or not isinstance(attention, TwoStage):
-        return CacheInfo((keys_and_values,) * config.num_hidden_layers)
-    return CacheInfo(
-        tuple(
-            keys_and_values if basis is None else (*keys_and_values, ArrayInfo((*heads, padded_rank(basis)), "int8"))
-            for basis in bases
-        )
+def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) -> AttentionShape:
+    return AttentionShape(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        dtype,
+        batch,
+        chunk,
+        causal=config.causal,
+        selects=None in config.windows,
     )
 
 
@@ -220,12 +235,16 @@ def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:
 
 
 def _model_info(
-    raw_config: dict[str, Any], config: Any, checkpoint: Path, weights: Mapping[str, NDArray[Any]]
+    raw_config: dict[str, Any], config: ModelConfig, checkpoint: Path, weights: Mapping[str, NDArray[Any]]
 ) -> ModelInfo:
     return ModelInfo(
+        kind=config.kind,
         model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
+        task=config.task,
+        labels=read_labels(raw_config) if config.task in _CLASSIFYING else (),
+        vocab_size=getattr(config, "vocab_size", None),
+        max_tokens=config.max_tokens,
+        fixed_tokens=config.fixed_tokens,
         parameters=sum(array.size for name, array in weights.items() if not name.startswith("bases.")),
         eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
         config=raw_config,

@@ -30,11 +30,19 @@ class DecoderConfig:
     """The fields that every decoder has, named as in the Hugging Face config, and what follows from others per layer.
 
     Attributes:
+        kind: "decoder", as the encoders' is "encoder".
+        task: what the model is for.
+        causal: whether a token sees only those before it.
+        fixed_tokens: None: rows may be of any length.
         ropes: each layer's rotary embedding; None for a layer without.
         windows: each layer's sliding window in tokens, as `SelfAttention` has it; None for a layer that sees all.
     """
 
     model_type: ClassVar[str]
+    kind: ClassVar[str] = "decoder"
+    task: ClassVar[str] = "text_generation"
+    causal: ClassVar[bool] = True
+    fixed_tokens: ClassVar[int | None] = None
 
     vocab_size: int
     hidden_size: int

@@ -47,6 +47,8 @@ class EncoderConfig:
     """The fields that every encoder has, named as in the Hugging Face config where that is possible.
 
     Attributes:
+        kind: "encoder", as the decoders' is "decoder".
+        causal: whether a token sees only those before it.
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
         max_tokens: tokens that a row may have.
@@ -56,6 +58,8 @@ class EncoderConfig:
     """
 
     model_type: ClassVar[str]
+    kind: ClassVar[str] = "encoder"
+    causal: ClassVar[bool] = False
 
     task: str
     num_labels: int
@@ -104,6 +108,22 @@ def read_num_labels(config: Mapping[str, Any]) -> int:
     """Classes of the task head: the entries of `id2label`, or `num_labels`, or transformers' default of 2."""
     labels = config.get("id2label")
     return len(labels) if isinstance(labels, Mapping) and labels else read_integer(config, "num_labels", 2)
+
+
+def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in their order: `id2label`, or transformers' LABEL_0, LABEL_1 ... where it is not given.
+
+    Raises:
+        ValueError: `id2label` does not number its classes from 0 on.
+    """
+    labels = config.get("id2label")
+    if not labels:
+        return tuple(f"LABEL_{index}" for index in range(read_num_labels(config)))
+    named = {str(index): str(label) for index, label in labels.items()}
+    expected = [str(index) for index in range(len(named))]
+    if named.keys() != set(expected):
+        raise ValueError(f"config: id2label has the classes {', '.join(named)}, expected 0 to {len(named) - 1}")
+    return tuple(named[index] for index in expected)
 
 
 class TextEmbeddings(nnx.Module):

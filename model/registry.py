@@ -15,6 +15,9 @@ from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, EncoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
 
+ModelConfig = DecoderConfig | EncoderConfig
+Model = CausalLM | Encoder
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -39,7 +42,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | EncoderConfig]:
+def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
     A config without `model_type` is known by the class name under `architectures`.
@@ -57,9 +60,7 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | Enco
     return architecture, architecture.config.from_hf(config)
 
 
-def abstract_module(
-    architecture: Architecture, config: DecoderConfig | EncoderConfig, dtype: DTypeLike
-) -> CausalLM | Encoder:
+def abstract_module(architecture: Architecture, config: ModelConfig, dtype: DTypeLike) -> Model:
     """The module with shapes and dtypes in place of parameters."""
     return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
 

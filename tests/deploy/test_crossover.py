@@ -74,7 +74,7 @@ LARGE = iceformer.TwoStage(budget=500, query_block=8, sink=0, local=0)
 @pytest.mark.parametrize(
     ("table", "capacity", "chosen", "reason"),
     [
-        (None, 500, None, "exact: a prompt here has no more keys than the budget, 500"),
+        (None, 500, None, "exact: a row here has no more keys than the budget, 500"),
         (TABLE, 2830, None, "exact: two-stage is faster only from 2830 keys on"),
         (TABLE, 3000, 2830, "two-stage from 2830 keys on: at 4000 it took 0.50 of exact attention's time"),
         (TABLE, 32000, 2830, "two-stage from 2830 keys on: at 8000 it took 0.25 of exact attention's time"),
@@ -117,7 +117,7 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
     choices, measured = decide(iceformer.Auto(LARGE), (256, 500), SHAPE, fail)
     assert [choice.attention for choice in choices] == [iceformer.Dense()] * 2
     assert measured == ()
-    assert needs_measurement(iceformer.Auto(LARGE), (256, 501))
+    assert needs_measurement(iceformer.Auto(LARGE), (256, 501), SHAPE)
     with pytest.raises(AssertionError, match="measured"):
         decide(iceformer.Auto(LARGE), (256, 501), SHAPE, lambda line: None)
 
