@@ -113,8 +113,8 @@ def compile(
     attention: Annotated[
         AttentionKind,
         typer.Option(
-            help="Attention of prompts, scoring and encoding; auto measures here from which length on two-stage is faster, and "
-            "gives each bucket the faster one. New tokens always attend exactly."
+            help="Attention of prompts, scoring and encoding; auto measures here from which length on two-stage is "
+            "faster, and gives each bucket the faster one. New tokens always attend exactly."
         ),
     ] = AttentionKind.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,

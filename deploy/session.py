@@ -274,8 +274,11 @@ class Session:
     def _check_entry(self, name: str) -> None:
         model = self.info.model
         if name not in ENTRIES[model.kind]:
-            can = {"decoder": "score and generate", "encoder": "encode"}[model.kind]
-            raise ValueError(f"this artifact holds a {model.kind} ({model.model_type}): it can only {can}")
+            content = {
+                "decoder": f"a decoder ({model.model_type}): it can only score and generate",
+                "encoder": f"an encoder ({model.model_type}): it can only encode",
+            }[model.kind]
+            raise ValueError(f"this artifact holds {content}")
 
     def _load_entries(self) -> tuple[dict[tuple[int, str], Executable], Tier]:
         """Callables by capacity and entry, and the tier they are of."""
