@@ -40,6 +40,7 @@ def attend(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    window: int | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
     projected: Int8[Array, "batch kv_heads keys padded_rank"] | None = None,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
@@ -47,7 +48,8 @@ def attend(
 
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to, and
     `projected` what `project_keys` made of the keys (made here if it is not given). A budget or a crossover that
-    covers every key is exact attention, and is computed as such.
+    covers every key is exact attention, and is computed as such. With a `window` attention is exact within the window,
+    whatever `config` says: two-stage attention is for layers that see the whole sequence.
     """
     options: dict[str, Any] = {
         "offset": offset,
@@ -59,12 +61,13 @@ def attend(
     dense = config if isinstance(config, Dense) else Dense()
 
     def exact() -> Array:
-        return exact_attention(query, key, value, query_block=dense.query_block, key_block=dense.key_block, **options)
+        blocks = {"query_block": dense.query_block, "key_block": dense.key_block}
+        return exact_attention(query, key, value, window=window, **blocks, **options)
 
     def two_stage(config: TwoStage) -> Array:
         return two_stage_attention(config, query, key, value, basis=basis, projected=projected, **options)
 
-    if isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
+    if window is not None or isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
         return exact()
     if runs_in_kernel(config, query, key, value):
         return two_stage(config)
