@@ -59,11 +59,6 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def next_power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def pad_axis(x: Array, axis: int, multiple: int) -> Array:
     """x with zeros behind its end, so that the axis is a multiple of the given size."""
     missing = -x.shape[axis] % multiple
