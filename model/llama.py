@@ -88,10 +88,7 @@ class LlamaConfig:
                 f"config: num_attention_heads is {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}"
             )
-        if self.head_dim % 2 or (self.rope.rope_type == "dynamic" and self.head_dim == 2):
-            raise ValueError(
-                f"config: head_dim is {self.head_dim}, expected an even number, above 2 if rope is dynamic"
-            )
+        self.rope.check(self.head_dim)
 
 
 class LlamaAttention(nnx.Module):

@@ -39,6 +39,19 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}},
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
     "llama3": {"rope_parameters": {**LLAMA3, "rope_theta": 5000.0}},
+    "yarn": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "max_position_embeddings": 64,
+    },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 2.0, 2.5, 3.0, 3.5, 4.0],
+            "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 9.0, 10.0, 11.0],
+            "original_max_position_embeddings": 40,
+        },
+        "max_position_embeddings": 64,
+    },
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16", "tie_word_embeddings": True},
     "sharded": {"max_shard_size": "30KB"},
