@@ -110,7 +110,7 @@ def test_other_dtypes_are_refused(source: Path) -> None:
         {"model_type": "mamba"},
         {"model_type": None, "architectures": None},
         {"hidden_act": "mish"},
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}},
         {"quantization_config": {"quant_method": "gptq"}},
     ],
 )
