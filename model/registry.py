@@ -25,12 +25,14 @@ class Architecture:
         config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
+        features: what its mathematics have that is special, for people.
     """
 
     name: str
     config: Any
     module: Any
     table: str
+    features: str = ""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
