@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 
 from ..model.llama import LlamaForCausalLM
 from ..model.registry import abstract_module, build
+from .companions import CONFIG
 from .names import dotted
 from .reader import read_json
 
 PARAMS = "params"
-CONFIG = "config.json"
 PROVENANCE = "iceformer.json"
 FORMAT_VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16")

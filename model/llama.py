@@ -51,8 +51,7 @@ class LlamaConfig:
         Raises:
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
-        for name in ("quantization_config", "sliding_window"):
-            require(config, name, None)
+        require(config, "sliding_window", None)
         num_hidden_layers = read_integer(config, "num_hidden_layers", 32)
         require(config, "layer_types", ["full_attention"] * num_hidden_layers)
         hidden_size = read_integer(config, "hidden_size", 4096)

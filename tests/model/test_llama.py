@@ -32,7 +32,7 @@ def test_defaults_are_those_of_transformers() -> None:
 
 
 def test_null_fields_take_their_defaults() -> None:
-    nulls = dict.fromkeys((*LlamaConfig.__dataclass_fields__, "rope_scaling", "sliding_window", "quantization_config"))
+    nulls = dict.fromkeys((*LlamaConfig.__dataclass_fields__, "rope_scaling", "sliding_window"))
     assert LlamaConfig.from_hf(nulls) == LlamaConfig.from_hf({})
 
 
@@ -40,7 +40,6 @@ def test_null_fields_take_their_defaults() -> None:
     ("fields", "message"),
     [
         ({"hidden_act": "mish"}, "hidden_act is 'mish', supported are: gelu"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, "layer_types"),
         ({"layer_types": 5}, "layer_types is 5"),
