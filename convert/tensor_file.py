@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-_MAPPED_BYTES = 2**28
+_MAPPED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TensorInfo:
 def read_mapped(
     names: Iterable[str], open_file: Callable[[], AbstractContextManager[Callable[[str], np.ndarray]]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a memory-mapped file, which is mapped anew every quarter of a gigabyte.
+    """Tensors of a memory-mapped file, which is mapped anew every 64 MiB or so.
 
     Pages that were read count as the process's memory for as long as they are mapped, so one mapping would hold a
     whole file beside the parameters.
