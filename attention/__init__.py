@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
@@ -40,6 +41,7 @@ def attend(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    window: int | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
     projected: Int8[Array, "batch kv_heads keys padded_rank"] | None = None,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
@@ -57,6 +59,13 @@ def attend(
         "softcap": softcap,
     }
     dense = config if isinstance(config, Dense) else Dense()
+
+    if window is not None:
+        # To be replaced by the banded kernel.
+        position = offset[:, None] + jnp.arange(query.shape[2])
+        distance = position[:, None, :, None] - jnp.arange(key.shape[2])
+        mask = (distance < window) & (distance > -window)
+        return exact_attention(query, key, value, mask=mask, **options)
 
     def exact() -> Array:
         return exact_attention(query, key, value, query_block=dense.query_block, key_block=dense.key_block, **options)

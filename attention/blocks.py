@@ -36,6 +36,11 @@ class Visibility(NamedTuple):
         return visible & (key_position[None, :] <= self.position[:, None]) if self.causal else visible
 
 
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def pad_axis(x: Array, axis: int, multiple: int) -> Array:
     """x with zeros behind its end, so that the axis is a multiple of the given size."""
     missing = -x.shape[axis] % multiple

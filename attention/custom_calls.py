@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8
 
 from .. import kernels
-from .blocks import pad_axis
+from .blocks import next_power_of_two, pad_axis
 from .config import TwoStage, method_of
 from .methods import LowRank
 
@@ -45,7 +45,7 @@ def exact(
     return _call(
         kernels.EXACT,
         (query, key, value, offset, lengths),
-        query_block=min(block, 1 << (queries - 1).bit_length()),
+        query_block=min(block, next_power_of_two(queries)),
         causal=causal,
         scale=scale,
         softcap=softcap,

@@ -18,6 +18,7 @@ from .blocks import (
     Visibility,
     head_tile,
     join_queries,
+    next_power_of_two,
     pad_axis,
     split_queries,
     valid_blocks,
@@ -152,11 +153,6 @@ def merge(a: Partial, b: Partial) -> Partial:
     weight_a, weight_b = (jnp.where(x.lse > MASKED, jnp.exp(x.lse - largest), 0.0) for x in (a, b))
     total = a.output * weight_a[:, None] + b.output * weight_b[:, None]
     return normalise(total, largest, weight_a + weight_b)
-
-
-def next_power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _blocked_bias(

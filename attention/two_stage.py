@@ -18,6 +18,7 @@ from .blocks import (
     MASKED,
     Visibility,
     join_queries,
+    next_power_of_two,
     pad_axis,
     split_queries,
     valid_blocks,
@@ -25,7 +26,7 @@ from .blocks import (
 )
 from .compensation import MEAN_BLOCK, BlockSums, Selection, block_sums, compensate
 from .config import TwoStage, method_of
-from .exact import Partial, exact_block, next_power_of_two, normalise
+from .exact import Partial, exact_block, normalise
 from .methods import LowRank, RankingQueries, project_keys, project_queries, required
 from .ops import cap, matmul_transposed, transposed_matmul
 from .selection import Forced, block_importance, forced_members, largest_weight, select

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, save_params
 from .companions import CONFIG, check_companions, copy_companions
 from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
-from .names import NAMES, Plan, make_plan
 from .reader import Weights, check_dtypes, open_weights, read_json
+from .rules import Path as ParameterPath
+from .rules import Plan, Slot, dotted, make_plan
+from .tables import rules_of
 
 
 def convert_checkpoint(
@@ -55,9 +57,10 @@ def convert_checkpoint(
     architecture, config = build(read_json(source / CONFIG))
     weights = open_weights(source)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
-    plan = make_plan(NAMES[config.model_type], weights.tensors, {path: leaf.shape for path, leaf in tree.items()})
+    shapes = {path: leaf.shape for path, leaf in tree.items()}
+    plan = make_plan(rules_of(architecture.table), weights.tensors, shapes)
     check_dtypes(weights, [*plan.fills, *plan.ties])
-    params = _fill(weights, plan, progress)
+    params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
         copy_companions(source, folder, companions)
@@ -81,20 +84,46 @@ def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, d
     return snapshot.folder, {"source": snapshot.name, "commit": snapshot.commit}
 
 
-def _fill(weights: Weights, plan: Plan, progress: bool) -> dict[str, Any]:
-    params, broken = {}, []
+def _fill(
+    weights: Weights, plan: Plan, shapes: Mapping[ParameterPath, tuple[int, ...]], progress: bool
+) -> dict[str, Any]:
+    """The parameters as a nested tree of arrays on the CPU device."""
+    params: dict[ParameterPath, Any] = {}
+    stacks: dict[ParameterPath, np.ndarray] = {}
+    broken = []
     for name, tensor in _tracked(weights, progress):
+        destination = plan.fills.get(name)
         if not np.isfinite(tensor).all():
             broken.append(name)
-        if destination := plan.fills.get(name):
-            value = tensor.T if destination.transpose else tensor
-            params[destination.path] = jax.device_put(np.ascontiguousarray(value), jax.devices("cpu")[0])
+        if destination:
+            pieces = destination.layout.pieces(tensor, [slot.shape(shapes) for slot in destination.slots])
+            for slot, piece in zip(destination.slots, pieces, strict=True):
+                if slot.row is None:
+                    params[slot.path] = _put(piece)
+                else:
+                    _stack(stacks, slot, shapes[slot.path], piece)
     if broken:
         raise ValueError("NaN or infinite values in: " + ", ".join(sorted(broken)))
+    while stacks:
+        path, stack = stacks.popitem()
+        params[path] = _put(stack)
     for name, path in plan.ties.items():
         if not np.array_equal(weights.read_one(name), params[path]):
-            raise ValueError(f"{name} differs from the embedding, but tie_word_embeddings is true: set it to false")
+            raise ValueError(
+                f"{name} differs from the tensor of {dotted(path)}, but tie_word_embeddings is true: set it to false"
+            )
     return unflatten_dict(params)
+
+
+def _put(array: np.ndarray) -> jax.Array:
+    return jax.device_put(np.ascontiguousarray(array), jax.devices("cpu")[0])
+
+
+def _stack(stacks: dict[ParameterPath, np.ndarray], slot: Slot, shape: tuple[int, ...], piece: np.ndarray) -> None:
+    """Writes one row of a parameter that several tensors fill."""
+    if slot.path not in stacks:
+        stacks[slot.path] = np.empty(shape, piece.dtype)
+    stacks[slot.path][slot.row] = piece
 
 
 def _tracked(weights: Weights, progress: bool) -> Iterable[tuple[str, np.ndarray]]:

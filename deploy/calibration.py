@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Int
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import Method
+from ..model.decoder import Bases, CausalLM
 from .manifest import CalibrationInfo
 
 MAX_TOKENS = 4096
@@ -47,14 +48,18 @@ def calibration_ids(
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
 
 
-def calibrate(model: Any, method: Method, ids: Int[np.ndarray, " tokens"]) -> tuple[Array, ...]:
-    """What stage 1 needs, one array per layer, from the model's queries and keys over the ids with exact attention."""
+def calibrate(model: CausalLM, method: Method, ids: Int[np.ndarray, " tokens"]) -> Bases:
+    """What stage 1 needs, one array per layer, from the model's queries and keys over the ids with exact attention;
+    None for layers with a sliding window, which attend exactly.
+    """
     graph, state = nnx.split(model)
     collect = jax.jit(lambda state, ids, lengths: nnx.merge(graph, state).queries_and_keys(ids, lengths))
     layers = collect(state, ids[None], np.array([ids.size], np.int32))
     return tuple(
         jnp.asarray(method.calibrate(np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)))
-        for query, key in layers
+        if window is None
+        else None
+        for (query, key), window in zip(layers, model.config.windows, strict=True)
     )
 
 

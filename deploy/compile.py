@@ -23,6 +23,7 @@ from ..attention.methods import padded_rank
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
+from ..model.decoder import Bases, DecoderConfig
 from ..model.registry import build
 from . import artifact as layout
 from .calibration import calibrate, calibration_ids
@@ -150,9 +151,8 @@ def check_options(config: Any, *, buckets: Sequence[int], dtype: str, batch: int
     for capacity in buckets:
         if capacity % min(chunk, capacity):
             raise ValueError(f"bucket {capacity} is not a multiple of chunk {chunk}: change one of them")
-    # With dynamic rope, max_position_embeddings is where stretching begins, not where the model ends.
-    limit = config.max_position_embeddings
-    if buckets[-1] > limit and config.rope.rope_type != "dynamic":
+    limit = config.max_tokens
+    if limit is not None and buckets[-1] > limit:
         raise ValueError(
             f"bucket {buckets[-1]} is longer than the {limit} positions that the model was trained for "
             f"(max_position_embeddings in {CONFIG}): choose buckets up to {limit}"
@@ -174,7 +174,7 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 def _calibrate(
     model: Any, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
-) -> tuple[tuple[jax.Array, ...] | None, CalibrationInfo | None]:
+) -> tuple[Bases | None, CalibrationInfo | None]:
     """The basis that the buckets' method needs for each layer and what it comes from; None and None if none does."""
     # Buckets differ in whether they select, never in the method.
     methods = {method_of(choice.attention) for choice in choices if isinstance(choice.attention, TwoStage)}
@@ -193,14 +193,19 @@ def _attention_shape(config: Any, dtype: str, batch: int, chunk: int) -> Attenti
 
 
 def _cache_info(
-    config: Any, batch: int, capacity: int, dtype: str, attention: AttentionConfig, bases: Sequence[jax.Array] | None
+    config: DecoderConfig, batch: int, capacity: int, dtype: str, attention: AttentionConfig, bases: Bases | None
 ) -> CacheInfo:
-    """Keys and values, and the projected keys where a bucket's stage 1 ranks them."""
+    """Keys and values of each layer, and the projected keys where stage 1 ranks them."""
     heads = (batch, config.num_key_value_heads, capacity)
-    arrays = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
-    if isinstance(attention, TwoStage) and bases:
-        arrays += (ArrayInfo((*heads, padded_rank(bases[0])), "int8"),)
-    return CacheInfo(config.num_hidden_layers, arrays)
+    keys_and_values = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
+    if bases is None or not isinstance(attention, TwoStage):
+        return CacheInfo((keys_and_values,) * config.num_hidden_layers)
+    return CacheInfo(
+        tuple(
+            keys_and_values if basis is None else (*keys_and_values, ArrayInfo((*heads, padded_rank(basis)), "int8"))
+            for basis in bases
+        )
+    )
 
 
 def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ..attention import AttentionConfig, Dense
 from ..attention.cache import KVCache, LayerCache
+from ..model.decoder import Bases
 
 PlainCache = tuple[tuple[Array, ...], ...]
 Weights = tuple[Array, ...]
@@ -42,8 +43,8 @@ class Entries:
     attention: AttentionConfig
 
     @classmethod
-    def of(cls, model: nnx.Module, bases: tuple[Array, ...] | None) -> "Entries":
-        """Takes a model and its calibrated bases (one array for each layer, or None) apart."""
+    def of(cls, model: nnx.Module, bases: Bases | None) -> "Entries":
+        """Takes a model and its calibrated bases (one for each layer that needs one, or None for all) apart."""
         graph, state = nnx.split(model)
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
         paths = [".".join(str(key.key) for key in path) for path, _ in leaves]
@@ -52,7 +53,7 @@ class Entries:
             return nnx.merge(graph, jax.tree.unflatten(tree, [named[path] for path in paths]))
 
         named = dict(zip(paths, (leaf for _, leaf in leaves), strict=True))
-        named |= {f"{_BASES}{layer}": basis for layer, basis in enumerate(bases or ())}
+        named |= {f"{_BASES}{layer}": basis for layer, basis in enumerate(bases or ()) if basis is not None}
         names = tuple(sorted(named))
         return cls(names, tuple(named[name] for name in names), rebuild, Dense())
 
@@ -133,10 +134,11 @@ class Entries:
         )
         return model, hidden, _plain(new)
 
-    def _model(self, weights: Weights) -> tuple[Any, tuple[Array, ...] | None]:
+    def _model(self, weights: Weights) -> tuple[Any, Bases | None]:
         named = dict(zip(self.names, weights, strict=True))
-        bases = tuple(named[f"{_BASES}{layer}"] for layer in range(sum(name.startswith(_BASES) for name in named)))
-        return self.rebuild(named), bases or None
+        model = self.rebuild(named)
+        bases = tuple(named.get(f"{_BASES}{layer}") for layer in range(model.config.num_hidden_layers))
+        return model, bases if any(basis is not None for basis in bases) else None
 
 
 def score_block(chunk: int) -> int:

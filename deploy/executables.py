@@ -31,8 +31,8 @@ def load_native(artifact: Artifact, bucket: BucketInfo, entry: EntryInfo) -> Exe
         MachineCodeError: XLA refuses the code although versions and CPU features fit.
     """
     device = jax.devices("cpu")[0]
-    arguments = (artifact.manifest.weights.names, bucket.cache.tree, *entry.arguments.values())
-    results = (bucket.cache.tree, *entry.results.values())
+    arguments = (artifact.manifest.weights.names, bucket.cache.layers, *entry.arguments.values())
+    results = (bucket.cache.layers, *entry.results.values())
     try:
         return serialize_executable.deserialize_and_load(
             artifact.read(entry.native),

@@ -79,7 +79,7 @@ def _compile_entry(
     folder: Path, entries: Entries, name: str, capacity: int, cache: CacheInfo, arguments: dict[str, ArrayInfo]
 ) -> EntryInfo:
     weights = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in entries.weights)
-    spec_of_cache = tuple(tuple(_spec(array) for array in layer) for layer in cache.tree)
+    spec_of_cache = tuple(tuple(_spec(array) for array in layer) for layer in cache.layers)
     specs = (weights, spec_of_cache, *(_spec(array) for array in arguments.values()))
     function = getattr(entries, name)
     lowered = jax.jit(function, donate_argnums=1).lower(*specs)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-SCHEMA = 2
+SCHEMA = 3
 ENTRIES = ("prefill", "decode", "score")
 
 Record = TypeVar("Record")
@@ -126,20 +126,14 @@ class EntryInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """A bucket's KV cache: the same arrays for each of `layers` layers, keys and values first."""
+    """A bucket's KV cache: the arrays of each layer, keys and values first."""
 
-    layers: int
-    arrays: tuple[ArrayInfo, ...]
-
-    @property
-    def tree(self) -> tuple[tuple[ArrayInfo, ...], ...]:
-        """The cache as the entries take it."""
-        return (self.arrays,) * self.layers
+    layers: tuple[tuple[ArrayInfo, ...], ...]
 
     @property
     def size_in_bytes(self) -> int:
         """Memory of the whole cache."""
-        return self.layers * sum(array.size_in_bytes for array in self.arrays)
+        return sum(array.size_in_bytes for layer in self.layers for array in layer)
 
 
 @dataclass(frozen=True)

@@ -359,7 +359,7 @@ class Session:
             zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
             return jax.device_put(zeros, device, may_alias=False)
 
-        return tuple(tuple(put(array) for array in layer) for layer in bucket.cache.tree)
+        return tuple(tuple(put(array) for array in layer) for layer in bucket.cache.layers)
 
 
 def _columns(array: NDArray[np.int32], start: int, end: int) -> NDArray[np.int32]:

@@ -92,11 +92,11 @@ def run_attention_benchmark(
     }
     work.mkdir(parents=True, exist_ok=True)
     result = start_or_resume(work, settings, 0, report)
-    result.retention = retention_of(
-        work, result, attention, retention, records=retention_records, tokens=retention_tokens, report=report
-    )
-
-    if not shape.causal:
+    if shape.causal:
+        result.retention = retention_of(
+            work, result, attention, retention, records=retention_records, tokens=retention_tokens, report=report
+        )
+    else:
         result.retention = Retention(missing=_BIDIRECTIONAL)
 
     def prepare(engine: str, length: int) -> Job:

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 """Activation functions by the name that a config's `hidden_act` gives."""
 
@@ -77,17 +78,33 @@ def _multiply(x: Float[Array, "*rows k"], weight: Float[Array, "m n"], axis: int
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last dimension."""
+    """`x / sqrt(mean(x^2) + epsilon) * (unit + scale)` over the last dimension; `unit` is 0, or 1 in Gemma models."""
 
-    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.epsilon = epsilon
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike, unit: float = 0.0) -> None:
+        self.scale = nnx.Param(jnp.full((features,), 1 - unit, param_dtype))
+        self.epsilon, self.unit = epsilon, unit
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * lax.rsqrt(mean_square + self.epsilon)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (normed * (self.unit + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias` over the last dimension."""
+
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike, use_bias: bool = True) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype)) if use_bias else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(jnp.float32)
+        return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -112,3 +129,25 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
         gate = ACTIVATIONS[self.hidden_act](self.gate_proj.float32(x))
         return self.down_proj((gate * self.up_proj.float32(x)).astype(x.dtype))
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+        self.hidden_act = hidden_act
+
+    def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.up_proj.float32(x)).astype(x.dtype))

@@ -1,4 +1,6 @@
-"""The registry of architectures, by a config's `model_type`. A new architecture is one file and one line here."""
+"""The registry of architectures, by a config's `model_type`. A new architecture is one file, one table of names in
+`convert/tables` and one line here.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,24 +9,37 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
+from .decoder import CausalLM, DecoderConfig
+from .encoder import Encoder, EncoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The classes of one model type; the module's name is the one that configs list under `architectures`."""
+    """The classes of one model type; the module's name is the one that configs list under `architectures`.
 
-    config: type[LlamaConfig]
-    module: type[LlamaForCausalLM]
+    Attributes:
+        name: as people write it, for tables.
+        config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
+        module: the model, built from a configuration.
+        table: module of `convert/tables` with the names of its tensors.
+    """
+
+    name: str
+    config: Any
+    module: Any
+    table: str
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    LlamaConfig.model_type: Architecture(LlamaConfig, LlamaForCausalLM),
+    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
 }
 
 
-def build(config: Mapping[str, Any]) -> tuple[Architecture, LlamaConfig]:
+def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | EncoderConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
     A config without `model_type` is known by the class name under `architectures`.
@@ -45,7 +60,9 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, LlamaConfig]:
     return architecture, architecture.config.from_hf(config)
 
 
-def abstract_module(architecture: Architecture, config: LlamaConfig, dtype: DTypeLike) -> LlamaForCausalLM:
+def abstract_module(
+    architecture: Architecture, config: DecoderConfig | EncoderConfig, dtype: DTypeLike
+) -> CausalLM | Encoder:
     """The module with shapes and dtypes in place of parameters."""
     return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
 

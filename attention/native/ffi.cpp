@@ -45,6 +45,12 @@ struct Operands {
   Vector offset, lengths;
 };
 
+struct Options {
+  int64_t query_block;
+  bool causal;
+  float scale, softcap;
+};
+
 template <class Buffer>
 bool has_shape(Buffer buffer, std::vector<int64_t> shape) {
   const auto found = buffer.dimensions();
@@ -52,7 +58,7 @@ bool has_shape(Buffer buffer, std::vector<int64_t> shape) {
 }
 
 // The call's arrays and sizes, or an error that names the array that does not fit.
-ffi::ErrorOr<Attention> describe(const Operands& in, ffi::AnyBuffer output, Floats lse) {
+ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi::AnyBuffer output, Floats lse) {
   const auto query = in.query.dimensions(), key = in.key.dimensions(), value = in.value.dimensions();
   const auto type = in.query.element_type();
   if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
@@ -86,6 +92,10 @@ ffi::ErrorOr<Attention> describe(const Operands& in, ffi::AnyBuffer output, Floa
   call.lse = lse.typed_data();
   call.offset = in.offset.typed_data();
   call.lengths = in.lengths.typed_data();
+  call.query_block = options.query_block;
+  call.causal = options.causal;
+  call.scale = options.scale;
+  call.softcap = options.softcap;
   return call;
 }
 
@@ -128,14 +138,10 @@ ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* sel
 ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector offset,
                  Vector lengths, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block,
                  bool causal, float scale, float softcap) {
-  auto described = describe({query, key, value, offset, lengths}, *output, *lse);
+  auto described = describe({query, key, value, offset, lengths}, {query_block, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
   if (query_block < 1) return ffi::Error::InvalidArgument("query_block: expected at least 1");
-  Attention call = *described;
-  call.query_block = query_block;
-  call.causal = causal;
-  call.scale = scale;
-  call.softcap = softcap;
+  const Attention& call = *described;
   std::vector<Task> tasks;
   for (int64_t head = 0; head < call.batch * call.kv_heads; ++head) {
     // Without the causal mask queries may belong to another sequence than the keys, so all of them count.
@@ -152,16 +158,12 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
                      ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block, bool causal,
                      float scale, float softcap, int64_t budget, int64_t key_block, int64_t candidate_blocks,
                      int64_t sink, int64_t local, int64_t exact_keys, bool exact_last_block, int64_t ranking_queries) {
-  auto described = describe({query, key, value, offset, lengths}, *output, *lse);
+  auto described = describe({query, key, value, offset, lengths}, {query_block, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
   if (query_block < 1 || key_block < 1 || budget < 1 || candidate_blocks < 1 || sink < 0 || local < 0)
     return ffi::Error::InvalidArgument(
         "query_block, key_block, budget, candidate_blocks: expected at least 1; sink, local: at least 0");
-  Attention call = *described;
-  call.query_block = query_block;
-  call.causal = causal;
-  call.scale = scale;
-  call.softcap = softcap;
+  const Attention& call = *described;
   const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
   const int64_t rank = projected.dimensions()[3];
   if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank < 4 || rank % 4 ||
@@ -169,8 +171,7 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
       ranking_queries < 1 || ranking_queries > call.rows())
     return ffi::Error::InvalidArgument(
         "expected projected [batch, kv_heads, keys, rank], projected_queries [heads, blocks, rows, rank], rank a "
-        "positive multiple "
-        "of 4, keys one of key_block, and 1 to all of the rows as ranking_queries");
+        "positive multiple of 4, keys one of key_block, and 1 to all of the rows as ranking_queries");
   const Selection selection = {projected.typed_data(),
                                projected_queries.typed_data(),
                                rank,

@@ -20,13 +20,8 @@ ICEFORMER_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value +
 struct FloatProduct {
   using Scope = NoScope;
   static constexpr int64_t kRows = 1, kDepth = 1;
-  using Accumulator = Floats;
   using Broadcast = Floats;
-  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
-    float value;
-    memcpy(&value, word, sizeof value);
-    return fill(value);
-  }
+  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) { return fill(load<float>(word)); }
   static ICEFORMER_INLINE Floats add(Floats sum, Broadcast a, Words b) { return sum + a * (Floats)b; }
 };
 
@@ -36,13 +31,8 @@ struct FloatProduct {
 struct Bfloat16Product {
   using Scope = NoScope;
   static constexpr int64_t kRows = 1, kDepth = 1;
-  using Accumulator = Floats;
   using Broadcast = __m512i;
-  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
-    int32_t value;
-    memcpy(&value, word, sizeof value);
-    return _mm512_set1_epi32(value);
-  }
+  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) { return _mm512_set1_epi32(load<int32_t>(word)); }
   static ICEFORMER_INLINE Floats add(Floats sum, Broadcast a, Words b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -52,17 +42,12 @@ struct Bfloat16Product {
 // Products of words of four int8, summed in int32. The broadcast operand `a` is a key's, with each byte passed through
 // `kFlip`; `start` is what a sum begins with to make up for that.
 struct Int8Product {
-  using Accumulator = Ints;
 #if defined(__AVX512VNNI__)
   // vpdpbusd takes unsigned times signed: (a + 128) . b - 128 * sum(b).
   static constexpr uint32_t kFlip = 0x80808080u;
   static constexpr int32_t kStart = -128;
   using Broadcast = __m512i;
-  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
-    int32_t value;
-    memcpy(&value, word, sizeof value);
-    return _mm512_set1_epi32(value);
-  }
+  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) { return _mm512_set1_epi32(load<int32_t>(word)); }
   static ICEFORMER_INLINE Ints add(Ints sum, Broadcast a, Words b) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, a, (__m512i)b);
   }
@@ -74,9 +59,7 @@ struct Int8Product {
     __m256i value, magnitude;
   };
   static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
-    int32_t value;
-    memcpy(&value, word, sizeof value);
-    const __m256i all = _mm256_set1_epi32(value);
+    const __m256i all = _mm256_set1_epi32(load<int32_t>(word));
     return {all, _mm256_abs_epi8(all)};
   }
   static ICEFORMER_INLINE Ints add(Ints sum, Broadcast a, Words b) {
@@ -91,9 +74,7 @@ struct Int8Product {
     __mmask64 negative;
   };
   static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
-    int32_t value;
-    memcpy(&value, word, sizeof value);
-    const __m512i all = _mm512_set1_epi32(value);
+    const __m512i all = _mm512_set1_epi32(load<int32_t>(word));
     return {_mm512_abs_epi8(all), _mm512_movepi8_mask(all)};
   }
   static ICEFORMER_INLINE Ints add(Ints sum, Broadcast a, Words b) {
@@ -106,11 +87,7 @@ struct Int8Product {
   static constexpr uint32_t kFlip = 0;
   static constexpr int32_t kStart = 0;
   using Broadcast = int32_t;
-  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
-    int32_t value;
-    memcpy(&value, word, sizeof value);
-    return value;
-  }
+  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) { return load<int32_t>(word); }
   static ICEFORMER_INLINE Ints add(Ints sum, Broadcast a, Words b) {
     for (int byte = 0; byte < 4; ++byte) {
       const Ints wide = (Ints)(b << (24 - 8 * byte)) >> 24;

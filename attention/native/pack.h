@@ -34,11 +34,7 @@ struct Float32 {
   using Product = FloatProduct;
   static constexpr int64_t kPerWord = 1;
 
-  static ICEFORMER_INLINE uint32_t word(const float* from) {
-    uint32_t bits;
-    memcpy(&bits, from, sizeof bits);
-    return bits;
-  }
+  static ICEFORMER_INLINE uint32_t word(const float* from) { return load<uint32_t>(from); }
   static ICEFORMER_INLINE void store_output(float* to, float value) { *to = value; }
 
   // Keys as rows of words; consecutive ones are used where they lie.
@@ -81,8 +77,7 @@ ICEFORMER_INLINE Words round_pair(Floats a, Floats b) {
 }
 
 ICEFORMER_INLINE uint16_t round_to_bfloat16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = load<uint32_t>(&value);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
@@ -94,11 +89,7 @@ struct Bfloat16Pairs {
   using Product = Bfloat16Product;
   static constexpr int64_t kPerWord = 2;
 
-  static ICEFORMER_INLINE uint32_t word(const Bfloat16Bits* from) {
-    uint32_t bits;
-    memcpy(&bits, from, sizeof bits);
-    return bits;
-  }
+  static ICEFORMER_INLINE uint32_t word(const Bfloat16Bits* from) { return load<uint32_t>(from); }
   static ICEFORMER_INLINE void store_output(Bfloat16Bits* to, float value) { to->bits = round_to_bfloat16(value); }
 
   static Left keys(Rows<Bfloat16Bits> rows, int64_t count, uint32_t* packed) {

@@ -27,6 +27,7 @@ typedef float Floats __attribute__((vector_size(4 * ICEFORMER_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * ICEFORMER_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * ICEFORMER_LANES)));
 
+// Also of a single word, whatever type it was stored as.
 template <class Vector, class Scalar>
 ICEFORMER_INLINE Vector load(const Scalar* from) {
   Vector vector;

@@ -107,7 +107,6 @@ class QueryBlock {
   // The first key that no query of the block sees.
   int64_t end() const { return call_.causal && last() + 1 < length() ? last() + 1 : length(); }
   float* logits() { return logits_; }
-  const float* largest_logits() const { return largest_; }
   float* weights() { return weight_; }
 
   Rows<Element> keys(const int32_t* positions, int64_t first) const {

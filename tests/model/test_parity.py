@@ -1,8 +1,7 @@
-"""Every architecture, converted and loaded, against transformers: one test over chosen and random configs."""
+"""Every decoder, converted and loaded, against transformers: one test over chosen and random configs."""
 
 import json
-import random
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,73 +12,19 @@ import pytest
 from flax import nnx
 
 import iceformer
-from iceformer.model.llama import LlamaForCausalLM
+from iceformer.model.decoder import CausalLM
 from iceformer.model.registry import ARCHITECTURES
 
-from .forward import forward
+from .cases import CASES, DECODERS
+from .forward import forward, load_decoder
+from .reference import save_random
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-LLAMA_CASES: dict[str, dict[str, Any]] = {
-    "grouped": {},
-    "multi_head": {"num_key_value_heads": 4},
-    "multi_query": {"num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "derived_head_dim": {"head_dim": None, "hidden_size": 64},
-    "large_head_dim": {"head_dim": 40, "rms_norm_eps": 1e-2},
-    "gelu": {"hidden_act": "gelu"},
-    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}},
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
-    "llama3": {"rope_parameters": {**LLAMA3, "rope_theta": 5000.0}},
-    "bfloat16": {"dtype": "bfloat16"},
-    "float16": {"dtype": "float16", "tie_word_embeddings": True},
-    "sharded": {"max_shard_size": "30KB"},
-}
-
-
-def random_llama(seed: int) -> dict[str, Any]:
-    draw = random.Random(seed)
-    kv_heads, group = draw.choice([1, 2, 3]), draw.choice([1, 2, 4])
-    rope = draw.choice(
-        [
-            {"rope_type": "default"},
-            {"rope_type": "linear", "factor": 2.5},
-            {"rope_type": "dynamic", "factor": 2.0},
-            LLAMA3,
-        ]
-    )
-    return {
-        "seed": seed,
-        "vocab_size": draw.randrange(40, 300),
-        "num_key_value_heads": kv_heads,
-        "num_attention_heads": kv_heads * group,
-        "hidden_size": kv_heads * group * draw.choice([6, 10, 16]),
-        "head_dim": draw.choice([4, 8, 20, 32]),
-        "intermediate_size": draw.randrange(20, 120),
-        "num_hidden_layers": draw.randrange(1, 4),
-        "max_position_embeddings": draw.choice([33, 50]),
-        "attention_bias": draw.random() < 0.5,
-        "mlp_bias": draw.random() < 0.5,
-        "tie_word_embeddings": draw.random() < 0.5,
-        "rope_parameters": {**rope, "rope_theta": draw.choice([100.0, 10000.0, 1e6])},
-        "dtype": draw.choice(["float32", "bfloat16", "float16"]),
-        "max_shard_size": draw.choice(["20KB", "1GB"]),
-    }
-
-
-CASES = {"llama": {**LLAMA_CASES, **{f"random_{seed}": random_llama(seed) for seed in range(4)}}}
 LENGTHS = (57, 1, 36)
+TOLERANCE = 1e-4
+"""Of float32 logits."""
 
 
-def difference(model: LlamaForCausalLM, reference: Any, lengths: tuple[int, ...] = LENGTHS) -> float:
+def difference(model: CausalLM, reference: Any, lengths: tuple[int, ...] = LENGTHS) -> float:
     """Largest difference of logits over padded rows, the reference taking every row by itself, without padding."""
     import torch
 
@@ -96,22 +41,52 @@ def difference(model: LlamaForCausalLM, reference: Any, lengths: tuple[int, ...]
     return worst
 
 
+def convert(folder: Path) -> CausalLM:
+    """The model of the Hugging Face folder `source` in a folder."""
+    return load_decoder(iceformer.convert_checkpoint(folder / "source", folder / "checkpoint"))
+
+
 def test_cases_cover_every_architecture() -> None:
     assert CASES.keys() == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(
-    ("model_type", "case"), [(model_type, case) for model_type, cases in CASES.items() for case in cases]
+    ("model_type", "case"), [(model_type, case) for model_type, cases in DECODERS.items() for case in cases.options]
 )
-def test_logits_equal_transformers(model_type: str, case: str, tmp_path: Path, save_llama: Callable[..., Any]) -> None:
-    reference = {"llama": save_llama}[model_type](tmp_path / "source", **CASES[model_type][case])
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
-    assert difference(model, reference) < 1e-4
+def test_logits_equal_transformers(model_type: str, case: str, tmp_path: Path) -> None:
+    cases = CASES[model_type]
+    reference = save_random(tmp_path / "source", model_type, **{**cases.tiny, **cases.options[case]})
+    assert difference(convert(tmp_path), reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_logits_of_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path) -> None:
+    cases = CASES[model_type]
+    reference = save_random(tmp_path / "source", model_type, seed=seed, **{**cases.tiny, **cases.draw(seed)})
+    assert difference(convert(tmp_path), reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_two_stage_attention_of_every_layer(model_type: str, tmp_path: Path) -> None:
+    """With a budget below the length, the model is near the exact one and no longer equal to it."""
+    cases = CASES[model_type]
+    save_random(tmp_path / "source", model_type, **cases.tiny)
+    model = convert(tmp_path)
+    ids = np.random.default_rng(3).integers(0, model.config.vocab_size, (1, 200), dtype=np.int32)
+    exact = forward(model, ids)
+    method = iceformer.TwoStage(method="mean_pool", budget=96, query_block=8, exact_last_block=False)
+    sparse = forward(model, ids, attention=method)
+    everything = forward(model, ids, attention=replace(method, budget=200))
+    assert np.abs(everything - exact).max() < TOLERANCE
+    assert np.abs(sparse[0, :96] - exact[0, :96]).max() < TOLERANCE
+    assert 1e-4 < np.abs(sparse - exact).mean() < exact.std()
 
 
 @pytest.mark.parametrize("case", ["linear", "dynamic", "llama3"])
-def test_older_spelling_of_rope(case: str, tmp_path: Path, save_llama: Callable[..., Any]) -> None:
-    reference = save_llama(tmp_path / "source", **LLAMA_CASES[case])
+def test_older_spelling_of_rope(case: str, tmp_path: Path) -> None:
+    cases = CASES["llama"]
+    reference = save_random(tmp_path / "source", "llama", **{**cases.tiny, **cases.options[case]})
     file = tmp_path / "source" / "config.json"
     config = json.loads(file.read_text())
     rope = config.pop("rope_parameters")
@@ -120,16 +95,17 @@ def test_older_spelling_of_rope(case: str, tmp_path: Path, save_llama: Callable[
     if case != "llama3":
         rope["type"] = rope.pop("rope_type")
     file.write_text(json.dumps({**config, "rope_scaling": rope}))
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
-    assert difference(model, reference) < 1e-4
+    assert difference(convert(tmp_path), reference) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_as_near_as_torch_is(dtype: str, tmp_path: Path, save_llama: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [*((model_type, "bfloat16") for model_type in DECODERS), ("llama", "float16")]
+)
+def test_half_precision_is_as_near_as_torch_is(model_type: str, dtype: str, tmp_path: Path) -> None:
     import torch
 
-    reference = save_llama(tmp_path / "source", dtype=dtype, tie_word_embeddings=True)
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"), dtype)
+    reference = save_random(tmp_path / "source", model_type, dtype=dtype, **CASES[model_type].tiny)
+    model = load_decoder(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"), dtype)
     ids = np.random.default_rng(1).integers(0, reference.config.vocab_size, (1, 64), dtype=np.int32)
     logits = forward(model, ids, np.array([64], np.int32))
     with torch.no_grad():
@@ -143,7 +119,7 @@ def test_half_precision_is_as_near_as_torch_is(dtype: str, tmp_path: Path, save_
 
 def test_greedy_ids_of_real_weights(tmp_path: Path, shared_data: Path) -> None:
     source = shared_data / "tinystories260k"
-    model = iceformer.load_model(iceformer.convert_checkpoint(source, tmp_path / "checkpoint"))
+    model = load_decoder(iceformer.convert_checkpoint(source, tmp_path / "checkpoint"))
     golden = json.loads((source / "golden.json").read_text())["greedy_ids"]
     graph, state = nnx.split(model)
 

@@ -1,0 +1,144 @@
+"""Rules of names, and the plan that they make of a checkpoint: which tensor fills which parameter of the module."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .layouts import SAME, Layout, Shape
+from .reader import TensorInfo
+
+Path = tuple[str | int, ...]
+"""A parameter's place in the module's tree, e.g. ("model", "layers", 0, "mlp", "up_proj", "kernel")."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sends the tensors whose whole name matches a pattern to a parameter, or to several.
+
+    Attributes:
+        pattern: regular expression for the source's name.
+        target: dotted name of the parameter, with the pattern's groups as `\\1`; `[\\2]` behind it sends the tensor to
+            one row of a parameter that stacks several. A tuple of names for a tensor that holds several parameters;
+            None ignores the tensor.
+        layout: how the tensor lies in what it fills.
+        tied_to: the parameter that the tensor must equal in a model that has no `target` of its own.
+        optional: a model that has no `target` does without the tensor, as without a pooler that its task does not use.
+    """
+
+    pattern: str
+    target: str | tuple[str, ...] | None
+    layout: Layout = SAME
+    tied_to: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter, or one row of it.
+
+    Attributes:
+        path: the parameter.
+        row: index along its first dimension, None for all of it.
+    """
+
+    path: Path
+    row: int | None = None
+
+    def __str__(self) -> str:
+        return dotted(self.path) + ("" if self.row is None else f"[{self.row}]")
+
+    def shape(self, parameters: Mapping[Path, Shape]) -> Shape:
+        """The shape of what fills it."""
+        shape = parameters[self.path]
+        return shape if self.row is None else shape[1:]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one source tensor goes."""
+
+    slots: tuple[Slot, ...]
+    layout: Layout
+
+
+@dataclass
+class Plan:
+    """What to do with every source tensor, by its name.
+
+    Attributes:
+        fills: tensors that fill parameters.
+        ties: tensors that must equal a parameter which another tensor fills.
+    """
+
+    fills: dict[str, Destination] = field(default_factory=dict)
+    ties: dict[str, Path] = field(default_factory=dict)
+
+
+def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parameters: Mapping[Path, Shape]) -> Plan:
+    """Matches source tensors with the parameters' shapes.
+
+    Raises:
+        ValueError: lists every tensor that is unexpected, of the wrong shape or there twice, and every parameter that
+            nothing fills.
+    """
+    plan, problems = Plan(), []
+    filled: dict[Slot, str] = {}
+    for name, tensor in sorted(tensors.items()):
+        rule, slots = _match(rules, name)
+        if rule is None:
+            problems.append(f"unexpected: {name} {list(tensor.shape)}")
+        elif not slots:
+            continue
+        elif all(_exists(slot, parameters) for slot in slots):
+            expected = rule.layout.source_shape([slot.shape(parameters) for slot in slots])
+            if tensor.shape != expected:
+                problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(expected)}")
+            problems += [f"there twice: {name} and {filled[slot]}" for slot in slots if slot in filled]
+            filled |= dict.fromkeys(slots, name)
+            plan.fills[name] = Destination(slots, rule.layout)
+        elif rule.tied_to is not None:
+            plan.ties[name] = parse(rule.tied_to)
+        elif not rule.optional:
+            problems.append(f"unexpected: {name} {list(tensor.shape)}, the config has no place for it")
+    problems += [f"missing: {slot} {list(slot.shape(parameters))}" for slot in _unfilled(parameters, filled)]
+    if problems:
+        raise ValueError("the tensors do not fit the config:\n  " + "\n  ".join(problems))
+    return plan
+
+
+def dotted(path: Path) -> str:
+    """The path as one dotted name."""
+    return ".".join(map(str, path))
+
+
+def parse(name: str) -> Path:
+    """The path that a dotted name stands for; numbers are positions in a list."""
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def _match(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, tuple[Slot, ...]]:
+    for rule in rules:
+        if match := re.fullmatch(rule.pattern, name):
+            targets = (rule.target,) if isinstance(rule.target, str) else rule.target or ()
+            return rule, tuple(_parse_slot(match.expand(target)) for target in targets)
+    return None, ()
+
+
+def _parse_slot(text: str) -> Slot:
+    name, bracket, row = text.partition("[")
+    return Slot(parse(name), int(row.rstrip("]")) if bracket else None)
+
+
+def _exists(slot: Slot, parameters: Mapping[Path, Shape]) -> bool:
+    return slot.path in parameters and (slot.row is None or slot.row < parameters[slot.path][0])
+
+
+def _unfilled(parameters: Mapping[Path, Shape], filled: Mapping[Slot, str]) -> list[Slot]:
+    """What nothing fills: whole parameters, or the rows that are missing of those that are filled by rows."""
+    by_rows = {slot.path for slot in filled if slot.row is not None}
+    slots = [
+        slot
+        for path, shape in parameters.items()
+        for slot in ([Slot(path, row) for row in range(shape[0])] if path in by_rows else [Slot(path)])
+    ]
+    return [slot for slot in slots if slot not in filled]

@@ -1,0 +1,295 @@
+"""What all decoder language models share: the common configuration, the usual layer, and the model around the layers.
+
+An architecture's file adds its config fields and, where its mathematics differ, a layer of its own. The tree of
+parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, lm_head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from ..attention import AttentionConfig, Dense
+from ..attention.cache import KVCache, LayerCache
+from ..attention.ops import cap
+from .config import read_boolean, read_integer
+from .layers import Embedding, Linear
+from .rope import Rope, rotary_tables
+from .self_attention import LayerCall, Norm, SelfAttention
+
+Bases = tuple[Array | None, ...]
+"""What the attention's stage-1 method needs, one array per layer; None for a layer that attends exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The fields that every decoder has, named as in the Hugging Face config, and what follows from others per layer.
+
+    Attributes:
+        ropes: each layer's rotary embedding; None for a layer without.
+        windows: each layer's sliding window in tokens, as `SelfAttention` has it; None for a layer that sees all.
+    """
+
+    model_type: ClassVar[str]
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    ropes: tuple[Rope | None, ...]
+    windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config: num_attention_heads is {self.num_attention_heads}, expected a multiple of "
+                f"num_key_value_heads, {self.num_key_value_heads}"
+            )
+        if any(self.ropes) and (self.head_dim % 2 or (self.max_tokens is None and self.head_dim == 2)):
+            raise ValueError(
+                f"config: head_dim is {self.head_dim}, expected an even number, above 2 if rope is dynamic"
+            )
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that a row may have; None where the rotary embedding is stretched for longer ones."""
+        stretches = any(rope is not None and rope.rope_type == "dynamic" for rope in self.ropes)
+        return None if stretches else self.max_position_embeddings
+
+
+def read_sizes(
+    config: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int | None,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    max_position_embeddings: int,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    tie_word_embeddings: bool = False,
+) -> dict[str, Any]:
+    """The common fields of a Hugging Face config but `ropes` and `windows`; the arguments are the defaults.
+
+    As in most architectures, `num_key_value_heads` defaults to `num_attention_heads` and `head_dim` to their share of
+    `hidden_size`.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+    hidden = read_integer(config, "hidden_size", hidden_size)
+    heads = read_integer(config, "num_attention_heads", num_attention_heads)
+    if config.get("head_dim") is None and head_dim is None and hidden % heads:
+        raise ValueError(
+            f"config: hidden_size is {hidden}, expected a multiple of num_attention_heads, {heads}, or a head_dim of "
+            "its own"
+        )
+    return {
+        "vocab_size": read_integer(config, "vocab_size", vocab_size),
+        "hidden_size": hidden,
+        "intermediate_size": read_integer(config, "intermediate_size", intermediate_size or 4 * hidden),
+        "num_hidden_layers": read_integer(config, "num_hidden_layers", num_hidden_layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": read_integer(config, "num_key_value_heads", num_key_value_heads or heads),
+        "head_dim": read_integer(config, "head_dim", head_dim or max(hidden // heads, 1)),
+        "max_position_embeddings": read_integer(config, "max_position_embeddings", max_position_embeddings),
+        "tie_word_embeddings": read_boolean(config, "tie_word_embeddings", tie_word_embeddings),
+    }
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each normalised before and added to the residual, times `residual_multiplier`."""
+
+    def __init__(
+        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], residual_multiplier: float = 1.0
+    ) -> None:
+        self.input_layernorm: Norm = make_norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm: Norm = make_norm()
+        self.mlp: Any = mlp
+        self.residual_multiplier = residual_multiplier
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
+        attended, cache = self.self_attn(self.input_layernorm(hidden), call)
+        hidden = self._add(hidden, attended)
+        return self._add(hidden, self.mlp(self.post_attention_layernorm(hidden))), cache
+
+    def _add(
+        self, residual: Float[Array, "batch tokens hidden_size"], update: Float[Array, "batch tokens hidden_size"]
+    ) -> Float[Array, "batch tokens hidden_size"]:
+        return residual + (update if self.residual_multiplier == 1 else update * self.residual_multiplier)
+
+
+class DecoderModel(nnx.Module):
+    """Embedding, layers and final norm, as checkpoints group them; `embed_positions` where positions are learned."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: Sequence[nnx.Module],
+        norm: nnx.Module,
+        *,
+        learned_positions: bool,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+        self.embed_positions = (
+            Embedding(config.max_position_embeddings, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+            if learned_positions
+            else None
+        )
+        self.layers = nnx.List(layers)
+        self.norm: Any = norm
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its output layer.
+
+    Attributes:
+        config: its configuration.
+        model: embedding, layers and final norm.
+        lm_head: the output layer, or None where it is tied to the embedding.
+        embedding_multiplier: factor of the embedded tokens.
+        logit_multiplier: factor of the logits.
+        logit_softcap: cap of the logits, or None.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: Sequence[nnx.Module],
+        norm: nnx.Module,
+        *,
+        learned_positions: bool = False,
+        embedding_multiplier: float = 1.0,
+        logit_multiplier: float = 1.0,
+        logit_softcap: float | None = None,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        self.config = config
+        self.model = DecoderModel(
+            config, layers, norm, learned_positions=learned_positions, rngs=rngs, param_dtype=param_dtype
+        )
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs, param_dtype=param_dtype)
+        )
+        self.embedding_multiplier, self.logit_multiplier = embedding_multiplier, logit_multiplier
+        self.logit_softcap = logit_softcap
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        lengths: Int[Array, " batch"] | None = None,
+        *,
+        attention: AttentionConfig = Dense(),  # noqa: B008 - a frozen value
+        bases: Bases | None = None,
+    ) -> Float32[Array, "batch tokens vocab_size"]:
+        """Logits of the next token after each position.
+
+        Args:
+            input_ids: token ids, padded at the end.
+            lengths: tokens of each row without the padding; all of them if not given. Logits past a row's length are
+                finite but mean nothing.
+            attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
+            bases: calibrated projections, one per layer, where the attention's method needs them.
+        """
+        batch, tokens = input_ids.shape
+        if lengths is None:
+            lengths = jnp.full((batch,), tokens, jnp.int32)
+        offset = jnp.zeros((batch,), jnp.int32)
+        hidden, _ = self.hidden_states(
+            input_ids, offset=offset, lengths=lengths, cache=None, attention=attention, bases=bases
+        )
+        return self.logits(hidden)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        *,
+        offset: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+        cache: KVCache | None,
+        attention: AttentionConfig,
+        bases: Bases | None = None,
+        observe: Callable[[Array, Array], None] | None = None,
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], KVCache | None]:
+        """Hidden states after the final norm, and the cache with this call's keys and values written to it.
+
+        Args:
+            input_ids: the tokens of this call, at positions `offset .. offset + tokens` of their rows.
+            offset: position of each row's first token in this call; zeros where there is no cache.
+            lengths: tokens of each whole row, those before and after this call included.
+            cache: what earlier calls left, or None to attend over this call's tokens only.
+            attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
+            bases: calibrated projections, one per layer, where the attention's method needs them.
+            observe: is given the queries and keys of each layer in turn, while the function is traced.
+        """
+        config = self.config
+        positions = offset[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        tables = {
+            rope: rotary_tables(rope, config.head_dim, positions, lengths)
+            for rope in dict.fromkeys(config.ropes)
+            if rope is not None
+        }
+        call = LayerCall(offset, lengths, attention, observe=observe)
+        hidden = self._embed(input_ids, positions)
+        caches: list[LayerCache] = []
+        for index, layer in enumerate(self.model.layers):
+            rope = config.ropes[index]
+            layer_call = replace(
+                call,
+                rotary=None if rope is None else tables[rope],
+                cache=None if cache is None else cache[index],
+                basis=None if bases is None else bases[index],
+            )
+            hidden, layer_cache = layer(hidden, layer_call)
+            if layer_cache is not None:
+                caches.append(layer_cache)
+        return self.model.norm(hidden), None if cache is None else tuple(caches)
+
+    def logits(self, hidden: Float[Array, "*rows hidden_size"]) -> Float32[Array, "*rows vocab_size"]:
+        """Logits of hidden states that `hidden_states` returned."""
+        head = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head.float32
+        return cap(head(hidden) * self.logit_multiplier, self.logit_softcap)
+
+    def queries_and_keys(
+        self, input_ids: Int[Array, "batch tokens"], lengths: Int[Array, " batch"]
+    ) -> list[tuple[Float[Array, "batch heads tokens head_dim"], Float[Array, "batch kv_heads tokens head_dim"]]]:
+        """Each layer's queries and keys as attention takes them, in a model with exact attention."""
+        collected: list[tuple[Array, Array]] = []
+        self.hidden_states(
+            input_ids,
+            offset=jnp.zeros_like(lengths),
+            lengths=lengths,
+            cache=None,
+            attention=Dense(),
+            observe=lambda query, key: collected.append((query, key)),
+        )
+        return collected
+
+    def _embed(
+        self, input_ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+    ) -> Float[Array, "batch tokens hidden_size"]:
+        hidden = self.model.embed_tokens(input_ids)
+        if self.embedding_multiplier != 1:
+            # Rounded to the activations' dtype first, as transformers does.
+            hidden = hidden * jnp.asarray(self.embedding_multiplier, hidden.dtype)
+        if self.model.embed_positions is not None:
+            hidden = hidden + self.model.embed_positions(positions)
+        return hidden

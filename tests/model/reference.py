@@ -1,0 +1,31 @@
+"""The independent reference of the models: transformers in torch, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+def save_random(
+    folder: Path,
+    model_type: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "1GB",
+    auto_class: Any = AutoModelForCausalLM,
+    **config: Any,
+) -> PreTrainedModel:
+    """Saves a random model in `dtype` and returns it as a torch model in float32.
+
+    Every parameter is random, biases and norms too, and large enough that a mistake shows in the logits.
+    """
+    torch.manual_seed(seed)
+    model = auto_class.from_config(AutoConfig.for_model(model_type, **config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    # Loaded again, because a cast of the model would round its rotary frequencies too.
+    return auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
