@@ -1,4 +1,4 @@
-"""Writes the table of architectures in the README, from the registry; with --check only says whether it is up to date."""
+"""Writes the README's table of architectures from the registry; --check only says whether it is up to date."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""From checkpoint to session for every decoder: prompts in chunks and new tokens over a KV cache, against transformers."""
+"""From checkpoint to session for every decoder: prompts in chunks and new tokens with a cache, against transformers."""
 
 from pathlib import Path
 
