@@ -4,6 +4,7 @@ An architecture's file adds its config fields and, where its mathematics differ,
 parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, lm_head.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -62,16 +63,16 @@ class DecoderConfig:
                 f"config: num_attention_heads is {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}"
             )
-        if any(self.ropes) and (self.head_dim % 2 or (self.max_tokens is None and self.head_dim == 2)):
-            raise ValueError(
-                f"config: head_dim is {self.head_dim}, expected an even number, above 2 if rope is dynamic"
-            )
+        for rope in set(self.ropes):
+            if rope is not None:
+                rope.check(self.head_dim)
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that a row may have; None where the rotary embedding is stretched for longer ones."""
-        stretches = any(rope is not None and rope.rope_type == "dynamic" for rope in self.ropes)
-        return None if stretches else self.max_position_embeddings
+        """Tokens that a row may have in every layer; None where rotary embeddings stretch for any length."""
+        limits = [rope.max_tokens(self.max_position_embeddings) for rope in self.ropes if rope is not None]
+        limit = min(limits, default=self.max_position_embeddings)
+        return None if math.isinf(limit) else int(limit)
 
 
 def read_sizes(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .bert import BertConfig, BertEncoder
-from .config import require
+from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, EncoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
@@ -28,12 +28,14 @@ class Architecture:
         config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
+        features: what its mathematics have that is special, for people.
     """
 
     name: str
     config: Any
     module: Any
     table: str
+    features: str = ""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -48,15 +50,18 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     A config without `model_type` is known by the class name under `architectures`.
 
     Raises:
-        ValueError: an unknown architecture, or a field that the architecture refuses.
+        ValueError: an unknown architecture, quantised weights, or a field that the architecture refuses.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type"))) or _by_class_name(config)
     if architecture is None:
-        raise ValueError(
-            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}, "
-            f"supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        remote = (
+            " (its auto_map names code that comes with the model, which is never run)" if config.get("auto_map") else ""
         )
-    require(config, "quantization_config", None)
+        raise ValueError(
+            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}"
+            f"{remote}, supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    refuse_quantized(config)
     return architecture, architecture.config.from_hf(config)
 
 

@@ -13,6 +13,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 300.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 2.0, 2.5, 3.0, 3.5, 4.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 9.0, 10.0, 11.0],
+    "original_max_position_embeddings": 40,
+}
+
 TINY: dict[str, Any] = {
     "vocab_size": 288,
     "hidden_size": 48,
@@ -35,6 +43,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}},
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
     "llama3": {"rope_parameters": {**LLAMA3, "rope_theta": 5000.0}},
+    "yarn": {"rope_parameters": YARN, "max_position_embeddings": 64},
+    "yarn_all_options": {
+        "rope_parameters": {**YARN, "beta_fast": 6.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 0.9},
+    },
+    "longrope": {"rope_parameters": LONGROPE, "max_position_embeddings": 64},
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16", "tie_word_embeddings": True},
     "sharded": {"max_shard_size": "30KB"},
@@ -51,6 +64,7 @@ def draw(seed: int) -> dict[str, Any]:
             {"rope_type": "linear", "factor": 2.5},
             {"rope_type": "dynamic", "factor": 2.0},
             LLAMA3,
+            {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 20, "mscale": 0.7},
         ]
     )
     return {
