@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """The artifact of a random BERT with the tokenizer of whole words."""
     import transformers
 
-    def make(auto_class: str, *, files: dict[str, str] | None = None, **config: object) -> Path:
+    def make(auto_class: str, *, files: dict[str, str] | None = None, **config: Any) -> Path:
         folder = tmp_path_factory.mktemp("encoder")
         save_random(
             folder / "source",
@@ -212,6 +213,7 @@ class TestEncode:
         code, out, _ = run(capsys, "encode", embedder, "--file", tmp_path / "in.npz", "--json")
         expected = iceformer.load(embedder).encode("of records").pooled
         assert code == 0
+        assert expected is not None
         np.testing.assert_allclose(json_encodings(out)[1]["pooled"], expected, rtol=1e-6)
 
     def test_classes_and_pairs(

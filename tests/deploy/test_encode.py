@@ -168,6 +168,7 @@ def test_texts_and_pairs(features: tuple[Any, Session]) -> None:
     pair, alone = session.encode([(text, other), text])  # pyright: ignore[reportCallIssue, reportArgumentType]
     assert pair.sequence.tolist() == [-1, *[0] * 7, -1, *[1] * 4, -1]
     close(pair.pooled, expected(reference, pair.ids, token_type_ids=[0] * 9 + [1] * 5).pooler_output)
+    assert one.pooled is not None
     np.testing.assert_allclose(alone.pooled, one.pooled, atol=1e-6)
 
 
@@ -233,6 +234,7 @@ def test_two_stage_is_near_exact(made: Callable[..., tuple[Any, Path]]) -> None:
     (short, long), (short_exact, long_exact) = session.encode(rows), exact.encode(rows)
     assert short.last_hidden_state is not None
     assert long.last_hidden_state is not None
+    assert short_exact.last_hidden_state is not None
     assert long_exact.last_hidden_state is not None
     np.testing.assert_allclose(short.last_hidden_state, short_exact.last_hidden_state, atol=TOLERANCE)
     difference = np.abs(long.last_hidden_state - long_exact.last_hidden_state)
