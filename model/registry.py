@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from .config import require
 from .decoder import CausalLM, DecoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
+from .mistral import MistralConfig, MistralForCausalLM
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
 }
 
 
