@@ -13,6 +13,7 @@ from .config import require
 from .decoder import CausalLM, DecoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
+from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
+    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
 }
 
 
