@@ -14,6 +14,7 @@ from .decoder import CausalLM, DecoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
+from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
     "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
 }
 
 

@@ -44,4 +44,5 @@ def draw_qwen3(seed: int) -> dict[str, Any]:
 
 CASES = {
     "qwen2": Cases(TINY, OPTIONS, draw_qwen2),
+    "qwen3": Cases(TINY, {**OPTIONS, **OF_QWEN3}, draw_qwen3),
 }
