@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from .config import require
 from .decoder import CausalLM, DecoderConfig
+from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
@@ -39,6 +40,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
     "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
     "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
+    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
 }
 
 
