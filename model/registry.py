@@ -16,6 +16,7 @@ from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
+from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
     "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
     "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
 }
 
 
