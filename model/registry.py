@@ -14,6 +14,7 @@ from .decoder import CausalLM, DecoderConfig
 from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
+from .phi3 import Phi3Config, Phi3ForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
@@ -43,6 +44,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
     "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
     "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
+    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
 }
 
 
