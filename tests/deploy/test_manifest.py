@@ -31,7 +31,7 @@ def put(new: Any, *path: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (put(1, "schema"), "has schema 1 and this iceformer reads schema 2: compile the artifact again"),
+        (put(1, "schema"), "has schema 1 and this iceformer reads schema 3: compile the artifact again"),
         (drop("schema"), "has schema None"),
         (drop("environment", "jaxlib"), "lacks field environment.jaxlib"),
         (put("x", "environment", "hostname"), "has an unknown field environment.hostname"),
