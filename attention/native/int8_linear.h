@@ -12,7 +12,8 @@ namespace ICEFORMER_ISA {
 // The next kLanes int8, or the next `count` and zeros. GCC converts vectors of bytes one by one, hence the intrinsics.
 ICEFORMER_INLINE Floats widen(const int8_t* from) {
 #if defined(__AVX512F__)
-  return to_floats((Ints)_mm512_cvtepi8_epi32(load<__m128i>(from)));
+  // With a mask, because GCC 12 warns of the one without.
+  return to_floats((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from)));
 #elif defined(__AVX2__)
   return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<long long>(from))));
 #else
