@@ -79,7 +79,7 @@ def test_tiles_agree_with_xla(library: Path) -> None:
         library, "amx_emulated", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler",
         str(HERE / "test_custom_calls.py"), "-k", cases,
     )  # fmt: skip
-    assert re.search(r"^\d\d passed", report, re.MULTILINE) and "skipped" not in report, report
+    assert re.search(r"^\d\d passed, \d+ deselected in", report, re.MULTILINE), report
 
 
 def test_tiles_multiply_by_int8(library: Path) -> None:
@@ -88,4 +88,4 @@ def test_tiles_multiply_by_int8(library: Path) -> None:
         library, "amx_emulated", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler",
         str(HERE / "test_int8_linear.py"), "-k", "float64 and (9 or 33)",
     )  # fmt: skip
-    assert re.search(r"^\d\d passed", report, re.MULTILINE) and "skipped" not in report, report
+    assert re.search(r"^\d\d passed, \d+ deselected in", report, re.MULTILINE), report
