@@ -4,7 +4,6 @@ An architecture's file adds its config fields and, where its mathematics differ,
 parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, lm_head.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -62,9 +61,9 @@ class DecoderConfig:
     @property
     def max_tokens(self) -> int | None:
         """Tokens that a row may have in every layer; None where rotary embeddings stretch for any length."""
-        limits = [rope.max_tokens(self.max_position_embeddings) for rope in self.ropes if rope is not None]
-        limit = min(limits, default=self.max_position_embeddings)
-        return None if math.isinf(limit) else int(limit)
+        longest = self.max_position_embeddings
+        limits = {rope.max_tokens(longest) for rope in self.ropes if rope is not None} or {longest}
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 def read_sizes(

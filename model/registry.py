@@ -16,9 +16,11 @@ from .encoder import Encoder, EncoderConfig
 from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
+from .mixtral import MixtralConfig, MixtralForCausalLM
 from .phi3 import Phi3Config, Phi3ForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
+from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 
@@ -45,8 +47,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
+    "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral"),
     "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
     "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
+    "qwen3_moe": Architecture("Qwen3-MoE", Qwen3MoeConfig, Qwen3MoeForCausalLM, "qwen3_moe"),
     "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
     "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
     "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
