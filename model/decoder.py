@@ -249,7 +249,7 @@ class CausalLM(nnx.Module):
             if rope is not None
         }
         call = LayerCall(offset, lengths, attention, observe=observe)
-        hidden = self._embed(input_ids, positions)
+        hidden = self._embed(input_ids, positions, lengths)
         caches: list[LayerCache] = []
         for index, layer in enumerate(self.model.layers):
             rope = config.ropes[index]
@@ -285,12 +285,17 @@ class CausalLM(nnx.Module):
         return collected
 
     def _embed(
-        self, input_ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        lengths: Int[Array, " batch"],
     ) -> Float[Array, "batch tokens hidden_size"]:
         hidden = self.model.embed_tokens(input_ids)
         if self.embedding_multiplier != 1:
             # Rounded to the activations' dtype first, as transformers does.
             hidden = hidden * jnp.asarray(self.embedding_multiplier, hidden.dtype)
         if self.model.embed_positions is not None:
-            hidden = hidden + self.model.embed_positions(positions)
+            # Padding takes the position of its row's last token, because there may be none in the table for its own.
+            last = jnp.maximum(lengths - 1, 0)
+            hidden = hidden + self.model.embed_positions(jnp.minimum(positions, last[:, None]))
         return hidden

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from .config import require
 from .decoder import CausalLM, DecoderConfig
+from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .llama import LlamaConfig, LlamaForCausalLM
 
 
@@ -32,6 +33,7 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
 }
 
