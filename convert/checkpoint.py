@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from ..model.decoder import CausalLM
+from ..model.encoder import Encoder
 from ..model.registry import abstract_module, build
 from .reader import read_json
 from .rules import dotted
@@ -26,7 +27,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _FILE_BYTES = 2**26
 
 
-def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> CausalLM:
+def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> CausalLM | Encoder:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
 
     Args:

@@ -21,7 +21,7 @@ from .checkpoint import CONFIG, FORMAT_VERSION, PARAMS, PROVENANCE, save_params
 from .folder import check_absent, new_folder
 from .reader import Weights, open_weights, read_json
 from .rules import Path as ParameterPath
-from .rules import Plan, Slot, make_plan
+from .rules import Plan, Slot, dotted, make_plan
 from .tables import rules_of
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -91,7 +91,9 @@ def _fill(
         params[path] = _put(stack)
     for name, path in plan.ties.items():
         if not np.array_equal(weights.read_one(name), params[path]):
-            raise ValueError(f"{name} differs from the embedding, but tie_word_embeddings is true: set it to false")
+            raise ValueError(
+                f"{name} differs from the tensor of {dotted(path)}, but tie_word_embeddings is true: set it to false"
+            )
     return unflatten_dict(params)
 
 

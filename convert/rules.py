@@ -22,12 +22,14 @@ class Rule:
             None ignores the tensor.
         layout: how the tensor lies in what it fills.
         tied_to: the parameter that the tensor must equal in a model that has no `target` of its own.
+        optional: a model that has no `target` does without the tensor, as without a pooler that its task does not use.
     """
 
     pattern: str
     target: str | tuple[str, ...] | None
     layout: Layout = SAME
     tied_to: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
             plan.fills[name] = Destination(slots, rule.layout)
         elif rule.tied_to is not None:
             plan.ties[name] = parse(rule.tied_to)
-        else:
+        elif not rule.optional:
             problems.append(f"unexpected: {name} {list(tensor.shape)}, the config has no place for it")
     problems += [f"missing: {slot} {list(slot.shape(parameters))}" for slot in _unfilled(parameters, filled)]
     if problems:

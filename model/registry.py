@@ -9,8 +9,10 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .bert import BertConfig, BertEncoder
 from .config import require
 from .decoder import CausalLM, DecoderConfig
+from .encoder import Encoder, EncoderConfig
 from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .llama import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +23,7 @@ class Architecture:
 
     Attributes:
         name: as people write it, for tables.
-        config: the configuration, read by its `from_hf`.
+        config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
     """
@@ -33,12 +35,13 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
     "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
 }
 
 
-def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig]:
+def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | EncoderConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
     A config without `model_type` is known by the class name under `architectures`.
@@ -56,7 +59,9 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig]:
     return architecture, architecture.config.from_hf(config)
 
 
-def abstract_module(architecture: Architecture, config: DecoderConfig, dtype: DTypeLike) -> CausalLM:
+def abstract_module(
+    architecture: Architecture, config: DecoderConfig | EncoderConfig, dtype: DTypeLike
+) -> CausalLM | Encoder:
     """The module with shapes and dtypes in place of parameters."""
     return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
 

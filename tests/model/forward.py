@@ -1,5 +1,7 @@
 """The whole model under jit: one compilation a shape, where an eager call compiles every operation."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 from flax import nnx
@@ -8,6 +10,13 @@ from jax.typing import ArrayLike
 import iceformer
 from iceformer.attention import AttentionConfig
 from iceformer.model.decoder import CausalLM
+
+
+def load_decoder(checkpoint: Path, dtype: str = "float32") -> CausalLM:
+    """`load_model`, of a decoder."""
+    model = iceformer.load_model(checkpoint, dtype)
+    assert isinstance(model, CausalLM)
+    return model
 
 
 def forward(

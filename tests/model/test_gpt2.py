@@ -12,7 +12,7 @@ import iceformer
 from iceformer.model.gpt2 import GPT2Config
 
 from .cases.gpt2 import TINY
-from .forward import forward
+from .forward import forward, load_decoder
 from .reference import save_random
 from .test_parity import convert, difference
 
@@ -67,7 +67,7 @@ def test_checkpoints_of_the_bare_model_with_stored_masks(tmp_path: Path) -> None
 
 def test_padding_beyond_the_table_of_positions(tmp_path: Path) -> None:
     save_random(tmp_path / "source", "gpt2", **{**TINY, "n_positions": 16})
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
+    model = load_decoder(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
     ids = np.random.default_rng(0).integers(0, 200, (2, 40), dtype=np.int32)
     lengths = np.array([16, 5], np.int32)
     padded, exact = forward(model, ids, lengths), forward(model, ids[:, :16], lengths)

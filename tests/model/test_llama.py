@@ -17,7 +17,7 @@ from iceformer.model.llama import LlamaConfig, LlamaForCausalLM
 from iceformer.model.registry import build
 from iceformer.model.rope import Rope
 
-from .forward import forward
+from .forward import forward, load_decoder
 
 
 def token_ids(model: CausalLM, *shape: int) -> jax.Array:
@@ -80,7 +80,7 @@ def test_chunks_with_a_cache_equal_one_call(tmp_path: Path, save_llama: Callable
     """Prefill in chunks and decode token by token, with ragged rows and frequencies that follow the rows' lengths."""
     rope = {"rope_type": "dynamic", "factor": 2.0}
     save_llama(tmp_path / "source", rope_parameters=rope, max_position_embeddings=8)
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
+    model = load_decoder(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
     config, lengths = model.config, jnp.array([18, 13])
     ids = token_ids(model, 2, 18)
     expected = forward(model, ids, lengths)
@@ -108,7 +108,7 @@ def test_chunks_with_a_cache_equal_one_call(tmp_path: Path, save_llama: Callable
 
 
 def test_padding_and_neighbours_change_nothing(tiny_checkpoint: Path) -> None:
-    model = iceformer.load_model(tiny_checkpoint)
+    model = load_decoder(tiny_checkpoint)
     ids = token_ids(model, 2, 20)
     ids = jnp.stack([ids[0], ids[0].at[11:].set(7), ids[1]])
     logits = forward(model, ids, jnp.array([11, 11, 20]))
@@ -117,12 +117,12 @@ def test_padding_and_neighbours_change_nothing(tiny_checkpoint: Path) -> None:
 
 
 def test_an_id_outside_of_the_vocabulary_shows(tiny_checkpoint: Path) -> None:
-    model = iceformer.load_model(tiny_checkpoint)
+    model = load_decoder(tiny_checkpoint)
     assert np.isnan(forward(model, jnp.array([[1, model.config.vocab_size]]))[0, 1]).all()
 
 
 def test_attention_is_an_argument(tiny_checkpoint: Path) -> None:
-    model = iceformer.load_model(tiny_checkpoint)
+    model = load_decoder(tiny_checkpoint)
     ids = token_ids(model, 1, 256)
     selective = {"method": "mean_pool", "query_block": 16, "key_block": 4, "sink": 4, "local": 8}
     exact = forward(model, ids)
@@ -141,7 +141,7 @@ def test_queries_and_keys_equal_transformers(
     from transformers.models.llama import modeling_llama
 
     reference = save_llama(tmp_path / "source", attention_bias=True)
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
+    model = load_decoder(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
     expected = []
     eager = modeling_llama.eager_attention_forward
 

@@ -1,4 +1,4 @@
-"""Every architecture, converted and loaded, against transformers: one test over chosen and random configs."""
+"""Every decoder, converted and loaded, against transformers: one test over chosen and random configs."""
 
 import json
 from dataclasses import replace
@@ -15,8 +15,8 @@ import iceformer
 from iceformer.model.decoder import CausalLM
 from iceformer.model.registry import ARCHITECTURES
 
-from .cases import CASES
-from .forward import forward
+from .cases import CASES, DECODERS
+from .forward import forward, load_decoder
 from .reference import save_random
 
 LENGTHS = (57, 1, 36)
@@ -43,7 +43,7 @@ def difference(model: CausalLM, reference: Any, lengths: tuple[int, ...] = LENGT
 
 def convert(folder: Path) -> CausalLM:
     """The model of the Hugging Face folder `source` in a folder."""
-    return iceformer.load_model(iceformer.convert_checkpoint(folder / "source", folder / "checkpoint"))
+    return load_decoder(iceformer.convert_checkpoint(folder / "source", folder / "checkpoint"))
 
 
 def test_cases_cover_every_architecture() -> None:
@@ -51,7 +51,7 @@ def test_cases_cover_every_architecture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "case"), [(model_type, case) for model_type, cases in CASES.items() for case in cases.options]
+    ("model_type", "case"), [(model_type, case) for model_type, cases in DECODERS.items() for case in cases.options]
 )
 def test_logits_equal_transformers(model_type: str, case: str, tmp_path: Path) -> None:
     cases = CASES[model_type]
@@ -60,14 +60,14 @@ def test_logits_equal_transformers(model_type: str, case: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
-@pytest.mark.parametrize("model_type", CASES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_logits_of_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path) -> None:
     cases = CASES[model_type]
     reference = save_random(tmp_path / "source", model_type, seed=seed, **{**cases.tiny, **cases.draw(seed)})
     assert difference(convert(tmp_path), reference) < TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", CASES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_two_stage_attention_of_every_layer(model_type: str, tmp_path: Path) -> None:
     """With a budget below the length, the model is near the exact one and no longer equal to it."""
     cases = CASES[model_type]
@@ -99,13 +99,13 @@ def test_older_spelling_of_rope(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "dtype"), [*((model_type, "bfloat16") for model_type in CASES), ("llama", "float16")]
+    ("model_type", "dtype"), [*((model_type, "bfloat16") for model_type in DECODERS), ("llama", "float16")]
 )
 def test_half_precision_is_as_near_as_torch_is(model_type: str, dtype: str, tmp_path: Path) -> None:
     import torch
 
     reference = save_random(tmp_path / "source", model_type, dtype=dtype, **CASES[model_type].tiny)
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"), dtype)
+    model = load_decoder(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"), dtype)
     ids = np.random.default_rng(1).integers(0, reference.config.vocab_size, (1, 64), dtype=np.int32)
     logits = forward(model, ids, np.array([64], np.int32))
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_half_precision_is_as_near_as_torch_is(model_type: str, dtype: str, tmp_
 
 def test_greedy_ids_of_real_weights(tmp_path: Path, shared_data: Path) -> None:
     source = shared_data / "tinystories260k"
-    model = iceformer.load_model(iceformer.convert_checkpoint(source, tmp_path / "checkpoint"))
+    model = load_decoder(iceformer.convert_checkpoint(source, tmp_path / "checkpoint"))
     golden = json.loads((source / "golden.json").read_text())["greedy_ids"]
     graph, state = nnx.split(model)
 

@@ -16,11 +16,13 @@ class Cases:
         options: further fields by the name of the case; together they exercise every option of the config class.
             `dtype` and `max_shard_size` say how the checkpoint is saved.
         draw: a random config from a seed.
+        tasks: of an encoder, the names of transformers' auto classes to try; none for a decoder.
     """
 
     tiny: dict[str, Any]
     options: dict[str, dict[str, Any]]
     draw: Callable[[int], dict[str, Any]]
+    tasks: tuple[str, ...] = ()
 
 
 CASES: dict[str, Cases] = {
@@ -28,3 +30,5 @@ CASES: dict[str, Cases] = {
     for module in iter_modules(__path__)
     for model_type, cases in import_module(f"{__name__}.{module.name}").CASES.items()
 }
+DECODERS = {model_type: cases for model_type, cases in CASES.items() if not cases.tasks}
+ENCODERS = {model_type: cases for model_type, cases in CASES.items() if cases.tasks}

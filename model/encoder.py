@@ -1,0 +1,329 @@
+"""What all encoders share: the common configuration, embeddings of text, layers, pooler and task head.
+
+An encoder takes named inputs and gives named outputs. The tree of parameters is the same for all: embeddings,
+layers.N, norm, pooler, head.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ..attention import AttentionConfig, Dense
+from .config import read_integer
+from .decoder import Bases
+from .layers import ACTIVATIONS, Embedding, Linear
+from .rope import Rope, rotary_tables
+from .self_attention import LayerCall
+
+TASKS = {
+    "Model": "features",
+    "ForMaskedLM": "masked_lm",
+    "ForPreTraining": "masked_lm",
+    "ForSequenceClassification": "sequence_classification",
+    "ForImageClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+}
+"""What an encoder is for, by the end of the class name under a config's `architectures`."""
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """An input of an encoder: its shape without the batch dimension, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The fields that every encoder has, named as in the Hugging Face config where that is possible.
+
+    Attributes:
+        task: one of the values of `TASKS`.
+        num_labels: classes of the task head.
+        max_tokens: tokens that a row may have.
+        fixed_tokens: tokens that every row has, for images and sound; None for text.
+        ropes: each layer's rotary embedding; None for a layer without.
+        windows: each layer's sliding window in tokens to both sides, as `SelfAttention` has it; None for all tokens.
+    """
+
+    model_type: ClassVar[str]
+
+    task: str
+    num_labels: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_tokens: int
+    fixed_tokens: int | None = None
+    ropes: tuple[Rope | None, ...]
+    windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads, "
+                f"{self.num_attention_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """As many as query heads."""
+        return self.num_attention_heads
+
+
+def read_task(config: Mapping[str, Any]) -> str:
+    """What the model is for, from the class name under `architectures`; "features" if there is none.
+
+    Raises:
+        ValueError: a class for something else.
+    """
+    names = config.get("architectures") or ["Model"]
+    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else repr(names)
+    match = re.search(f"({'|'.join(TASKS)})$", name)
+    if match is None:
+        raise ValueError(f"config: architectures names {name}, supported are classes that end in: {', '.join(TASKS)}")
+    return TASKS[match[1]]
+
+
+def read_num_labels(config: Mapping[str, Any]) -> int:
+    """Classes of the task head: the entries of `id2label`, or `num_labels`, or transformers' default of 2."""
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, Mapping) and labels else read_integer(config, "num_labels", 2)
+
+
+class TextEmbeddings(nnx.Module):
+    """Tokens, with learned positions and segments where a model has them, and a norm.
+
+    Attributes:
+        padding_id: id whose tokens have no position of their own, while others count from `padding_id + 1` (RoBERTa);
+            None where positions count from 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        vocab_size: int,
+        positions: int,
+        token_types: int,
+        norm: nnx.Module | None,
+        padding_id: int | None = None,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        def embedding(count: int) -> Embedding | None:
+            return Embedding(count, hidden_size, rngs=rngs, param_dtype=param_dtype) if count else None
+
+        self.word_embeddings = Embedding(vocab_size, hidden_size, rngs=rngs, param_dtype=param_dtype)
+        self.position_embeddings = embedding(positions)
+        self.token_type_embeddings = embedding(token_types)
+        self.norm: Any = norm
+        self.padding_id = padding_id
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Float[Array, "batch tokens hidden_size"]:
+        ids = inputs["input_ids"]
+        hidden = self.word_embeddings(ids)
+        if self.position_embeddings is not None:
+            hidden = hidden + self.position_embeddings(self._positions(ids))
+        if self.token_type_embeddings is not None:
+            hidden = hidden + self.token_type_embeddings(inputs["token_type_ids"])
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def inputs(self, tokens: int) -> dict[str, InputInfo]:
+        """The inputs for rows of so many tokens."""
+        names = ("input_ids",) if self.token_type_embeddings is None else ("input_ids", "token_type_ids")
+        return dict.fromkeys(names, InputInfo((tokens,), "int32"))
+
+    def _positions(self, ids: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        if self.padding_id is None:
+            return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        counted = (ids != self.padding_id).astype(jnp.int32)
+        # Padding behind a row's end stays inside the table.
+        return jnp.cumsum(counted, axis=1, dtype=jnp.int32) * counted + self.padding_id
+
+
+class Head(nnx.Module):
+    """`out(norm(activation(dense(x))))`, of which a model may lack any part.
+
+    Attributes:
+        activation: a name of `ACTIVATIONS`, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        dense: Linear | None = None,
+        activation: str | None = None,
+        norm: nnx.Module | None = None,
+        out: Linear | None = None,
+    ) -> None:
+        self.dense, self.activation, self.norm, self.out = dense, activation, norm, out
+
+    def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows features"]:
+        """What goes into `out`, or comes out of a head without one, in x's dtype."""
+        if self.dense is not None:
+            x = self.dense(x)
+        if self.activation is not None:
+            x = ACTIVATIONS[self.activation](x.astype(jnp.float32)).astype(x.dtype)
+        norm: Any = self.norm
+        return x if norm is None else norm(x)
+
+
+class TiedHead(Head):
+    """A head whose output layer is the table of word embeddings, with a bias of its own if `use_bias`."""
+
+    def __init__(self, *, vocab_size: int, use_bias: bool = True, param_dtype: DTypeLike, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.bias = nnx.Param(jnp.zeros((vocab_size,), param_dtype)) if use_bias else None
+
+
+class PostNormLayer(nnx.Module):
+    """Attention and MLP, each added to the residual and normalised after."""
+
+    def __init__(self, self_attn: nnx.Module, mlp: nnx.Module, make_norm: Callable[[], Any]) -> None:
+        self.self_attn: Any = self_attn
+        self.attention_norm = make_norm()
+        self.mlp: Any = mlp
+        self.output_norm = make_norm()
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], None]:
+        attended, _ = self.self_attn(hidden, call)
+        hidden = self.attention_norm(hidden + attended)
+        return self.output_norm(hidden + self.mlp(hidden)), None
+
+
+class Encoder(nnx.Module):
+    """An encoder with what stands behind it.
+
+    Attributes:
+        config: its configuration.
+        embeddings: gives the first hidden states from the inputs, and says with `inputs(tokens)` which those are.
+        layers: each takes hidden states and a `LayerCall`, and gives hidden states and None.
+        norm: final norm, or None.
+        pooler: makes one vector of a row's first token, or None.
+        head: the task's, or None for "features".
+        head_pooling: what a head for whole rows reads: "pooler", "first" or "mean".
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        embeddings: nnx.Module,
+        layers: Sequence[nnx.Module],
+        *,
+        norm: nnx.Module | None = None,
+        pooler: Head | None = None,
+        head: Head | None = None,
+        head_pooling: str = "pooler",
+    ) -> None:
+        self.config = config
+        self.embeddings: Any = embeddings
+        self.layers = nnx.List(layers)
+        self.norm: Any = norm
+        self.pooler, self.head, self.head_pooling = pooler, head, head_pooling
+
+    def inputs(self, tokens: int) -> dict[str, InputInfo]:
+        """The inputs for rows of so many tokens; every row's `lengths` go beside them."""
+        return self.embeddings.inputs(tokens)
+
+    def encode(
+        self,
+        inputs: Mapping[str, Array],
+        lengths: Int[Array, " batch"],
+        *,
+        attention: AttentionConfig = Dense(),  # noqa: B008 - a frozen value
+        bases: Bases | None = None,
+        observe: Callable[[Array, Array], None] | None = None,
+    ) -> dict[str, Array]:
+        """What the encoder makes of its inputs.
+
+        Args:
+            inputs: arrays [batch, ...] by name, as `inputs` describes them; token ids are padded at the end.
+            lengths: tokens of each row without the padding; outputs past them are finite but mean nothing.
+            attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
+            bases: calibrated projections, one per layer, where the attention's method needs them.
+            observe: is given the queries and keys of each layer in turn, while the function is traced.
+
+        Returns:
+            `last_hidden_state` [batch, tokens, hidden_size]; `pooled` [batch, hidden_size] from a model with a pooler;
+            `logits` in float32 from a model with a task head: [batch, num_labels] for whole rows, [batch, tokens,
+            num_labels] for token classification, [batch, tokens, 2] (start and end) for question answering,
+            [batch, tokens, vocab_size] for masked language models.
+        """
+        config = self.config
+        hidden = self.embeddings(inputs)
+        offset = jnp.zeros_like(lengths)
+        positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
+        tables = {
+            rope: rotary_tables(rope, config.head_dim, positions, lengths)
+            for rope in dict.fromkeys(config.ropes)
+            if rope is not None
+        }
+        call = LayerCall(offset, lengths, attention, observe=observe)
+        for index, layer in enumerate(self.layers):
+            rope = config.ropes[index]
+            layer_call = replace(
+                call,
+                rotary=None if rope is None else tables[rope],
+                basis=None if bases is None else bases[index],
+            )
+            hidden, _ = layer(hidden, layer_call)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        outputs = {"last_hidden_state": hidden}
+        if self.pooler is not None:
+            outputs["pooled"] = self.pooler(hidden[:, 0])
+        if self.head is not None:
+            outputs["logits"] = self._logits(self.head, hidden, outputs.get("pooled"), lengths)
+        return outputs
+
+    def queries_and_keys(
+        self, inputs: Mapping[str, Array], lengths: Int[Array, " batch"]
+    ) -> list[tuple[Float[Array, "batch heads tokens head_dim"], Float[Array, "batch heads tokens head_dim"]]]:
+        """Each layer's queries and keys as attention takes them, in a model with exact attention."""
+        collected: list[tuple[Array, Array]] = []
+        self.encode(inputs, lengths, observe=lambda query, key: collected.append((query, key)))
+        return collected
+
+    def _logits(
+        self,
+        head: Head,
+        hidden: Float[Array, "batch tokens hidden_size"],
+        pooled: Float[Array, "batch hidden_size"] | None,
+        lengths: Int[Array, " batch"],
+    ) -> Float[Array, "..."]:
+        x = hidden
+        if self.config.task == "sequence_classification":
+            x = {"pooler": pooled, "first": hidden[:, 0], "mean": mean_over_tokens(hidden, lengths)}[self.head_pooling]
+            assert x is not None
+        x = head(x)
+        if isinstance(head, TiedHead):
+            logits = self.embeddings.word_embeddings.logits(x)
+            return logits if head.bias is None else logits + head.bias[...].astype(jnp.float32)
+        assert head.out is not None
+        return head.out.float32(x)
+
+
+def mean_over_tokens(
+    hidden: Float[Array, "batch tokens hidden_size"], lengths: Int[Array, " batch"]
+) -> Float[Array, "batch hidden_size"]:
+    """The mean of each row's first `lengths` tokens, summed in float32."""
+    inside = jnp.arange(hidden.shape[1]) < lengths[:, None]
+    total = jnp.sum(jnp.where(inside[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
+    return (total / jnp.maximum(lengths, 1)[:, None]).astype(hidden.dtype)

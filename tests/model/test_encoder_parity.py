@@ -1,0 +1,150 @@
+"""Every encoder with every task head, converted and loaded, against transformers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import iceformer
+from iceformer.attention import AttentionConfig
+from iceformer.model.encoder import Encoder
+
+from .cases import ENCODERS
+from .reference import save_random
+
+LENGTHS = (57, 1, 36)
+TOLERANCE = 1e-4
+"""Of float32 outputs."""
+
+
+def convert(folder: Path, dtype: str = "float32") -> Encoder:
+    """The model of the Hugging Face folder `source` in a folder."""
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        iceformer.convert_checkpoint(folder / "source", checkpoint)
+    model = iceformer.load_model(checkpoint, dtype)
+    assert isinstance(model, Encoder)
+    return model
+
+
+def encode(
+    model: Encoder,
+    inputs: dict[str, np.ndarray],
+    lengths: np.ndarray,
+    attention: AttentionConfig = iceformer.Dense(),  # noqa: B008 - a frozen value
+) -> dict[str, np.ndarray]:
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, inputs: dict[str, jax.Array], lengths: jax.Array) -> dict[str, jax.Array]:
+        return nnx.merge(graph, state).encode(inputs, lengths, attention=attention)
+
+    return {name: np.asarray(array) for name, array in run(state, inputs, lengths).items()}
+
+
+def random_inputs(model: Encoder, rows: int, tokens: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    config: Any = model.config
+    limits = {"input_ids": lambda: config.vocab_size, "token_type_ids": lambda: config.type_vocab_size}
+    return {
+        name: rng.integers(0, limits[name](), (rows, *info.shape), dtype=np.int32)
+        if name in limits
+        else rng.standard_normal((rows, *info.shape), np.float32)
+        for name, info in model.inputs(tokens).items()
+    }
+
+
+def expected(reference: Any, inputs: dict[str, np.ndarray], row: int, length: int) -> dict[str, np.ndarray]:
+    """The reference's outputs for one row by itself, without padding, named as ours."""
+    import torch
+
+    tokens = {"input_ids", "token_type_ids"}
+    alone = {
+        name: torch.from_numpy(array[row : row + 1, :length] if name in tokens else array[row : row + 1])
+        for name, array in inputs.items()
+    }
+    with torch.no_grad():
+        outputs = reference(
+            **{name: array.long() if name in tokens else array for name, array in alone.items()},
+            output_hidden_states=True,
+        )
+    named = {"logits": getattr(outputs, "logits", None), "pooled": getattr(outputs, "pooler_output", None)}
+    if hasattr(outputs, "start_logits"):
+        named["logits"] = torch.stack([outputs.start_logits, outputs.end_logits], -1)
+    if hasattr(outputs, "last_hidden_state"):
+        named["last_hidden_state"] = outputs.last_hidden_state
+    return {name: array[0].float().numpy() for name, array in named.items() if array is not None}
+
+
+def difference(model: Encoder, reference: Any) -> float:
+    """Largest difference of any output over padded rows."""
+    fixed = model.config.fixed_tokens
+    lengths = LENGTHS if fixed is None else (fixed,) * 2
+    inputs = random_inputs(model, len(lengths), max(lengths))
+    outputs = encode(model, inputs, np.array(lengths, np.int32))
+    assert all(np.isfinite(array).all() for array in outputs.values())
+    worst = 0.0
+    for row, length in enumerate(lengths):
+        named = expected(reference, inputs, row, length)
+        assert named
+        for name, array in named.items():
+            ours = outputs[name][row]
+            ours = ours[: array.shape[0]] if array.ndim == 2 else ours
+            worst = max(worst, float(np.abs(ours - array).max()))
+    return worst
+
+
+def save(folder: Path, model_type: str, task: str, **config: Any) -> Any:
+    """Saves a random model with the head of a task and returns the reference."""
+    import transformers
+
+    fields = {**ENCODERS[model_type].tiny, **config}
+    if task == "AutoModelForQuestionAnswering":
+        fields["num_labels"] = 2
+    return save_random(folder / "source", model_type, auto_class=getattr(transformers, task), **fields)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task"), [(model_type, task) for model_type, cases in ENCODERS.items() for task in cases.tasks]
+)
+def test_tasks_equal_transformers(model_type: str, task: str, tmp_path: Path) -> None:
+    reference = save(tmp_path, model_type, task)
+    assert difference(convert(tmp_path), reference) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "case"), [(model_type, case) for model_type, cases in ENCODERS.items() for case in cases.options]
+)
+def test_options_equal_transformers(model_type: str, case: str, tmp_path: Path) -> None:
+    cases = ENCODERS[model_type]
+    reference = save(tmp_path, model_type, cases.tasks[-1], **cases.options[case])
+    assert difference(convert(tmp_path), reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path) -> None:
+    cases = ENCODERS[model_type]
+    reference = save(tmp_path, model_type, cases.tasks[seed % len(cases.tasks)], seed=seed, **cases.draw(seed))
+    assert difference(convert(tmp_path), reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_two_stage_and_bfloat16(model_type: str, tmp_path: Path) -> None:
+    """With a budget below the length, the model is near the exact one and no longer equal to it; so in bfloat16."""
+    save(tmp_path, model_type, ENCODERS[model_type].tasks[0])
+    model = convert(tmp_path)
+    tokens = model.config.fixed_tokens or 200
+    inputs, lengths = random_inputs(model, 1, tokens), np.array([tokens], np.int32)
+    exact = encode(model, inputs, lengths)["last_hidden_state"]
+    method = iceformer.TwoStage(method="mean_pool", budget=tokens // 2, query_block=8, exact_last_block=False)
+    sparse = encode(model, inputs, lengths, method)["last_hidden_state"]
+    everything = encode(model, inputs, lengths, replace(method, budget=tokens))["last_hidden_state"]
+    rounded = encode(convert(tmp_path, "bfloat16"), inputs, lengths)["last_hidden_state"].astype(np.float32)
+    assert np.abs(everything - exact).max() < TOLERANCE
+    assert 1e-4 < np.abs(sparse - exact).mean() < exact.std() / 2
+    assert 1e-4 < np.abs(rounded - exact).mean() < exact.std() / 20
