@@ -56,7 +56,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
     weights = open_weights(source)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
-    plan = make_plan(rules_of(architecture.table), weights.tensors, shapes)
+    plan = make_plan(rules_of(architecture.table, config), weights.tensors, shapes)
     params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
@@ -75,7 +75,8 @@ def _fill(
     broken = []
     for name, tensor in _tracked(weights, progress):
         destination = plan.fills.get(name)
-        if not np.isfinite(tensor).all():
+        # Constants that are left out may be infinite: masks, in half precision.
+        if (destination or name in plan.ties) and not np.isfinite(tensor).all():
             broken.append(name)
         if destination:
             pieces = destination.layout.pieces(tensor, [slot.shape(shapes) for slot in destination.slots])

@@ -133,6 +133,30 @@ class DecoderLayer(nnx.Module):
         return residual + (update if self.residual_multiplier == 1 else update * self.residual_multiplier)
 
 
+class ParallelDecoderLayer(nnx.Module):
+    """Attention and MLP side by side: both take the layer's input, normalised, and are added to it together.
+
+    Each has a norm of its own, or both the first where they share one.
+    """
+
+    def __init__(
+        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], *, share_norm: bool
+    ) -> None:
+        self.input_layernorm: Norm = make_norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm: Norm | None = None if share_norm else make_norm()
+        self.mlp: Any = mlp
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
+        normed = self.input_layernorm(hidden)
+        attended, cache = self.self_attn(normed, call)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden)
+        return hidden + attended + self.mlp(normed), cache
+
+
 class DecoderModel(nnx.Module):
     """Embedding, layers and final norm, as checkpoints group them; `embed_positions` where positions are learned."""
 
