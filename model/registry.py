@@ -14,6 +14,7 @@ from .config import require
 from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, EncoderConfig
 from .gpt2 import GPT2Config, GPT2LMHeadModel
+from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 
 
@@ -37,6 +38,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
     "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2"),
+    "gpt_neox": Architecture("GPT-NeoX, Pythia", GPTNeoXConfig, GPTNeoXForCausalLM, "gpt_neox"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
 }
 
