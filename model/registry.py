@@ -16,6 +16,7 @@ from .encoder import Encoder, EncoderConfig
 from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
+from .olmo2 import Olmo2Config, Olmo2ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2"),
     "gpt_neox": Architecture("GPT-NeoX, Pythia", GPTNeoXConfig, GPTNeoXForCausalLM, "gpt_neox"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
+    "olmo2": Architecture("OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2"),
 }
 
 
