@@ -13,6 +13,9 @@ from .bert import BertConfig, BertEncoder
 from .config import require
 from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, EncoderConfig
+from .gemma import GemmaConfig, GemmaForCausalLM
+from .gemma2 import Gemma2Config, Gemma2ForCausalLM
+from .gemma3 import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
@@ -38,6 +41,12 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
+    "gemma": Architecture("Gemma 1", GemmaConfig, GemmaForCausalLM, "llama"),
+    "gemma2": Architecture("Gemma 2", Gemma2Config, Gemma2ForCausalLM, "gemma2"),
+    "gemma3": Architecture(
+        "Gemma 3 with images (its language model)", Gemma3Config, Gemma3ForConditionalGeneration, "gemma3"
+    ),
+    "gemma3_text": Architecture("Gemma 3", Gemma3TextConfig, Gemma3ForCausalLM, "gemma3"),
     "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2"),
     "gpt_neox": Architecture("GPT-NeoX, Pythia", GPTNeoXConfig, GPTNeoXForCausalLM, "gpt_neox"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
