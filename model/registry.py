@@ -20,6 +20,7 @@ from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 from .olmo2 import Olmo2Config, Olmo2ForCausalLM
+from .stablelm import StableLmConfig, StableLmForCausalLM
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neox": Architecture("GPT-NeoX, Pythia", GPTNeoXConfig, GPTNeoXForCausalLM, "gpt_neox"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "olmo2": Architecture("OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2"),
+    "stablelm": Architecture("StableLM", StableLmConfig, StableLmForCausalLM, "stablelm"),
 }
 
 
