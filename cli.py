@@ -89,14 +89,22 @@ def options(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Hugging Face folder: config.json and *.safetensors.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Hugging Face folder (config.json and weights), or a model's name on the hub: organisation/name.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default="main")
+    ] = None,
 ) -> None:
-    """Convert a Hugging Face folder to a checkpoint (Flax parameters in Orbax, config, tokenizer)."""
+    """Convert a Hugging Face folder or a model of the hub to a checkpoint (Flax parameters, config, tokenizer)."""
     from . import convert_checkpoint
 
-    stdout.print(f"checkpoint: {convert_checkpoint(source, target, progress=True)}", soft_wrap=True)
+    checkpoint = convert_checkpoint(source, target, revision=revision, progress=True)
+    stdout.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 
 @app.command()

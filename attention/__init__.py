@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
@@ -49,7 +48,8 @@ def attend(
 
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to, and
     `projected` what `project_keys` made of the keys (made here if it is not given). A budget or a crossover that
-    covers every key is exact attention, and is computed as such.
+    covers every key is exact attention, and is computed as such. With a `window` attention is exact within the window,
+    whatever `config` says: two-stage attention is for layers that see the whole sequence.
     """
     options: dict[str, Any] = {
         "offset": offset,
@@ -60,20 +60,14 @@ def attend(
     }
     dense = config if isinstance(config, Dense) else Dense()
 
-    if window is not None:
-        # To be replaced by the banded kernel.
-        position = offset[:, None] + jnp.arange(query.shape[2])
-        distance = position[:, None, :, None] - jnp.arange(key.shape[2])
-        mask = (distance < window) & (distance > -window)
-        return exact_attention(query, key, value, mask=mask, **options)
-
     def exact() -> Array:
-        return exact_attention(query, key, value, query_block=dense.query_block, key_block=dense.key_block, **options)
+        blocks = {"query_block": dense.query_block, "key_block": dense.key_block}
+        return exact_attention(query, key, value, window=window, **blocks, **options)
 
     def two_stage(config: TwoStage) -> Array:
         return two_stage_attention(config, query, key, value, basis=basis, projected=projected, **options)
 
-    if isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
+    if window is not None or isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
         return exact()
     if runs_in_kernel(config, query, key, value):
         return two_stage(config)

@@ -20,20 +20,38 @@ EXACT_QUERY_BLOCK, EXACT_KEY_BLOCK = 256, 512
 
 
 class Visibility(NamedTuple):
-    """Which keys the queries of one block may see: key j iff j < length and (not causal or j <= position)."""
+    """Which keys the queries of one block may see: key j iff j < length, (not causal or j <= position), and, where
+    there is a window, |position - j| < window."""
 
     position: Int[Array, " rows"]
     length: Int[Array, ""]
     causal: bool
+    window: int | None = None
+
+    def start(self) -> Int[Array, ""]:
+        """A key position before which no query of the block sees any."""
+        if self.window is None:
+            return jnp.zeros((), jnp.int32)
+        return jnp.maximum(jnp.min(self.position) - (self.window - 1), 0)
 
     def end(self) -> Int[Array, ""]:
-        """The first key position that no query of the block sees."""
-        return jnp.minimum(self.length, jnp.max(self.position) + 1) if self.causal else self.length
+        """The first key position from which on no query of the block sees any."""
+        if self.causal:
+            return jnp.minimum(self.length, jnp.max(self.position) + 1)
+        if self.window is None:
+            return self.length
+        # The smaller of window and length is added, because a window may be as large as an integer gets.
+        return jnp.minimum(self.length, jnp.max(self.position) + jnp.minimum(self.window, self.length))
 
-    def mask(self, key_position: Int[Array, " keys"]) -> Bool[Array, "rows keys"]:
+    def mask(self, key_position: Int[Array, " keys"]) -> Bool[Array, "#rows keys"]:
         """The visible keys among those at the given positions."""
         visible = (key_position < self.length)[None, :]
-        return visible & (key_position[None, :] <= self.position[:, None]) if self.causal else visible
+        behind = self.position[:, None] - key_position[None, :]
+        if self.causal:
+            visible &= behind >= 0
+        if self.window is not None:
+            visible &= jnp.abs(behind) < self.window
+        return visible
 
 
 def next_power_of_two(n: int) -> int:
@@ -84,11 +102,17 @@ def join_queries(
 
 
 def visibility_of_block(
-    block: Int[Array, ""], offset: Int[Array, ""], length: Int[Array, ""], causal: bool, rows: int, query_block: int
+    block: Int[Array, ""],
+    offset: Int[Array, ""],
+    length: Int[Array, ""],
+    causal: bool,
+    rows: int,
+    query_block: int,
+    window: int | None = None,
 ) -> Visibility:
     """What the rows of a query block see, when the call's first query stands at `offset`."""
     within = jnp.arange(rows, dtype=jnp.int32) % query_block
-    return Visibility(offset + block * query_block + within, length, causal)
+    return Visibility(offset + block * query_block + within, length, causal, window)
 
 
 def valid_blocks(offset: Int[Array, ""], length: Int[Array, ""], blocks: int, query_block: int) -> Int[Array, ""]:

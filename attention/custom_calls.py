@@ -38,14 +38,16 @@ def exact(
     causal: bool,
     scale: float,
     softcap: float | None,
+    window: int | None,
 ) -> Attended:
-    """Exact attention."""
+    """Exact attention, to the keys of a sliding window if there is one."""
     group, queries = query.shape[1] // key.shape[1], query.shape[2]
     block = max(16, 1 << max(0, (_ROWS // group).bit_length() - 1))
     return _call(
         kernels.EXACT,
         (query, key, value, offset, lengths),
         query_block=min(block, next_power_of_two(queries)),
+        window=window or 0,
         causal=causal,
         scale=scale,
         softcap=softcap,

@@ -49,6 +49,7 @@ def exact_attention(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    window: int | None = None,
     mask: Mask | None = None,
     query_block: int = EXACT_QUERY_BLOCK,
     key_block: int = EXACT_KEY_BLOCK,
@@ -60,17 +61,28 @@ def exact_attention(
         key: keys.
         value: values.
         offset: absolute position of each row's first query, in tokens.
-        lengths: valid tokens of each row; keys from there on are not seen, queries from there on give meaningless rows.
+        lengths: valid tokens of each row; keys from there on are not seen, queries from there on give meaningless rows
+            (without `causal` and `window`, queries may belong to another sequence, and all of them count).
         causal: whether a query sees only keys up to its own position.
         scale: factor of the logits, 1 / sqrt(head_dim) by default.
         softcap: cap of the logits (Gemma 2), applied after the scale and before the masks.
+        window: sliding window, in tokens: a query at position i sees key j only if |i - j| < window, which with
+            `causal` are the `window` keys up to its own. Only tiles of keys that reach into the window are visited, so
+            that the cost grows with queries * window. None sees all. The `sliding_window` of transformers' causal
+            models is this number; bidirectional ModernBERT has |i - j| <= local_attention // 2, a window of
+            local_attention // 2 + 1.
         mask: further mask: True where a key takes part, or floats that are added to the logits.
         query_block: queries computed together in XLA; the native kernel has blocks of its own.
         key_block: keys of one step of the online softmax in XLA.
 
     Returns:
         The attention output in the query's dtype; 0 for a query that sees no key.
+
+    Raises:
+        ValueError: `window` is not a number of tokens.
     """
+    if window is not None and not 1 <= window < 2**31:
+        raise ValueError(f"window is {window}, expected 1 to 2**31 - 1 tokens, or None for no window")
     batch, kv_heads, keys, head_dim = key.shape
     query_heads, queries = query.shape[1:3]
     query_block = min(query_block, next_power_of_two(queries))
@@ -78,7 +90,15 @@ def exact_attention(
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     if mask is None and custom_calls.available(query, key, value):
         return custom_calls.exact(
-            query, key, value, offset=offset, lengths=lengths, causal=causal, scale=scale, softcap=softcap
+            query,
+            key,
+            value,
+            offset=offset,
+            lengths=lengths,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+            window=window,
         )[0]
     blocked = split_queries(query, kv_heads, query_block)
     key, value = (pad_axis(x, 2, key_block) for x in (key, value))
@@ -90,13 +110,14 @@ def exact_attention(
         first, length = offset[head // kv_heads], lengths[head // kv_heads]
 
         def attend_block(block: Int[Array, ""], out: Array) -> Array:
-            visibility = visibility_of_block(block, first, length, causal, rows, query_block)
+            visibility = visibility_of_block(block, first, length, causal, rows, query_block, window)
             tile = None if bias is None else bias[head, block]
             part = exact_block(blocked[head, block], key, value, head, visibility, scale, softcap, key_block, tile)
             return out.at[head, block].set(part.output.astype(out.dtype))
 
-        # Without the causal mask queries may belong to another sequence than the keys, so all of them count.
-        count = valid_blocks(first, length, blocks, query_block) if causal else blocks
+        # With neither mask queries may belong to another sequence than the keys, so all of them count.
+        same_sequence = causal or window is not None
+        count = valid_blocks(first, length, blocks, query_block) if same_sequence else blocks
         return lax.fori_loop(0, count, attend_block, out)
 
     nothing = jnp.zeros((heads, blocks, rows, value.shape[-1]), query.dtype)
@@ -115,7 +136,8 @@ def exact_block(
     key_block: int,
     bias: Float[Array, "rows keys"] | None = None,
 ) -> Partial:
-    """Exact attention of one query block, over key tiles up to the last visible one (FlashAttention's recurrence)."""
+    """Exact attention of one query block, over key tiles from the first visible one to the last (FlashAttention's
+    recurrence)."""
     rows = query.shape[0]
 
     def step(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -132,9 +154,9 @@ def exact_block(
         total = total * decay[:, None] + matmul(weights.astype(value.dtype), head_tile(value, head, start, key_block))
         return total, new_largest, weight * decay + jnp.sum(weights, axis=1)
 
-    steps = (visibility.end() + key_block - 1) // key_block
+    first, last = visibility.start() // key_block, (visibility.end() + key_block - 1) // key_block
     nothing = (jnp.zeros((rows, value.shape[3])), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
-    return normalise(*lax.fori_loop(0, steps, step, nothing))
+    return normalise(*lax.fori_loop(first, last, step, nothing))
 
 
 def normalise(

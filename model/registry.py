@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .bert import BertConfig, BertEncoder
-from .config import require
+from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, EncoderConfig
 from .gemma import GemmaConfig, GemmaForCausalLM
@@ -32,27 +32,61 @@ class Architecture:
         config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
+        features: what its mathematics have that is special, for people.
     """
 
     name: str
     config: Any
     module: Any
     table: str
+    features: str = ""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
-    "gemma": Architecture("Gemma 1", GemmaConfig, GemmaForCausalLM, "llama"),
-    "gemma2": Architecture("Gemma 2", Gemma2Config, Gemma2ForCausalLM, "gemma2"),
-    "gemma3": Architecture(
-        "Gemma 3 with images (its language model)", Gemma3Config, Gemma3ForConditionalGeneration, "gemma3"
+    "gemma": Architecture(
+        "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, norms that count from 1"
     ),
-    "gemma3_text": Architecture("Gemma 3", Gemma3TextConfig, Gemma3ForCausalLM, "gemma3"),
-    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2"),
-    "gpt_neox": Architecture("GPT-NeoX, Pythia", GPTNeoXConfig, GPTNeoXForCausalLM, "gpt_neox"),
+    "gemma2": Architecture(
+        "Gemma 2",
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        "gemma2",
+        "as Gemma 1, with capped logits, norms before and behind, local and global layers",
+    ),
+    "gemma3": Architecture(
+        "Gemma 3 with images",
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        "gemma3",
+        "its language model only, as Gemma 3",
+    ),
+    "gemma3_text": Architecture(
+        "Gemma 3",
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        "gemma3",
+        "as Gemma 2, with norms of queries and keys, rotary embeddings by layer type",
+    ),
+    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2", "learned positions, fused qkv"),
+    "gpt_neox": Architecture(
+        "GPT-NeoX, Pythia",
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        "gpt_neox",
+        "parallel residual, partial rotary embedding, fused qkv",
+    ),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
-    "olmo2": Architecture("OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2"),
-    "stablelm": Architecture("StableLM", StableLmConfig, StableLmForCausalLM, "stablelm"),
+    "olmo2": Architecture(
+        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
+    ),
+    "stablelm": Architecture(
+        "StableLM",
+        StableLmConfig,
+        StableLmForCausalLM,
+        "stablelm",
+        "partial rotary embedding, parallel residual, a norm for every head",
+    ),
 }
 
 
@@ -62,15 +96,18 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | Enco
     A config without `model_type` is known by the class name under `architectures`.
 
     Raises:
-        ValueError: an unknown architecture, or a field that the architecture refuses.
+        ValueError: an unknown architecture, quantised weights, or a field that the architecture refuses.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type"))) or _by_class_name(config)
     if architecture is None:
-        raise ValueError(
-            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}, "
-            f"supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        remote = (
+            " (its auto_map names code that comes with the model, which is never run)" if config.get("auto_map") else ""
         )
-    require(config, "quantization_config", None)
+        raise ValueError(
+            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}"
+            f"{remote}, supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    refuse_quantized(config)
     return architecture, architecture.config.from_hf(config)
 
 

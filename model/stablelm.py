@@ -51,6 +51,11 @@ class StableLmConfig(DecoderConfig):
         require(config, "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
         layers = sizes["num_hidden_layers"]
         rope = rope_from_config(config, sizes["max_position_embeddings"], default_partial_rotary_factor=0.25)
+        if (rotated := rope.rotary_dim(sizes["head_dim"])) % 2:
+            raise ValueError(
+                f"config: partial_rotary_factor is {rope.partial_rotary_factor}, which rotates {rotated} of "
+                f"{sizes['head_dim']} dimensions of a head, expected an even number of them"
+            )
         return cls(
             **sizes,
             hidden_act=read_choice(config, "hidden_act", ACTIVATIONS, "silu"),

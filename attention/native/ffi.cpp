@@ -46,7 +46,7 @@ struct Operands {
 };
 
 struct Options {
-  int64_t query_block;
+  int64_t query_block, window;
   bool causal;
   float scale, softcap;
 };
@@ -93,6 +93,7 @@ ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi
   call.offset = in.offset.typed_data();
   call.lengths = in.lengths.typed_data();
   call.query_block = options.query_block;
+  call.window = options.window;
   call.causal = options.causal;
   call.scale = options.scale;
   call.softcap = options.softcap;
@@ -137,15 +138,17 @@ ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* sel
 
 ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector offset,
                  Vector lengths, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block,
-                 bool causal, float scale, float softcap) {
-  auto described = describe({query, key, value, offset, lengths}, {query_block, causal, scale, softcap}, *output, *lse);
+                 int64_t window, bool causal, float scale, float softcap) {
+  auto described =
+      describe({query, key, value, offset, lengths}, {query_block, window, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
-  if (query_block < 1) return ffi::Error::InvalidArgument("query_block: expected at least 1");
+  if (query_block < 1 || window < 0 || window > INT32_MAX)
+    return ffi::Error::InvalidArgument("query_block: expected at least 1; window: 0 to 2^31 - 1");
   const Attention& call = *described;
   std::vector<Task> tasks;
   for (int64_t head = 0; head < call.batch * call.kv_heads; ++head) {
-    // Without the causal mask queries may belong to another sequence than the keys, so all of them count.
-    const int64_t count = causal ? valid_blocks(call, head / call.kv_heads) : call.blocks();
+    // With neither mask queries may belong to another sequence than the keys, so all of them count.
+    const int64_t count = causal || window ? valid_blocks(call, head / call.kv_heads) : call.blocks();
     // Later blocks see more keys: the longest tasks go first.
     for (int64_t block = count - 1; block >= 0; --block) tasks.push_back({head, block, nullptr});
     clear(call, head, count);
@@ -158,7 +161,8 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
                      ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block, bool causal,
                      float scale, float softcap, int64_t budget, int64_t key_block, int64_t candidate_blocks,
                      int64_t sink, int64_t local, int64_t exact_keys, bool exact_last_block, int64_t ranking_queries) {
-  auto described = describe({query, key, value, offset, lengths}, {query_block, causal, scale, softcap}, *output, *lse);
+  auto described =
+      describe({query, key, value, offset, lengths}, {query_block, 0, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
   if (query_block < 1 || key_block < 1 || budget < 1 || candidate_blocks < 1 || sink < 0 || local < 0)
     return ffi::Error::InvalidArgument(
@@ -217,6 +221,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_exact, iceformer::exact,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<iceformer::Floats>()
                                   .Attr<int64_t>("query_block")
+                                  .Attr<int64_t>("window")
                                   .Attr<bool>("causal")
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap"));

@@ -288,7 +288,7 @@ void run_task(const Attention& call, const Task& task, void* scratch) {
   QueryBlock<Format> block(call, arena, kTileKeys);
   [[maybe_unused]] const typename Format::Product::Scope scope{};
   block.begin(task);
-  block.attend(nullptr, 0, block.end());
+  block.attend(nullptr, block.start(), block.end() - block.start());
   block.finish();
 }
 

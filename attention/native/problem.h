@@ -27,6 +27,7 @@ struct Attention {
   const int32_t* lengths;  // [batch]: tokens of the row; later keys are not seen
   int64_t batch, query_heads, kv_heads, queries, keys, head_dim, value_dim;
   int64_t query_block;  // queries, in tokens, of one task
+  int64_t window;       // a query sees the keys less than this many positions from its own; 0 for all
   bool causal;
   float scale;
   float softcap;  // 0 for none

@@ -104,8 +104,18 @@ class QueryBlock {
   int64_t first() const { return first_; }
   int64_t last() const { return first_ + call_.query_block - 1; }
   int64_t length() const { return call_.length(head_ / call_.kv_heads); }
-  // The first key that no query of the block sees.
-  int64_t end() const { return call_.causal && last() + 1 < length() ? last() + 1 : length(); }
+  // A key before which no query of the block sees any, such that what is summed over keys is cut into whole tiles.
+  int64_t start() const {
+    constexpr int64_t kUnit = Format::kPerWord * Product::kDepth;
+    const int64_t start = call_.window ? first_ - call_.window + 1 : 0;
+    return start > 0 ? start / kUnit * kUnit : 0;
+  }
+  // The first key from which on no query of the block sees any.
+  int64_t end() const {
+    if (!call_.causal && !call_.window) return length();
+    const int64_t end = last() + (call_.causal ? 1 : call_.window);
+    return end < length() ? end : length();
+  }
   float* logits() { return logits_; }
   float* weights() { return weight_; }
 
@@ -125,9 +135,9 @@ class QueryBlock {
     multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
                                        logits, stride_, false);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t position = keys.position(i);
-      const bool masked = call_.causal && position > first_;
-      if (masked || factor_ != call_.scale) finish_logits(logits + i * stride_, masked ? position : -1);
+      const Span seeing = queries_that_see(keys.position(i));
+      const bool masked = seeing.first > first_ || seeing.last < last();
+      if (masked || factor_ != call_.scale) finish_logits(logits + i * stride_, seeing, masked);
     }
     int64_t lane = 0;
     for (; lane + 4 * kLanes <= lanes_; lane += 4 * kLanes) raise_largest<4>(logits, count, lane);
@@ -181,14 +191,31 @@ class QueryBlock {
   }
 
  private:
-  // Scales and caps a key's logits where that cannot wait, and masks the queries before its position (-1: none).
-  void finish_logits(float* logits, int64_t position) {
+  // Positions of queries, both ends included.
+  struct Span {
+    int64_t first, last;
+  };
+
+  // Those of the block's queries that see a key, by the masks of positions.
+  Span queries_that_see(int64_t position) const {
+    Span span = {call_.causal ? position : first_, last()};
+    if (!call_.window) return span;
+    const int64_t first = position - call_.window + 1, last = position + call_.window - 1;
+    if (!call_.causal && first > span.first) span.first = first;
+    if (last < span.last) span.last = last;
+    return span;
+  }
+
+  // Scales and caps a key's logits where that cannot wait, and, if `masked`, masks the queries that do not see it.
+  void finish_logits(float* logits, Span seeing, bool masked) {
+    const Ints first = fill_ints(static_cast<int32_t>(seeing.first));
+    const Ints last = fill_ints(static_cast<int32_t>(seeing.last));
     for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
       Floats logit = load<Floats>(logits + lane);
       if (factor_ != call_.scale) logit *= call_.scale;
       if (call_.softcap > 0) logit = call_.softcap * hyperbolic_tangent(logit * (1.0f / call_.softcap));
-      const Ints visible = load<Ints>(position_ + lane) >= fill_ints(static_cast<int32_t>(position));
-      if (position >= 0) logit = visible ? logit : fill(kMasked);
+      const Ints position = load<Ints>(position_ + lane);
+      if (masked) logit = (position >= first) & (position <= last) ? logit : fill(kMasked);
       store(logits + lane, logit);
     }
   }

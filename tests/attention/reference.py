@@ -13,6 +13,7 @@ def naive_attention(
     causal: bool,
     scale: float | None = None,
     softcap: float | None = None,
+    window: int | None = None,
     chosen: np.ndarray | None = None,
 ) -> np.ndarray:
     """[batch, heads, queries, value_dim]; `chosen` [batch, heads, queries, keys] narrows what a query may see."""
@@ -25,7 +26,10 @@ def naive_attention(
         seen = [
             j
             for j in range(key.shape[2])
-            if j < lengths[row] and (not causal or j <= position) and (chosen is None or chosen[row, head, index, j])
+            if j < lengths[row]
+            and (not causal or j <= position)
+            and (window is None or abs(position - j) < window)
+            and (chosen is None or chosen[row, head, index, j])
         ]
         if not seen:
             continue

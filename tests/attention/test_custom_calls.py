@@ -44,6 +44,7 @@ class Case:
     dtype: str = "float32"
     causal: bool = True
     softcap: float | None = None
+    window: int | None = None
     two_stage: dict[str, Any] | None = field(default=None, hash=False)
 
 
@@ -57,6 +58,15 @@ CASES = {
     "exact, bfloat16": Case(dtype="bfloat16", head_dim=32),
     "exact, bfloat16, odd sizes": Case(
         dtype="bfloat16", heads=(5, 1), queries=33, keys=131, head_dim=80, value_dim=33, causal=False
+    ),
+    "exact, window": Case(window=100, queries=200, batch=3),
+    "exact, window, one query": Case(window=300, queries=1, heads=(3, 3)),
+    "exact, window, odd sizes, softcap": Case(
+        window=37, heads=(7, 1), queries=150, keys=333, head_dim=36, value_dim=5, causal=False, softcap=50.0
+    ),
+    "exact, window, bfloat16": Case(window=90, dtype="bfloat16", queries=200),
+    "exact, window, bfloat16, bidirectional": Case(
+        window=20, dtype="bfloat16", heads=(5, 1), queries=133, keys=331, head_dim=80, value_dim=33, causal=False
     ),
     "two-stage": Case(two_stage=SMALL, batch=3, value_dim=24),
     "two-stage, bidirectional": Case(two_stage=SMALL, causal=False, queries=130, keys=395),
@@ -96,7 +106,7 @@ def attention(name: str) -> tuple[Callable[..., Array], Callable[..., Array]]:
     def call(*arrays: Array, offset: Array, lengths: Array) -> Array:
         rows = {"offset": offset, "lengths": lengths}
         if case.two_stage is None:
-            return exact_attention(*arrays[:3], **rows, **options)
+            return exact_attention(*arrays[:3], window=case.window, **rows, **options)
         return two_stage_attention(TwoStage(**case.two_stage), *arrays[:3], basis=arrays[3], **rows, **options)
 
     def in_xla(*arrays: Array, offset: Array, lengths: Array) -> Array:
@@ -164,8 +174,9 @@ def test_agrees_with_xla(name: str, seed: int, kind: str, rows: tuple[tuple[int,
             output = np.asarray(native(*arrays, **row_options), np.float32)
         assert np.isfinite(output).all()
         for row in range(case.batch):
-            # Under the causal mask queries from `lengths` on are padding: nobody promises their rows.
-            count = np.clip(valid[row] - offset[row], 0, case.queries) if case.causal else case.queries
+            # Under the causal mask and in a window queries from `lengths` on are padding: nobody promises their rows.
+            padded = case.causal or case.window is not None
+            count = np.clip(valid[row] - offset[row], 0, case.queries) if padded else case.queries
             np.testing.assert_allclose(
                 output[row, :, :count], expected[row, :, :count], atol=atol, err_msg=instruction_set
             )
@@ -185,7 +196,7 @@ def test_log_sum_exp_is_that_of_the_visible_logits() -> None:
     query, key, value = map(jnp.asarray, random_inputs(0, 2, 4, 2, 20, 50, 16))
     offset, lengths = jnp.array([30, 0], jnp.int32), jnp.array([50, 0], jnp.int32)
     _, lse = custom_calls.exact(
-        query, key, value, offset=offset, lengths=lengths, causal=True, scale=0.25, softcap=None
+        query, key, value, offset=offset, lengths=lengths, causal=True, scale=0.25, softcap=None, window=None
     )
     logits = jnp.einsum("hqd,hkd->hqk", query[0], jnp.repeat(key[0], 2, axis=0)) * 0.25
     visible = jnp.arange(50)[None, :] <= 30 + jnp.arange(20)[:, None]
@@ -219,6 +230,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     ("changed", "message"),
     [
         ({"query_block": 0}, "query_block: expected at least 1"),
+        ({"window": -1}, "window: 0 to 2\\^31 - 1"),
         ({"head_dim": 7}, "an even head_dim"),
         ({"kv_heads": 3}, "query_heads a multiple of kv_heads"),
         ({"keys": 0}, None),
@@ -227,11 +239,11 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 def test_calls_that_do_not_fit_are_refused(changed: dict[str, int], message: str | None) -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
-    size = {"query_block": 16, "head_dim": 8, "kv_heads": 2, "keys": 5} | changed
+    size = {"query_block": 16, "window": 0, "head_dim": 8, "kv_heads": 2, "keys": 5} | changed
     query = jnp.ones((1, 4, 3, size["head_dim"]))
     key = jnp.ones((1, size["kv_heads"], size["keys"], size["head_dim"]))
     results = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
-    options = {"query_block": np.int64(size["query_block"]), "causal": True}
+    options = {"query_block": np.int64(size["query_block"]), "window": np.int64(size["window"]), "causal": True}
     call = jax.ffi.ffi_call(kernels.EXACT, results)
     rows = jnp.zeros(1, jnp.int32), jnp.full(1, 5, jnp.int32)
     refused = pytest.raises(jax.errors.JaxRuntimeError, match=message) if message else nullcontext()

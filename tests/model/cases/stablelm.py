@@ -43,7 +43,7 @@ def draw(seed: int) -> dict[str, Any]:
         "vocab_size": draw.randrange(40, 300),
         "num_key_value_heads": kv_heads,
         "num_attention_heads": kv_heads * group,
-        "hidden_size": kv_heads * group * draw.choice([8, 12, 20]),
+        "hidden_size": kv_heads * group * draw.choice([8, 16, 24]),
         "intermediate_size": draw.randrange(20, 120),
         "num_hidden_layers": draw.randrange(1, 4),
         "use_qkv_bias": draw.random() < 0.5,
