@@ -58,7 +58,7 @@ def convert_checkpoint(
     weights = open_weights(source)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
-    plan = make_plan(rules_of(architecture.table), weights.tensors, shapes)
+    plan = make_plan(rules_of(architecture.table, config), weights.tensors, shapes)
     check_dtypes(weights, [*plan.fills, *plan.ties])
     params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
@@ -93,6 +93,7 @@ def _fill(
     broken = []
     for name, tensor in _tracked(weights, progress):
         destination = plan.fills.get(name)
+        # Constants that are left out may be infinite: masks, in half precision.
         if (destination or name in plan.ties) and not np.isfinite(tensor).all():
             broken.append(name)
         if destination:

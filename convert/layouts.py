@@ -71,6 +71,26 @@ class Joined:
         return np.split(tensor.swapaxes(-1, -2) if swapped else tensor, ends, axis=-1)
 
 
+@dataclass(frozen=True)
+class JoinedByHead:
+    """Several torch `Linear`s' weights or biases in one, head by head: the first head's part of each, then the next's.
+
+    Attributes:
+        heads: how many each of them has.
+    """
+
+    heads: int
+
+    def source_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return JOINED.source_shape(shapes)
+
+    def pieces(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        ends = np.cumsum([shape[-1] // self.heads for shape in shapes])[:-1]
+        by_head = tensor.T.reshape(*shapes[0][:-1], self.heads, -1)
+        parts = np.split(by_head, ends, axis=-1)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 SAME, TRANSPOSED = Same(), Transposed()
 JOINED, JOINED_UNTRANSPOSED = Joined(), Joined(transposed=False)
 

@@ -137,6 +137,30 @@ class DecoderLayer(nnx.Module):
         return residual + update
 
 
+class ParallelDecoderLayer(nnx.Module):
+    """Attention and MLP side by side: both take the layer's input, normalised, and are added to it together.
+
+    Each has a norm of its own, or both the first where they share one.
+    """
+
+    def __init__(
+        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], *, share_norm: bool
+    ) -> None:
+        self.input_layernorm: Norm = make_norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm: Norm | None = None if share_norm else make_norm()
+        self.mlp: Any = mlp
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
+        normed = self.input_layernorm(hidden)
+        attended, cache = self.self_attn(normed, call)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden)
+        return hidden + attended + self.mlp(normed), cache
+
+
 class DecoderModel(nnx.Module):
     """Embedding, layers and final norm, as checkpoints group them; `embed_positions` where positions are learned."""
 
@@ -253,7 +277,7 @@ class CausalLM(nnx.Module):
             if rope is not None
         }
         call = LayerCall(offset, lengths, attention, observe=observe)
-        hidden = self._embed(input_ids, positions)
+        hidden = self._embed(input_ids, positions, lengths)
         caches: list[LayerCache] = []
         for index, layer in enumerate(self.model.layers):
             rope = config.ropes[index]
@@ -289,12 +313,17 @@ class CausalLM(nnx.Module):
         return collected
 
     def _embed(
-        self, input_ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        lengths: Int[Array, " batch"],
     ) -> Float[Array, "batch tokens hidden_size"]:
         hidden = self.model.embed_tokens(input_ids)
         if self.embedding_multiplier != 1:
             # Rounded to the activations' dtype first, as transformers does.
             hidden = hidden * jnp.asarray(self.embedding_multiplier, hidden.dtype)
         if self.model.embed_positions is not None:
-            hidden = hidden + self.model.embed_positions(positions)
+            # Padding takes the position of its row's last token, because there may be none in the table for its own.
+            last = jnp.maximum(lengths - 1, 0)
+            hidden = hidden + self.model.embed_positions(jnp.minimum(positions, last[:, None]))
         return hidden

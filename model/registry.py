@@ -22,6 +22,14 @@ from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
+from .gemma import GemmaConfig, GemmaForCausalLM
+from .gemma2 import Gemma2Config, Gemma2ForCausalLM
+from .gemma3 import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from .gpt2 import GPT2Config, GPT2LMHeadModel
+from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from .llama import LlamaConfig, LlamaForCausalLM
+from .olmo2 import Olmo2Config, Olmo2ForCausalLM
+from .stablelm import StableLmConfig, StableLmForCausalLM
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,38 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
+    "gemma": Architecture(
+        "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, norms that count from 1"
+    ),
+    "gemma2": Architecture(
+        "Gemma 2",
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        "gemma2",
+        "as Gemma 1, with capped logits, norms before and behind, local and global layers",
+    ),
+    "gemma3": Architecture(
+        "Gemma 3 with images",
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        "gemma3",
+        "its language model only, as Gemma 3",
+    ),
+    "gemma3_text": Architecture(
+        "Gemma 3",
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        "gemma3",
+        "as Gemma 2, with norms of queries and keys, rotary embeddings by layer type",
+    ),
+    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2", "learned positions, fused qkv"),
+    "gpt_neox": Architecture(
+        "GPT-NeoX, Pythia",
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        "gpt_neox",
+        "parallel residual, partial rotary embedding, fused qkv",
+    ),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
     "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral"),
@@ -54,6 +94,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
     "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
     "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
+    "olmo2": Architecture(
+        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
+    ),
+    "stablelm": Architecture(
+        "StableLM",
+        StableLmConfig,
+        StableLmForCausalLM,
+        "stablelm",
+        "partial rotary embedding, parallel residual, a norm for every head",
+    ),
 }
 
 
