@@ -13,22 +13,21 @@ from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, EncoderConfig
-from .granite import GraniteConfig, GraniteForCausalLM
-from .llama import LlamaConfig, LlamaForCausalLM
-from .mistral import MistralConfig, MistralForCausalLM
-from .mixtral import MixtralConfig, MixtralForCausalLM
-from .phi3 import Phi3Config, Phi3ForCausalLM
-from .qwen2 import Qwen2Config, Qwen2ForCausalLM
-from .qwen3 import Qwen3Config, Qwen3ForCausalLM
-from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .gemma import GemmaConfig, GemmaForCausalLM
 from .gemma2 import Gemma2Config, Gemma2ForCausalLM
 from .gemma3 import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
+from .mistral import MistralConfig, MistralForCausalLM
+from .mixtral import MixtralConfig, MixtralForCausalLM
 from .olmo2 import Olmo2Config, Olmo2ForCausalLM
+from .phi3 import Phi3Config, Phi3ForCausalLM
+from .qwen2 import Qwen2Config, Qwen2ForCausalLM
+from .qwen3 import Qwen3Config, Qwen3ForCausalLM
+from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .stablelm import StableLmConfig, StableLmForCausalLM
 
 
@@ -85,15 +84,35 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gpt_neox",
         "parallel residual, partial rotary embedding, fused qkv",
     ),
-    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
-    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
-    "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral"),
-    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
-    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
-    "qwen3_moe": Architecture("Qwen3-MoE", Qwen3MoeConfig, Qwen3MoeForCausalLM, "qwen3_moe"),
-    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
-    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
-    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama", "every rope type"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama", "sliding window"),
+    "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral", "mixture of experts"),
+    "qwen2": Architecture(
+        "Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama", "biases of qkv, sliding window in some layers"
+    ),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3", "as Qwen2, with norms of queries and keys"),
+    "qwen3_moe": Architecture(
+        "Qwen3-MoE",
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        "qwen3_moe",
+        "as Qwen3, with a mixture of experts in some layers",
+    ),
+    "granite": Architecture(
+        "Granite",
+        GraniteConfig,
+        GraniteForCausalLM,
+        "llama",
+        "multipliers of embeddings, residuals, attention and logits",
+    ),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama", "layers without positions"),
+    "phi3": Architecture(
+        "Phi-3, Phi-4",
+        Phi3Config,
+        Phi3ForCausalLM,
+        "phi3",
+        "LongRoPE, partial rotary embedding, sliding window, fused qkv",
+    ),
     "olmo2": Architecture(
         "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
     ),
