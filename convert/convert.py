@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import __version__
+from ..model.decoder import DecoderConfig
+from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module, build
 from .checkpoint import CONFIG, FORMAT_VERSION, PARAMS, PROVENANCE, save_params
 from .folder import check_absent, new_folder
 from .reader import Weights, open_weights, read_json
 from .rules import Path as ParameterPath
-from .rules import Plan, Slot, dotted, make_plan
+from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
 from .tables import rules_of
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -52,18 +54,31 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
     companions = [name for name in COMPANIONS if (source / name).exists()]
     for name in companions:
         read_json(source / name)
-    architecture, config = build(read_json(source / CONFIG))
-    weights = open_weights(source)
+    fields = read_json(source / CONFIG)
+    architecture, config = build(fields)
+    weights, rules = open_weights(source), rules_of(architecture.table)
+    if without_pooler := _lacks_pooler(config, rules, weights.tensors):
+        fields["add_pooling_layer"] = False
+        config = architecture.config.from_hf(fields)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
-    plan = make_plan(rules_of(architecture.table), weights.tensors, shapes)
+    plan = make_plan(rules, weights.tensors, shapes)
     params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
         for name in (CONFIG, *companions):
             shutil.copyfile(source / name, folder / name)
+        if without_pooler:
+            (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         (folder / PROVENANCE).write_text(json.dumps(_provenance(source, weights), indent=2) + "\n")
     return target
+
+
+def _lacks_pooler(config: DecoderConfig | EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
+    """Whether a model without a task head would have a pooler, of which the checkpoint has no tensor."""
+    if not isinstance(config, EncoderConfig) or not config.pooler or config.task != "features":
+        return False
+    return not any(reaches(rules, name, "pooler") for name in tensors)
 
 
 def _fill(

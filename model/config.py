@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def read_integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number of at least 1; ValueError if it is something else, or absent without a default."""
+def read_integer(config: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number of at least `least`; ValueError if it is something else, or absent without a default."""
     value = _value(config, name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config: {name} is {value!r}, expected a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"config: {name} is {value!r}, expected a whole number of at least {least}")
     return value
 
 

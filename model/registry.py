@@ -12,8 +12,10 @@ from jax.typing import DTypeLike
 from .bert import BertConfig, BertEncoder
 from .config import require
 from .decoder import CausalLM, DecoderConfig
+from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
+from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
+    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
+    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
+    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
 }
 
 
