@@ -75,6 +75,9 @@ class EncoderConfig:
                 f"config: hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}"
             )
+        for rope in set(self.ropes):
+            if rope is not None:
+                rope.check(self.head_dim)
 
     @property
     def head_dim(self) -> int:
