@@ -16,6 +16,7 @@ from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
 from .llama import LlamaConfig, LlamaForCausalLM
 from .modernbert import ModernBertConfig, ModernBertEncoder
+from .nomic_bert import NomicBertConfig, NomicBertEncoder
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 
 
@@ -41,6 +42,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
+    "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
 }
