@@ -86,9 +86,10 @@ def save(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor])
 def load_reference(folder: Path, tensors: dict[str, torch.Tensor], rope: dict[str, Any]) -> NomicBertModel:
     """What transformers makes of the authors' tensors."""
     config = ReferenceConfig(**REFERENCE, rope_parameters=rope, architectures=["NomicBertModel"]).to_dict()
-    model, report = NomicBertModel.from_pretrained(
+    loaded: Any = NomicBertModel.from_pretrained(
         save(folder, config, tensors), attn_implementation="eager", output_loading_info=True
     )
+    model, report = loaded
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     return model.eval()
