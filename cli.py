@@ -49,6 +49,13 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class WeightFormat(StrEnum):
+    """Number format of the weights of linear layers."""
+
+    SAME = "same"
+    INT8 = "int8"
+
+
 class Compensation(StrEnum):
     """What stands for the keys that were not selected."""
 
@@ -89,14 +96,22 @@ def options(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Hugging Face folder: config.json and *.safetensors.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Hugging Face folder (config.json and weights), or a model's name on the hub: organisation/name.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default="main")
+    ] = None,
 ) -> None:
-    """Convert a Hugging Face folder to a checkpoint (Flax parameters in Orbax, config, tokenizer)."""
+    """Convert a Hugging Face folder or a model of the hub to a checkpoint (Flax parameters, config, tokenizer)."""
     from . import convert_checkpoint
 
-    stdout.print(f"checkpoint: {convert_checkpoint(source, target, progress=True)}", soft_wrap=True)
+    checkpoint = convert_checkpoint(source, target, revision=revision, progress=True)
+    stdout.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 
 @app.command()
@@ -112,10 +127,21 @@ def compile(
         ),
     ] = AttentionKind.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,
+    weights: Annotated[
+        WeightFormat,
+        typer.Option(
+            help="Of linear layers: same as --dtype, or int8 with a scale for each output channel; what that costs is "
+            "measured and shown."
+        ),
+    ] = WeightFormat.SAME,
     batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
     chunk: Annotated[int, typer.Option(help="Tokens of a prompt that one call takes; divides every bucket.")] = 2048,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file that the method is fitted on.", show_default="a text in the package")
+        Path | None,
+        typer.Option(
+            help="Text file that the method is fitted on, and int8 weights are judged by.",
+            show_default="a text in the package",
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="Two-stage: how blocks of keys are ranked.", show_default="low_rank")
@@ -165,6 +191,7 @@ def compile(
         buckets=_integers(buckets, "--buckets"),
         attention=_attention(attention, two_stage),
         dtype=dtype.value,
+        weights=weights.value,
         batch=batch,
         chunk=chunk,
         calibration=calibration,
@@ -241,14 +268,20 @@ def score(
 def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Check an artifact's files and show what it holds."""
     from .deploy.artifact import open_artifact
-    from .deploy.tables import attention_tables, code_table, file_table, summary_table
+    from .deploy.tables import attention_tables, code_table, file_table, summary_table, weight_tables
 
     opened = open_artifact(artifact)
     if as_json:
         typer.echo(json.dumps({**asdict(opened.manifest), "tier": opened.tier, "differences": opened.differences}))
         return
     info = opened.manifest
-    for table in (summary_table(info), *attention_tables(info), code_table(info), file_table(info)):
+    for table in (
+        summary_table(info),
+        *attention_tables(info),
+        *weight_tables(info),
+        code_table(info),
+        file_table(info),
+    ):
         stdout.print(table)
     if opened.differences:
         stdout.print(f"[yellow]Here its StableHLO would be compiled first: {escape('; '.join(opened.differences))}.")

@@ -1,1 +1,1 @@
-"""From a Hugging Face folder to a checkpoint: safetensors in, Orbax parameters with config and tokenizer files out."""
+"""From a Hugging Face folder or hub id to a checkpoint: Orbax parameters with config and tokenizer files."""

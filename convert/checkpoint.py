@@ -16,11 +16,11 @@ from jax.typing import DTypeLike
 from ..model.decoder import CausalLM
 from ..model.encoder import Encoder
 from ..model.registry import abstract_module, build
+from .companions import CONFIG
 from .reader import read_json
 from .rules import dotted
 
 PARAMS = "params"
-CONFIG = "config.json"
 PROVENANCE = "iceformer.json"
 FORMAT_VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,28 @@ from .. import __version__
 from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module, build
-from .checkpoint import CONFIG, FORMAT_VERSION, PARAMS, PROVENANCE, save_params
+from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, save_params
+from .companions import CONFIG, check_companions, copy_companions
 from .folder import check_absent, new_folder
-from .reader import Weights, open_weights, read_json
+from .hub import download, is_hub_id
+from .reader import Weights, check_dtypes, open_weights, read_json
 from .rules import Path as ParameterPath
 from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
 from .tables import rules_of
 
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
-"""Files that go to the checkpoint as they are, where the source has them."""
 
-
-def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool = False) -> Path:
-    """Converts a Hugging Face folder with safetensors weights to a checkpoint; parameters keep their dtype.
+def convert_checkpoint(
+    source: str | Path, target: str | Path, *, revision: str | None = None, progress: bool = False
+) -> Path:
+    """Converts a Hugging Face folder, or a model of the hub, to a checkpoint; parameters keep their dtype.
 
     Args:
-        source: the folder: config.json, model.safetensors or shards with their index, tokenizer files if it has them.
+        source: the folder: config.json, weights (model.safetensors, pytorch_model.bin, the shards of either with their
+            index, or one other file of torch's), tokenizer files if it has them; or the name of a model on the hub,
+            `organisation/name`, which is fetched first.
         target: the checkpoint to make; its parents are made too.
-        progress: whether to show a progress bar on stderr.
+        revision: branch, tag or commit hash of a model on the hub.
+        progress: whether to show progress bars on stderr.
 
     Returns:
         The target.
@@ -44,16 +47,15 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
     Raises:
         FileNotFoundError: no such source, or a file of it is missing.
         FileExistsError: the target exists.
+        PermissionError, ConnectionError: the hub does not give the model, or cannot be reached.
+        ModuleNotFoundError: pickled weights, and torch is not installed.
         ValueError: an unknown architecture or config field, a truncated or corrupt file, tensors that do not fit the
             config (all of them are listed), or weights that are not finite.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     check_absent(target)
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights")
-    companions = [name for name in COMPANIONS if (source / name).exists()]
-    for name in companions:
-        read_json(source / name)
+    source, origin = _resolve(str(source), revision, progress)
+    companions = check_companions(source)
     fields = read_json(source / CONFIG)
     architecture, config = build(fields)
     weights, rules = open_weights(source), rules_of(architecture.table)
@@ -63,15 +65,31 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, progress: bool
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
     plan = make_plan(rules, weights.tensors, shapes)
+    check_dtypes(weights, [*plan.fills, *plan.ties])
     params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
-        for name in (CONFIG, *companions):
-            shutil.copyfile(source / name, folder / name)
+        copy_companions(source, folder, companions)
         if without_pooler:
             (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        (folder / PROVENANCE).write_text(json.dumps(_provenance(source, weights), indent=2) + "\n")
+        (folder / PROVENANCE).write_text(json.dumps(_provenance(origin, weights), indent=2) + "\n")
     return target
+
+
+def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, dict[str, str]]:
+    """The folder to convert, fetched from the hub if need be, and what the checkpoint says of where it came from."""
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, but {source} is a folder: it is for models of the hub")
+        return folder, {"source": folder.resolve().name}
+    if folder.exists() or not is_hub_id(source):
+        raise FileNotFoundError(
+            f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights, or a model's name on "
+            "the hub (organisation/name)"
+        )
+    snapshot = download(source, revision, progress=progress)
+    return snapshot.folder, {"source": snapshot.name, "commit": snapshot.commit}
 
 
 def _lacks_pooler(config: DecoderConfig | EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
@@ -90,7 +108,7 @@ def _fill(
     broken = []
     for name, tensor in _tracked(weights, progress):
         destination = plan.fills.get(name)
-        if not np.isfinite(tensor).all():
+        if (destination or name in plan.ties) and not np.isfinite(tensor).all():
             broken.append(name)
         if destination:
             pieces = destination.layout.pieces(tensor, [slot.shape(shapes) for slot in destination.slots])
@@ -133,11 +151,11 @@ def _tracked(weights: Weights, progress: bool) -> Iterable[tuple[str, np.ndarray
     )
 
 
-def _provenance(source: Path, weights: Weights) -> dict[str, Any]:
+def _provenance(origin: dict[str, str], weights: Weights) -> dict[str, Any]:
     return {
         "format": FORMAT_VERSION,
         "iceformer": __version__,
-        "source": source.resolve().name,
+        **origin,
         "sha256": {file.name: _sha256(file) for file in weights.files},
     }
 

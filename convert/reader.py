@@ -1,31 +1,37 @@
-"""Lazy reading of a Hugging Face folder's safetensors, in one file or in shards, without torch.
+"""Lazy reading of a Hugging Face folder's weights, in one file or in shards; safetensors without torch.
 
-Opening reads headers only; `read` gives tensors one at a time, memory-mapped file by file.
+Opening reads names, shapes and dtypes only; `read` gives tensors one at a time.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from .safetensors_reader import SafetensorsFile
+from .tensor_file import TensorInfo
+from .torch_reader import TorchFile
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SINGLE_FILES = (SAFETENSORS, PICKLE)
+"""Files that hold a whole model, in order of preference; the name and `.index.json` is that of the index of shards."""
 DTYPES = ("BF16", "F16", "F32")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of a tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What trainers leave beside the weights.
+_TRAINING = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state\w*)\.\w+")
+_FOREIGN = ("*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx", "*.ot")
+# Names and dtypes by which weights are known as quantised, whatever the config says.
+_QUANTIZED_NAMES = {
+    "GPTQ or AWQ": r".*\.(?:qweight|qzeros)",
+    "bitsandbytes": r".*\.(?:SCB|weight\.(?:absmax|quant_map|quant_state\..*))",
+    "compressed-tensors": r".*\.weight_packed",
+    "MXFP4": r".*proj_blocks",
+}
+_QUANTIZED_DTYPES = re.compile(r"F8_\w+|F6_\w+|F4|I4|U4|q\w+|u?int[1-7]|float[48]_\w+")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Weights:
     """The weights of a folder.
 
     Attributes:
-        files: the safetensors files, in order.
+        files: the files that hold them, in order.
         tensors: what they hold, by name.
     """
 
@@ -47,14 +53,21 @@ class Weights:
             ValueError: a file is no longer readable.
         """
         for file in self.files:
-            with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - a handle, not a dict
-                    yield name, opened.get_tensor(name)
+            yield from _tensor_file(file).read()
 
     def read_one(self, name: str) -> np.ndarray:
         """One tensor by name; ValueError if its file is no longer readable."""
-        with _open(self.tensors[name].file) as opened:
-            return opened.get_tensor(name)
+        return _tensor_file(self.tensors[name].file).read_one(name)
+
+
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds; FileNotFoundError if there is none, ValueError if it is not JSON."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,88 +77,106 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not JSON, or not an object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights of a Hugging Face folder, from the headers of its safetensors files.
+    """The weights of a Hugging Face folder: names, shapes and dtypes, no data yet.
+
+    Taken is the first of model.safetensors, its shards, pytorch_model.bin, its shards, and a lone file of torch's with
+    another name.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a file is truncated or corrupt, an index does not fit its shards, or a dtype is not supported.
+        ModuleNotFoundError: the weights are pickled, and torch is not installed.
+        ValueError: a file is truncated or corrupt, an index does not fit its shards, or the weights are quantised.
     """
-    weight_map: dict[str, str] = {}
-    if (folder / SINGLE_FILE).is_file():
-        files = [folder / SINGLE_FILE]
-    elif (folder / INDEX_FILE).is_file():
-        weight_map = _weight_map(folder / INDEX_FILE)
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        raise FileNotFoundError(_nothing_to_read(folder))
+    files, weight_map = _find(folder)
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download what is missing")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in _read_header(file).items():
+        for name, info in _tensor_file(file).infos().items():
             if name in tensors:
                 raise ValueError(f"{name} is both in {tensors[name].file.name} and in {file.name} of {folder}")
             tensors[name] = info
-    _check_dtypes(folder, tensors)
     _check_index(folder, weight_map, tensors)
+    _refuse_quantized(folder, tensors)
     return Weights(tuple(files), tensors)
+
+
+def check_dtypes(weights: Weights, names: Iterable[str]) -> None:
+    """ValueError that lists those of the named tensors which are not float32, float16 or bfloat16."""
+    wrong = [
+        f"{name} is {info.dtype}, in {info.file.name}"
+        for name in names
+        if (info := weights.tensors[name]).dtype not in DTYPES
+    ]
+    if wrong:
+        raise ValueError(f"parameters are read from {', '.join(DTYPES)} only, but:\n  " + "\n  ".join(sorted(wrong)))
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, sorted.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not the index of a sharded checkpoint, or points out of its folder.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
+def _tensor_file(path: Path) -> SafetensorsFile | TorchFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _find(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of the weights, and where their index, if they have one, places each tensor."""
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name], {}
+        if (index := folder / f"{name}.index.json").is_file():
+            return [folder / shard for shard in shard_names(index)], _weight_map(index)
+    pickles = [file for file in sorted(folder.iterdir()) if _may_hold_a_model(file)]
+    if any(folder.glob("*.safetensors")) or len(pickles) != 1:
+        raise FileNotFoundError(_nothing_to_read(folder, pickles))
+    return pickles, {}
+
+
+def _may_hold_a_model(file: Path) -> bool:
+    return file.is_file() and file.suffix in _PICKLE_SUFFIXES and not _TRAINING.fullmatch(file.name)
+
+
+def _nothing_to_read(folder: Path, pickles: list[Path]) -> str:
+    if others := sorted(path.name for path in folder.glob("*.safetensors")):
+        return (
+            f"{folder} has {', '.join(others)}, but neither {SAFETENSORS} nor {SAFETENSORS}.index.json: "
+            "download the index too"
+        )
+    if pickles:
+        return (
+            f"{folder} has {', '.join(file.name for file in pickles)}, expected one file, {PICKLE}, or "
+            f"{PICKLE}.index.json with its shards: download the index too, or keep the one to convert"
+        )
+    expected = f"expected {SAFETENSORS} or {PICKLE}, or the index of either with its shards"
+    if foreign := sorted(path.name for pattern in _FOREIGN for path in folder.glob(pattern)):
+        return f"{folder} has its weights only in {', '.join(foreign)}, {expected}: download those"
+    return f"{folder} has no weights, {expected}"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: it is not the index of a sharded checkpoint")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     for name, file in weight_map.items():
         # A plain name, so that an index cannot point out of its folder.
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file):
-            raise ValueError(
-                f"{index} places {name} in {file!r}, expected the name of a .safetensors file in its folder"
-            )
+        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\:\0]+{re.escape(suffix)}", file):
+            raise ValueError(f"{index} places {name} in {file!r}, expected the name of a {suffix} file in its folder")
     return weight_map
-
-
-def _nothing_to_read(folder: Path) -> str:
-    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        return (
-            f"{folder} has its weights only in {', '.join(pickles)}, and only safetensors are read: load the model "
-            "with transformers and save it again with save_pretrained, which writes them"
-        )
-    if others := sorted(path.name for path in folder.glob("*.safetensors")):
-        return f"{folder} has {', '.join(others)}, but neither {SINGLE_FILE} nor {INDEX_FILE}: download the index too"
-    return f"{folder} has no weights, expected {SINGLE_FILE}, or {INDEX_FILE} with its shards"
-
-
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    tensors = {}
-    with _open(file) as opened:
-        for name in opened.keys():  # noqa: SIM118 - a handle, not a dict
-            view = opened.get_slice(name)
-            tensors[name] = TensorInfo(file, tuple(view.get_shape()), view.get_dtype())
-    return tensors
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or corrupt ({error}): download it again") from error
-
-
-def _check_dtypes(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    if wrong := [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in DTYPES]:
-        raise ValueError(f"{folder}: only {', '.join(DTYPES)} tensors are read, but:\n  " + "\n  ".join(sorted(wrong)))
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
@@ -156,3 +187,13 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
     ]
     if absent:
         raise ValueError(f"{folder}: the index places tensors where they are not:\n  " + "\n  ".join(absent))
+
+
+def _refuse_quantized(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    for name, info in sorted(tensors.items()):
+        method = next((method for method, names in _QUANTIZED_NAMES.items() if re.fullmatch(names, name)), None)
+        if method or _QUANTIZED_DTYPES.fullmatch(info.dtype):
+            raise ValueError(
+                f"{folder} holds quantised weights ({f'{method}: ' if method else ''}{name} is {info.dtype}), expected "
+                f"{', '.join(DTYPES)}: convert the model that this one was quantised from"
+            )

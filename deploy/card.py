@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .artifact import TOKENIZER
 from .manifest import Manifest
-from .tables import CROSSOVER_COLUMNS, MEGABYTE, crossover_rows, describe
+from .tables import CROSSOVER_COLUMNS, MEGABYTE, WEIGHT_LOSS_COLUMNS, crossover_rows, describe, weight_loss_row
 
 
 def card_text(manifest: Manifest, name: str) -> str:
@@ -33,7 +33,7 @@ by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{ma
 ## Attention
 
 {_attention_text(manifest)}
-
+{_weights_text(manifest)}
 ## Use
 
 ```python
@@ -62,6 +62,21 @@ def _attention_text(manifest: Manifest) -> str:
         return text
     measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
     return f"{text}\n\nMeasured when this was compiled, one chunk of a prompt, some heads of one layer:\n\n{measured}"
+
+
+def _weights_text(manifest: Manifest) -> str:
+    loss = manifest.weights.loss
+    if loss is None:
+        return ""
+    return f"""
+## Weights
+
+The kernels of linear layers are {manifest.weights.format} with a scale for each output channel; activations,
+embeddings and an output layer tied to them are {manifest.dtype}. What rounding cost, with exact attention (nll: mean
+negative log-probability of the next token, in nats):
+
+{_markdown_table(WEIGHT_LOSS_COLUMNS, [weight_loss_row(loss)])}
+"""
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

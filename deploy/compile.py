@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from numpy.typing import ArrayLike, NDArray
 
 from .. import __version__, kernels
@@ -24,6 +25,7 @@ from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
 from ..model.decoder import Bases, DecoderConfig
+from ..model.int8 import quantize
 from ..model.registry import build
 from . import artifact as layout
 from .calibration import calibrate, calibration_ids
@@ -44,11 +46,14 @@ from .manifest import (
     Manifest,
     ModelInfo,
     Provenance,
+    WeightLoss,
     WeightsInfo,
 )
+from .weight_loss import weight_loss
 from .weights import write_weights
 
 DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("same", "int8")
 
 
 def compile(
@@ -58,6 +63,7 @@ def compile(
     buckets: Sequence[int] = (4096, 16384),
     attention: AttentionConfig | Auto | None = None,
     dtype: str = "float32",
+    weights: str = "same",
     batch: int = 1,
     chunk: int = 2048,
     calibration: str | Path | ArrayLike | None = None,
@@ -73,10 +79,14 @@ def compile(
             from how many keys on two-stage attention is faster on this machine, and gives each bucket what is faster
             there; None is `Auto()`. Single new tokens always attend exactly.
         dtype: "float32" or "bfloat16", of weights and KV cache.
+        weights: "same" as dtype, or "int8": the kernels of linear layers are rounded to int8 with a scale for each
+            output channel, activations are not. Embeddings, and an output layer that is tied to them, keep the dtype.
+            What it costs is measured on the calibration text, and stands in the manifest and the card.
         batch: rows of every call.
         chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk).
-        calibration: what the attention method is fitted on, if it needs that: a text file, token ids, or None for the
-            text that ships with the package (seeded random ids for a model without tokenizer). At most 4096 tokens.
+        calibration: what the attention method is fitted on, if it needs that, and int8 weights are judged by: a text
+            file, token ids, or None for the text that ships with the package (seeded random ids for a model without
+            tokenizer). At most 4096 tokens.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
@@ -92,19 +102,24 @@ def compile(
     check_absent(target)
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
-    check_options(config, buckets=buckets, dtype=dtype, batch=batch, chunk=chunk)
+    check_options(config, buckets=buckets, dtype=dtype, weights=weights, batch=batch, chunk=chunk)
 
-    steps = 2 + needs_measurement(attention, buckets) + len(buckets) * len(ENTRIES)
+    steps = 2 + (weights == "int8") + needs_measurement(attention, buckets) + len(buckets) * len(ENTRIES)
 
     with jax.default_device(jax.devices("cpu")[0]), _reporter(steps, progress) as report:
         report("loading the checkpoint")
-        model = load_model(checkpoint, dtype=dtype)
+        model: Any = load_model(checkpoint, dtype=dtype)
+        info = _model_info(raw_config, config, checkpoint, model)
+        loss = None
+        if weights == "int8":
+            report("rounding the weights")
+            model, loss = _round_weights(model, checkpoint, calibration)
         choices, measured = decide(attention, buckets, _attention_shape(config, dtype, batch, chunk), report)
         report("calibrating the attention")
         bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
         entries = Entries.of(model, bases)
         with new_folder(target) as folder:
-            weights = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
+            arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
             compiled = tuple(
                 compile_bucket(
                     folder,
@@ -123,11 +138,11 @@ def compile(
                 iceformer=__version__,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 environment=_compile_environment(compiled),
-                model=_model_info(raw_config, config, checkpoint, weights),
+                model=info,
                 crossover=measured,
                 dtype=dtype,
                 batch=batch,
-                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, weights), entries.names),
+                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), entries.names, weights, loss),
                 buckets=compiled,
                 files=_copy_files(checkpoint, folder),
                 provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
@@ -140,10 +155,12 @@ def compile(
     return target
 
 
-def check_options(config: Any, *, buckets: Sequence[int], dtype: str, batch: int, chunk: int) -> None:
+def check_options(config: Any, *, buckets: Sequence[int], dtype: str, weights: str, batch: int, chunk: int) -> None:
     """Raises ValueError, with what was found and expected, for options that cannot be compiled."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}, expected one of: {', '.join(WEIGHTS)}")
     if batch < 1 or chunk < 1:
         raise ValueError(f"batch is {batch} and chunk is {chunk}, expected at least 1 each")
     if not buckets or min(buckets) < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
@@ -181,11 +198,22 @@ def _calibrate(
     method = next((method for method in methods if method.needs_basis), None)
     if method is None:
         return None, None
-    config = model.config
-    ids, info = calibration_ids(
-        source, checkpoint / layout.TOKENIZER, config.vocab_size, config.max_position_embeddings
-    )
+    ids, info = _calibration_ids(model.config, checkpoint, source)
     return calibrate(model, method, ids), info
+
+
+def _round_weights(
+    model: Any, checkpoint: Path, source: str | Path | ArrayLike | None
+) -> tuple[nnx.Module, WeightLoss]:
+    """The model with int8 weights, and what that costs."""
+    rounded = quantize(model)
+    return rounded, weight_loss(model, rounded, *_calibration_ids(model.config, checkpoint, source))
+
+
+def _calibration_ids(
+    config: Any, checkpoint: Path, source: str | Path | ArrayLike | None
+) -> tuple[NDArray[np.int32], CalibrationInfo]:
+    return calibration_ids(source, checkpoint / layout.TOKENIZER, config.vocab_size, config.max_position_embeddings)
 
 
 def _attention_shape(config: Any, dtype: str, batch: int, chunk: int) -> AttentionShape:
@@ -219,14 +247,12 @@ def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:
     )
 
 
-def _model_info(
-    raw_config: dict[str, Any], config: Any, checkpoint: Path, weights: Mapping[str, NDArray[Any]]
-) -> ModelInfo:
+def _model_info(raw_config: dict[str, Any], config: Any, checkpoint: Path, model: nnx.Module) -> ModelInfo:
     return ModelInfo(
         model_type=config.model_type,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
-        parameters=sum(array.size for name, array in weights.items() if not name.startswith("bases.")),
+        parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
         eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
         config=raw_config,
     )
@@ -279,7 +305,7 @@ def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
 def _print_tables(manifest: Manifest) -> None:
     from rich.console import Console
 
-    from .tables import attention_tables, code_table
+    from .tables import attention_tables, code_table, weight_tables
 
-    for table in (*attention_tables(manifest), code_table(manifest)):
+    for table in (*attention_tables(manifest), *weight_tables(manifest), code_table(manifest)):
         Console().print(table)

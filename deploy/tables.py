@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .manifest import Manifest
+from .manifest import Manifest, WeightLoss
 
 MEGABYTE = 1e6
 
@@ -61,6 +61,35 @@ def crossover_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     ]
 
 
+WEIGHT_LOSS_COLUMNS = ("text", "tokens", "nll before", "nll after", "difference", "same most likely token")
+
+
+def weight_loss_row(loss: WeightLoss) -> tuple[str, ...]:
+    """The cells of what rounding the weights cost, for `WEIGHT_LOSS_COLUMNS`; nll in nats a token."""
+    return (
+        loss.text,
+        str(loss.tokens),
+        f"{loss.nll:.4f}",
+        f"{loss.rounded_nll:.4f}",
+        f"{loss.rounded_nll - loss.nll:+.4f}",
+        f"{loss.greedy_agreement:.2%}",
+    )
+
+
+def weight_tables(manifest: Manifest) -> list[Table]:
+    """What rounding the weights cost; no table if they are not rounded."""
+    weights = manifest.weights
+    if weights.loss is None:
+        return []
+    table = Table(
+        title=f"{weights.format} weights", caption="exact attention, before and after the weights were rounded"
+    )
+    for name in WEIGHT_LOSS_COLUMNS:
+        table.add_column(name, justify="left" if name == "text" else "right")
+    table.add_row(*weight_loss_row(weights.loss))
+    return [table]
+
+
 def summary_table(manifest: Manifest) -> Table:
     """What was compiled, for which machine, and where it came from."""
     model, environment, provenance = manifest.model, manifest.environment, manifest.provenance
@@ -70,7 +99,8 @@ def summary_table(manifest: Manifest) -> Table:
         "context": f"{model.max_position_embeddings} tokens; buckets {_join(b.capacity for b in manifest.buckets)}",
         "vocabulary": f"{model.vocab_size} ids; a text ends at {_join(model.eos_token_ids) or 'no id'}",
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
-        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors",
+        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors"
+        f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
         "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",
         "for": f"{environment.machine} ({environment.cpu_model}): {_join(environment.cpu_features)}",

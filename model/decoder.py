@@ -82,14 +82,16 @@ def read_sizes(
 ) -> dict[str, Any]:
     """The common fields of a Hugging Face config but `ropes` and `windows`; the arguments are the defaults.
 
-    As in most architectures, `num_key_value_heads` defaults to `num_attention_heads` and `head_dim` to their share of
-    `hidden_size`.
+    As in most architectures, `num_key_value_heads` defaults to `num_attention_heads`, which null stands for whatever
+    the default, and `head_dim` to their share of `hidden_size`.
 
     Raises:
         ValueError: a field out of range.
     """
     hidden = read_integer(config, "hidden_size", hidden_size)
     heads = read_integer(config, "num_attention_heads", num_attention_heads)
+    if num_key_value_heads is None or "num_key_value_heads" in config:
+        num_key_value_heads = heads
     if config.get("head_dim") is None and head_dim is None and hidden % heads:
         raise ValueError(
             f"config: hidden_size is {hidden}, expected a multiple of num_attention_heads, {heads}, or a head_dim of "
@@ -101,7 +103,7 @@ def read_sizes(
         "intermediate_size": read_integer(config, "intermediate_size", intermediate_size or 4 * hidden),
         "num_hidden_layers": read_integer(config, "num_hidden_layers", num_hidden_layers),
         "num_attention_heads": heads,
-        "num_key_value_heads": read_integer(config, "num_key_value_heads", num_key_value_heads or heads),
+        "num_key_value_heads": read_integer(config, "num_key_value_heads", num_key_value_heads),
         "head_dim": read_integer(config, "head_dim", head_dim or max(hidden // heads, 1)),
         "max_position_embeddings": read_integer(config, "max_position_embeddings", max_position_embeddings),
         "tie_word_embeddings": read_boolean(config, "tie_word_embeddings", tie_word_embeddings),
@@ -140,7 +142,10 @@ class DecoderLayer(nnx.Module):
     def _add(
         self, residual: Float[Array, "batch tokens hidden_size"], update: Float[Array, "batch tokens hidden_size"]
     ) -> Float[Array, "batch tokens hidden_size"]:
-        return residual + (update if self.residual_multiplier == 1 else update * self.residual_multiplier)
+        if self.residual_multiplier != 1:
+            # Wide, so that the multiplier is not rounded to the activations' dtype.
+            update = (update.astype(jnp.float32) * self.residual_multiplier).astype(update.dtype)
+        return residual + update
 
 
 class DecoderModel(nnx.Module):

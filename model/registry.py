@@ -10,14 +10,20 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .bert import BertConfig, BertEncoder
-from .config import require
+from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
 from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
+from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
+from .mistral import MistralConfig, MistralForCausalLM
 from .modernbert import ModernBertConfig, ModernBertEncoder
 from .nomic_bert import NomicBertConfig, NomicBertEncoder
+from .phi3 import Phi3Config, Phi3ForCausalLM
+from .qwen2 import Qwen2Config, Qwen2ForCausalLM
+from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
+from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,14 @@ class Architecture:
         config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
+        features: what its mathematics have that is special, for people.
     """
 
     name: str
     config: Any
     module: Any
     table: str
+    features: str = ""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -45,6 +53,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
+    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
+    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
+    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
 }
 
 
@@ -54,15 +68,18 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | Enco
     A config without `model_type` is known by the class name under `architectures`.
 
     Raises:
-        ValueError: an unknown architecture, or a field that the architecture refuses.
+        ValueError: an unknown architecture, quantised weights, or a field that the architecture refuses.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type"))) or _by_class_name(config)
     if architecture is None:
-        raise ValueError(
-            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}, "
-            f"supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        remote = (
+            " (its auto_map names code that comes with the model, which is never run)" if config.get("auto_map") else ""
         )
-    require(config, "quantization_config", None)
+        raise ValueError(
+            f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}"
+            f"{remote}, supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    refuse_quantized(config)
     return architecture, architecture.config.from_hf(config)
 
 

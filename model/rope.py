@@ -69,8 +69,8 @@ class Rope:
         if self.rope_type == "linear":
             return max_position_embeddings * max(self.factor, 1.0)
         if self.rope_type == "yarn":
-            return max(max_position_embeddings, self.original_max_position_embeddings * self.factor)
-        return max_position_embeddings
+            return max(float(max_position_embeddings), self.original_max_position_embeddings * self.factor)
+        return float(max_position_embeddings)
 
     def check(self, head_dim: int) -> None:
         """ValueError if heads of this size cannot be rotated so."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -94,7 +95,7 @@ def test_weights_that_are_not_finite_are_named(source: Path) -> None:
 
 def test_a_tied_output_layer_of_its_own_is_refused(source: Path) -> None:
     change_config(source, tie_word_embeddings=True)
-    assert "lm_head.weight differs from the embedding" in refused(source, ValueError)
+    assert "lm_head.weight differs from the tensor of model.embed_tokens.embedding" in refused(source, ValueError)
 
 
 def test_other_dtypes_are_refused(source: Path) -> None:
@@ -112,6 +113,7 @@ def test_other_dtypes_are_refused(source: Path) -> None:
         {"hidden_act": "mish"},
         {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}},
         {"quantization_config": {"quant_method": "gptq"}},
+        {"compression_config": {"format": "pack-quantized"}},
     ],
 )
 def test_what_the_models_cannot_do_is_refused(source: Path, fields: dict[str, object]) -> None:
@@ -195,11 +197,44 @@ def test_shards_without_their_index(sharded: Path) -> None:
     assert "download the index too" in refused(sharded, FileNotFoundError)
 
 
-def test_pickled_weights_are_not_read(source: Path) -> None:
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    message = refused(source, FileNotFoundError)
-    assert "only in pytorch_model.bin" in message
-    assert "save_pretrained" in message
+@pytest.mark.parametrize(
+    ("tensor", "value", "found"),
+    [
+        ("model.norm.weight", np.ones(48, ml_dtypes.float8_e4m3fn), "model.norm.weight is F8_E4M3"),
+        ("model.layers.0.mlp.up_proj.qweight", np.ones((6, 80), np.int32), "GPTQ or AWQ: model.layers.0.mlp.up_proj"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", np.ones(80, np.float32), "bitsandbytes: model.layers.0.mlp"),
+    ],
+)
+def test_quantised_weights_are_known_without_a_word_in_the_config(
+    source: Path, tensor: str, value: np.ndarray, found: str
+) -> None:
+    change_tensors(source, **{tensor.replace(".", "__"): value})
+    message = refused(source, ValueError)
+    assert f"{source} holds quantised weights ({found}" in message
+    assert "convert the model that this one was quantised from" in message
+
+
+def test_code_of_an_unknown_architecture_is_not_run(source: Path) -> None:
+    (source / "modeling.py").write_text(f"open({str(source.parent / 'ran')!r}, 'w')")
+    change_config(source, model_type="mine", auto_map={"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"})
+    assert "names code that comes with the model, which is never run" in refused(source, ValueError)
+
+
+def test_code_beside_a_known_architecture_is_not_needed(source: Path, tmp_path: Path) -> None:
+    change_config(source, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    target = iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
+    assert "modeling.py" not in {path.name for path in target.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tf_model.h5", "flax_model.msgpack"])
+def test_weights_of_other_frameworks_are_named(source: Path, name: str) -> None:
+    (source / "model.safetensors").rename(source / name)
+    assert f"has its weights only in {name}, expected model.safetensors" in refused(source, FileNotFoundError)
+
+
+def test_a_revision_is_for_the_hub(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"revision is 'main', but .* is a folder"):
+        iceformer.convert_checkpoint(source, tmp_path / "checkpoint", revision="main")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -208,9 +243,9 @@ def test_a_missing_file_is_named(source: Path, name: str) -> None:
     assert name in refused(source, FileNotFoundError)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "modules.json"])
 def test_broken_json_is_named(source: Path, name: str) -> None:
-    truncate(source / name, 40)
+    (source / name).write_text("[1, 2")
     assert f"{source / name} is not valid JSON" in refused(source, ValueError)
 
 

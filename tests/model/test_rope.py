@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import random
 from typing import Any
 

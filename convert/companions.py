@@ -1,0 +1,71 @@
+"""The files of a source that go to the checkpoint beside the parameters: config, tokenizer, how to pool."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+from .reader import parse_json, read_json
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+COMPANIONS = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+"""Files that go to the checkpoint as they are, where the source has them."""
+TOKENIZER_SOURCES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Files of the older forms of a tokenizer, of which tokenizer.json is made where that is lacking."""
+_LISTS = {"modules.json"}
+
+
+def check_companions(source: Path) -> list[str]:
+    """The companions that a folder has; ValueError if one of them is not JSON."""
+    found = [name for name in COMPANIONS if (source / name).exists()]
+    for name in found:
+        (parse_json if name in _LISTS else read_json)(source / name)
+    return found
+
+
+def copy_companions(source: Path, target: Path, names: list[str]) -> None:
+    """Copies the config and the companions of a source, and makes tokenizer.json if it has a tokenizer without."""
+    for name in (CONFIG, *names):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    if TOKENIZER not in names:
+        _make_tokenizer(source, target / TOKENIZER)
+
+
+def _make_tokenizer(source: Path, target: Path) -> None:
+    """Writes tokenizer.json from older files with transformers; warns, with what to do, where that fails."""
+    older = [name for name in TOKENIZER_SOURCES if (source / name).is_file()]
+    if not older:
+        return
+    lack = f"{source} has its tokenizer in {', '.join(older)}, and the checkpoint goes without: {TOKENIZER} is"
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:
+        warnings.warn(f"{lack} made of them where transformers is installed: pip install transformers", stacklevel=2)
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False, local_files_only=True)
+        tokenizer.backend_tokenizer.save(str(target))
+    except Exception as error:
+        # Each kind of tokenizer fails in its own way, for want of a file or of a package such as sentencepiece.
+        target.unlink(missing_ok=True)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(f"{lack} not made ({reason}): save one beside them with transformers", stacklevel=2)
