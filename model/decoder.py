@@ -110,12 +110,21 @@ def read_sizes(
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normalised before and added to the residual, times `residual_multiplier`."""
+    """Attention and MLP, each normalised before and added to the residual, times `residual_multiplier`.
+
+    Without `norm_input` the attention takes the residual as it is.
+    """
 
     def __init__(
-        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], residual_multiplier: float = 1.0
+        self,
+        self_attn: SelfAttention,
+        mlp: nnx.Module,
+        make_norm: Callable[[], Any],
+        residual_multiplier: float = 1.0,
+        *,
+        norm_input: bool = True,
     ) -> None:
-        self.input_layernorm: Norm = make_norm()
+        self.input_layernorm: Norm | None = make_norm() if norm_input else None
         self.self_attn = self_attn
         self.post_attention_layernorm: Norm = make_norm()
         self.mlp: Any = mlp
@@ -124,7 +133,8 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
     ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(hidden), call)
+        normed = hidden if self.input_layernorm is None else self.input_layernorm(hidden)
+        attended, cache = self.self_attn(normed, call)
         hidden = self._add(hidden, attended)
         return self._add(hidden, self.mlp(self.post_attention_layernorm(hidden))), cache
 

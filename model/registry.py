@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
+from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
 from .gemma import GemmaConfig, GemmaForCausalLM
 from .gemma2 import Gemma2Config, Gemma2ForCausalLM
@@ -22,11 +23,14 @@ from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 from .mistral import MistralConfig, MistralForCausalLM
 from .mixtral import MixtralConfig, MixtralForCausalLM
+from .modernbert import ModernBertConfig, ModernBertEncoder
+from .nomic_bert import NomicBertConfig, NomicBertEncoder
 from .olmo2 import Olmo2Config, Olmo2ForCausalLM
 from .phi3 import Phi3Config, Phi3ForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .stablelm import StableLmConfig, StableLmForCausalLM
 
@@ -123,6 +127,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "stablelm",
         "partial rotary embedding, parallel residual, a norm for every head",
     ),
+    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
+    "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
+    "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
+    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
+    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
+    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
+    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
+    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from iceformer.model.decoder import DecoderConfig
 from iceformer.model.registry import ARCHITECTURES, build
 
 # The fields that matter of published files, with some that do not.
@@ -256,6 +257,7 @@ def assert_read_as_transformers_does(fields: dict[str, Any]) -> None:
 
     reference: Any = AutoConfig.for_model(**copy.deepcopy(fields))
     _, config = build(fields)
+    assert isinstance(config, DecoderConfig)
     for name in config.__dataclass_fields__.keys() - {"ropes", "windows", "head_dim", "mlp_only_layers"}:
         assert getattr(config, name) == getattr(reference, name), name
     heads = reference.num_attention_heads
