@@ -49,6 +49,13 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class WeightFormat(StrEnum):
+    """Number format of the weights of linear layers."""
+
+    SAME = "same"
+    INT8 = "int8"
+
+
 class Compensation(StrEnum):
     """What stands for the keys that were not selected."""
 
@@ -126,12 +133,23 @@ def compile(
         ),
     ] = AttentionKind.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,
+    weights: Annotated[
+        WeightFormat,
+        typer.Option(
+            help="Of linear layers: same as --dtype, or int8 with a scale for each output channel; what that costs is "
+            "measured and shown."
+        ),
+    ] = WeightFormat.SAME,
     batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
     chunk: Annotated[
         int, typer.Option(help="Decoders: tokens of a prompt that one call takes; divides every bucket.")
     ] = 2048,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file that the method is fitted on.", show_default="a text in the package")
+        Path | None,
+        typer.Option(
+            help="Text file that the method is fitted on, and int8 weights are judged by.",
+            show_default="a text in the package",
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="Two-stage: how blocks of keys are ranked.", show_default="low_rank")
@@ -181,6 +199,7 @@ def compile(
         buckets=None if buckets is None else _integers(buckets, "--buckets"),
         attention=_attention(attention, two_stage),
         dtype=dtype.value,
+        weights=weights.value,
         batch=batch,
         chunk=chunk,
         calibration=calibration,
@@ -304,14 +323,20 @@ def encode(
 def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Check an artifact's files and show what it holds."""
     from .deploy.artifact import open_artifact
-    from .deploy.tables import attention_tables, code_table, file_table, summary_table
+    from .deploy.tables import attention_tables, code_table, file_table, summary_table, weight_tables
 
     opened = open_artifact(artifact)
     if as_json:
         typer.echo(json.dumps({**asdict(opened.manifest), "tier": opened.tier, "differences": opened.differences}))
         return
     info = opened.manifest
-    for table in (summary_table(info), *attention_tables(info), code_table(info), file_table(info)):
+    for table in (
+        summary_table(info),
+        *attention_tables(info),
+        *weight_tables(info),
+        code_table(info),
+        file_table(info),
+    ):
         stdout.print(table)
     if opened.differences:
         stdout.print(f"[yellow]Here its StableHLO would be compiled first: {escape('; '.join(opened.differences))}.")

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 
-EXACT, TWO_STAGE = "iceformer_exact", "iceformer_two_stage"
-TARGETS = frozenset({EXACT, TWO_STAGE})
+EXACT, TWO_STAGE, INT8_LINEAR = "iceformer_exact", "iceformer_two_stage", "iceformer_int8_linear"
+TARGETS = frozenset({EXACT, TWO_STAGE, INT8_LINEAR})
 """Names of the custom calls."""
 
 _LIBRARY = Path(__file__).parent / "attention" / "native" / "libiceformer.so"

@@ -70,7 +70,7 @@ class BuildKernels(build_ext):
         include = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
         output = Path(self.build_temp)
         objects = self.compiler.compile(
-            [str(NATIVE / name) for name in ("ffi.cpp", "dispatch.cpp", "amx.cpp", "select.cpp")],
+            [str(NATIVE / name) for name in ("ffi.cpp", "linear_ffi.cpp", "dispatch.cpp", "amx.cpp", "select.cpp")],
             output_dir=str(output),
             macros=macros,
             extra_postargs=[*FLAGS, *include],

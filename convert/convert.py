@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import __version__
+from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module, build
 from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, pooling_of, save_params
@@ -23,7 +24,7 @@ from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
 from .reader import Weights, check_dtypes, open_weights, read_json
 from .rules import Path as ParameterPath
-from .rules import Plan, Slot, dotted, make_plan
+from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
 from .tables import rules_of
 
 
@@ -56,18 +57,24 @@ def convert_checkpoint(
     check_absent(target)
     source, origin = _resolve(str(source), revision, progress)
     companions = check_companions(source)
-    architecture, config = build(read_json(source / CONFIG))
+    fields = read_json(source / CONFIG)
+    architecture, config = build(fields)
     if isinstance(config, EncoderConfig):
         pooling_of(source)
-    weights = open_weights(source)
+    weights, rules = open_weights(source), rules_of(architecture.table, config)
+    if without_pooler := _lacks_pooler(config, rules, weights.tensors):
+        fields["add_pooling_layer"] = False
+        config = architecture.config.from_hf(fields)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
-    plan = make_plan(rules_of(architecture.table), weights.tensors, shapes)
+    plan = make_plan(rules, weights.tensors, shapes)
     check_dtypes(weights, [*plan.fills, *plan.ties])
     params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
         copy_companions(source, folder, companions)
+        if without_pooler:
+            (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         (folder / PROVENANCE).write_text(json.dumps(_provenance(origin, weights), indent=2) + "\n")
     return target
 
@@ -88,6 +95,13 @@ def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, d
     return snapshot.folder, {"source": snapshot.name, "commit": snapshot.commit}
 
 
+def _lacks_pooler(config: DecoderConfig | EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
+    """Whether a model without a task head would have a pooler, of which the checkpoint has no tensor."""
+    if not isinstance(config, EncoderConfig) or not config.pooler or config.task != "features":
+        return False
+    return not any(reaches(rules, name, "pooler") for name in tensors)
+
+
 def _fill(
     weights: Weights, plan: Plan, shapes: Mapping[ParameterPath, tuple[int, ...]], progress: bool
 ) -> dict[str, Any]:
@@ -97,6 +111,7 @@ def _fill(
     broken = []
     for name, tensor in _tracked(weights, progress):
         destination = plan.fills.get(name)
+        # Constants that are left out may be infinite: masks, in half precision.
         if (destination or name in plan.ties) and not np.isfinite(tensor).all():
             broken.append(name)
         if destination:

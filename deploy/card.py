@@ -42,7 +42,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 ## Attention
 
 {_attention_text(manifest)}
-
+{_weights_text(manifest)}
 ## Use
 
 ```python
@@ -61,6 +61,7 @@ iceformer inspect {name}
 """
 
 
+_NLL = {"decoder": " (nll: mean\nnegative log-probability of the next token, in nats)", "encoder": ""}
 _NEW_TOKENS = {"decoder": " New tokens attend exactly.", "encoder": ""}
 
 
@@ -107,6 +108,21 @@ def _attention_text(manifest: Manifest) -> str:
     call = MEASURED_CALL[manifest.model.kind]
     measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
     return f"{text}\n\nMeasured when this was compiled, {call}, some heads of one layer:\n\n{measured}"
+
+
+def _weights_text(manifest: Manifest) -> str:
+    loss = manifest.weights.loss
+    if loss is None:
+        return ""
+    cells = weight_loss_cells(loss)
+    return f"""
+## Weights
+
+The kernels of linear layers are {manifest.weights.format} with a scale for each output channel; activations,
+embeddings and an output layer tied to them are {manifest.dtype}. What rounding cost, with exact attention{_NLL[manifest.model.kind]}:
+
+{_markdown_table(tuple(cells), [tuple(cells.values())])}
+"""
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

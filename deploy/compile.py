@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from flax import nnx
+from numpy.typing import ArrayLike
 
 from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
@@ -24,6 +25,7 @@ from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
 from ..model.decoder import Bases
 from ..model.encoder import read_labels
+from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
 from . import artifact as layout
 from .calibration import calibrate, calibration_inputs
@@ -42,11 +44,14 @@ from .manifest import (
     Manifest,
     ModelInfo,
     Provenance,
+    WeightLoss,
     WeightsInfo,
 )
+from .weight_loss import weight_loss
 from .weights import write_weights
 
 DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("same", "int8")
 BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
 """The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
 _CLASSIFYING = ("sequence_classification", "token_classification")
@@ -59,6 +64,7 @@ def compile(
     buckets: Sequence[int] | None = None,
     attention: AttentionConfig | Auto | None = None,
     dtype: str = "float32",
+    weights: str = "same",
     batch: int = 1,
     chunk: int = 2048,
     calibration: str | Path | ArrayLike | None = None,
@@ -76,12 +82,15 @@ def compile(
             measures from how many keys on two-stage attention is faster on this machine, and gives each bucket what is
             faster there; None is `Auto()`. Single new tokens always attend exactly.
         dtype: "float32" or "bfloat16", of weights and KV cache.
+        weights: "same" as dtype, or "int8": the kernels of linear layers are rounded to int8 with a scale for each
+            output channel, activations are not. Embeddings, and an output layer that is tied to them, keep the dtype.
+            What it costs is measured on the calibration text, and stands in the manifest and the card.
         batch: rows of every call.
         chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk). An
             encoder takes whole rows.
-        calibration: what the attention method is fitted on, if it needs that: a text file, token ids, or None for the
-            text that ships with the package (seeded random ids for a model without tokenizer, random numbers for one
-            of images or sound). At most 4096 tokens.
+        calibration: what the attention method is fitted on, if it needs that, and int8 weights are judged by: a text
+            file, token ids, or None for the text that ships with the package (seeded random ids for a model without
+            tokenizer, random numbers for one of images or sound). At most 4096 tokens.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
@@ -97,21 +106,27 @@ def compile(
     check_absent(target)
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
-    check_options(config, buckets=buckets, dtype=dtype, batch=batch, chunk=chunk)
+    check_options(config, buckets=buckets, dtype=dtype, weights=weights, batch=batch, chunk=chunk)
     buckets = default_buckets(config, chunk) if buckets is None else buckets
     shape = _attention_shape(config, dtype, batch, chunk)
 
-    steps = 2 + needs_measurement(attention, buckets, shape) + len(buckets) * len(ENTRIES[config.kind])
+    measures = needs_measurement(attention, buckets, shape)
+    steps = 2 + (weights == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
     with jax.default_device(jax.devices("cpu")[0]), _reporter(steps, progress) as report:
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
+        info = _model_info(raw_config, config, checkpoint, model)
+        loss = None
+        if weights == "int8":
+            report("rounding the weights")
+            model, loss = _round_weights(model, checkpoint, calibration)
         choices, measured = decide(attention, buckets, shape, report)
         report("calibrating the attention")
         bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
         entries = entries_class(model).of(model, bases)
         with new_folder(target) as folder:
-            weights = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
+            arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
             compiled = tuple(
                 compile_bucket(
                     folder,
@@ -130,11 +145,11 @@ def compile(
                 iceformer=__version__,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 environment=_compile_environment(compiled),
-                model=_model_info(raw_config, config, checkpoint, weights),
+                model=info,
                 crossover=measured,
                 dtype=dtype,
                 batch=batch,
-                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, weights), entries.names),
+                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), entries.names, weights, loss),
                 buckets=compiled,
                 files=_copy_files(checkpoint, folder),
                 provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
@@ -158,10 +173,14 @@ def default_buckets(config: ModelConfig, chunk: int) -> tuple[int, ...]:
     return tuple(sorted(capped))
 
 
-def check_options(config: ModelConfig, *, buckets: Sequence[int] | None, dtype: str, batch: int, chunk: int) -> None:
+def check_options(
+    config: ModelConfig, *, buckets: Sequence[int] | None, dtype: str, weights: str, batch: int, chunk: int
+) -> None:
     """Raises ValueError, with what was found and expected, for options that cannot be compiled."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}, expected one of: {', '.join(WEIGHTS)}")
     if batch < 1 or chunk < 1:
         raise ValueError(f"batch is {batch} and chunk is {chunk}, expected at least 1 each")
     if buckets is None:
@@ -210,6 +229,12 @@ def _calibrate(
     return calibrate(model, method, row.inputs, row.tokens), row.info
 
 
+def _round_weights(model: Model, checkpoint: Path, source: str | Path | ArrayLike | None) -> tuple[Model, WeightLoss]:
+    """The model with int8 weights, and what that costs."""
+    rounded: Any = quantize(model)
+    return rounded, weight_loss(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
+
+
 def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) -> AttentionShape:
     return AttentionShape(
         config.num_attention_heads,
@@ -234,9 +259,7 @@ def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:
     )
 
 
-def _model_info(
-    raw_config: dict[str, Any], config: ModelConfig, checkpoint: Path, weights: Mapping[str, NDArray[Any]]
-) -> ModelInfo:
+def _model_info(raw_config: dict[str, Any], config: ModelConfig, checkpoint: Path, model: Model) -> ModelInfo:
     return ModelInfo(
         kind=config.kind,
         model_type=config.model_type,
@@ -245,7 +268,7 @@ def _model_info(
         vocab_size=getattr(config, "vocab_size", None),
         max_tokens=config.max_tokens,
         fixed_tokens=config.fixed_tokens,
-        parameters=sum(array.size for name, array in weights.items() if not name.startswith("bases.")),
+        parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
         eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
         config=raw_config,
     )
@@ -298,7 +321,7 @@ def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
 def _print_tables(manifest: Manifest) -> None:
     from rich.console import Console
 
-    from .tables import attention_tables, code_table
+    from .tables import attention_tables, code_table, weight_tables
 
-    for table in (*attention_tables(manifest), code_table(manifest)):
+    for table in (*attention_tables(manifest), *weight_tables(manifest), code_table(manifest)):
         Console().print(table)

@@ -175,16 +175,7 @@ class DecoderEntries(Entries):
         """Takes one chunk as `prefill` does, and gives each target's log-probability and the most likely token."""
         model, hidden, cache = self._hidden(weights, cache, tokens, offset, lengths)
         batch, chunk, size = hidden.shape
-        block = score_block(chunk)
-
-        def score_positions(args: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits = model.logits(args[0])
-            given = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-            logprobs = given - jax.nn.logsumexp(logits, axis=-1)
-            return logprobs, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-        blocks = (hidden.reshape(-1, block, size), targets.reshape(-1, block))
-        logprobs, argmax = lax.map(score_positions, blocks)
+        logprobs, argmax = score_positions(model, hidden.reshape(-1, size), targets.reshape(-1), score_block(chunk))
         return cache, logprobs.reshape(batch, chunk), argmax.reshape(batch, chunk)
 
     def _hidden(
@@ -233,6 +224,21 @@ class EncoderEntries(Entries):
 def entries_class(model: nnx.Module) -> type[Entries]:
     """The entries that a model has."""
     return EncoderEntries if isinstance(model, Encoder) else DecoderEntries
+
+
+def score_positions(
+    model: Any, hidden: Float[Array, "positions hidden"], targets: Int[Array, " positions"], block: int
+) -> tuple[Float[Array, " positions"], Int[Array, " positions"]]:
+    """Each target's log-probability and the most likely token, from the logits of `block` positions at a time."""
+
+    def score(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = model.logits(args[0])
+        given = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
+        logprobs = given - jax.nn.logsumexp(logits, axis=-1)
+        return logprobs, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    logprobs, argmax = lax.map(score, (hidden.reshape(-1, block, hidden.shape[-1]), targets.reshape(-1, block)))
+    return logprobs.reshape(-1), argmax.reshape(-1)
 
 
 def score_block(chunk: int) -> int:

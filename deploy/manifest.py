@@ -109,11 +109,42 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class WeightLoss:
+    """What rounding the weights cost, with exact attention over a text.
+
+    Attributes:
+        text: what it is, as in `CalibrationInfo.kind`.
+        tokens: how many of it were looked at.
+        nll: of a decoder: mean negative log-probability of its next tokens (natural logarithm), with the weights as
+            they were.
+        rounded_nll: the same with the rounded weights.
+        greedy_agreement: share of the positions whose most likely next token stayed the same.
+        cosine: of an encoder: mean cosine of the angle between a token's last hidden states before and after.
+    """
+
+    text: str
+    tokens: int
+    nll: float | None = None
+    rounded_nll: float | None = None
+    greedy_agreement: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
 class WeightsInfo:
-    """The weights file, and the names of its tensors in the order in which every entry takes them."""
+    """The weights.
+
+    Attributes:
+        file: that holds them.
+        names: of its tensors in the order in which every entry takes them.
+        format: "int8" if the kernels of linear layers are rounded to it; "same" if they have the artifact's dtype.
+        loss: what rounding them cost; None if they are not rounded.
+    """
 
     file: FileInfo
     names: tuple[str, ...]
+    format: str
+    loss: WeightLoss | None
 
 
 @dataclass(frozen=True)
@@ -231,7 +262,7 @@ class Manifest:
         environment: where it was compiled.
         model: what was compiled.
         crossover: what was measured to choose each bucket's attention; empty where it was as asked.
-        dtype: dtype of weights and cache.
+        dtype: dtype of activations, cache, and of the weights that are not rounded.
         batch: rows of every call.
         weights: the weights file.
         buckets: by rising capacity.

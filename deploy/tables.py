@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .manifest import BucketInfo, Manifest, ModelInfo
+from .manifest import BucketInfo, Manifest, ModelInfo, WeightLoss
 
 MEGABYTE = 1e6
 ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
@@ -79,6 +79,37 @@ def crossover_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     ]
 
 
+def weight_loss_cells(loss: WeightLoss) -> dict[str, str]:
+    """What rounding the weights cost, by the names of the columns; nll in nats a token."""
+    cells = {"text": loss.text, "tokens": str(loss.tokens)}
+    if loss.nll is not None and loss.rounded_nll is not None:
+        cells |= {
+            "nll before": f"{loss.nll:.4f}",
+            "nll after": f"{loss.rounded_nll:.4f}",
+            "difference": f"{loss.rounded_nll - loss.nll:+.4f}",
+        }
+    if loss.greedy_agreement is not None:
+        cells["same most likely token"] = f"{loss.greedy_agreement:.2%}"
+    if loss.cosine is not None:
+        cells["cosine of hidden states"] = f"{loss.cosine:.6f}"
+    return cells
+
+
+def weight_tables(manifest: Manifest) -> list[Table]:
+    """What rounding the weights cost; no table if they are not rounded."""
+    weights = manifest.weights
+    if weights.loss is None:
+        return []
+    table = Table(
+        title=f"{weights.format} weights", caption="exact attention, before and after the weights were rounded"
+    )
+    cells = weight_loss_cells(weights.loss)
+    for name in cells:
+        table.add_column(name, justify="left" if name == "text" else "right")
+    table.add_row(*cells.values())
+    return [table]
+
+
 def summary_table(manifest: Manifest) -> Table:
     """What was compiled, for which machine, and where it came from."""
     model, environment, provenance = manifest.model, manifest.environment, manifest.provenance
@@ -89,7 +120,8 @@ def summary_table(manifest: Manifest) -> Table:
         "context": f"{_context(model)}; buckets {_join(b.capacity for b in manifest.buckets)}",
         **_vocabulary(model),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
-        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors",
+        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors"
+        f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
         "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",
         "for": f"{environment.machine} ({environment.cpu_model}): {_join(environment.cpu_features)}",

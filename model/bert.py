@@ -12,8 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .config import read_choice, read_integer, read_number, require
-from .encoder import Encoder, EncoderConfig, Head, PostNormLayer, TextEmbeddings, TiedHead, read_num_labels, read_task
+from .config import read_boolean, read_choice, read_integer, read_number, require
+from .encoder import (
+    Encoder,
+    EncoderConfig,
+    Head,
+    PostNormLayer,
+    TextEmbeddings,
+    masked_lm_head,
+    read_num_labels,
+    read_pooler,
+    read_task,
+)
 from .layers import ACTIVATIONS, MLP, LayerNorm, Linear
 from .self_attention import SelfAttention
 
@@ -29,6 +39,7 @@ class BertConfig(EncoderConfig):
     type_vocab_size: int
     hidden_act: str
     layer_norm_eps: float
+    tie_word_embeddings: bool
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
@@ -37,31 +48,56 @@ class BertConfig(EncoderConfig):
         Raises:
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
-        for name in ("is_decoder", "add_cross_attention"):
-            require(config, name, False)
-        require(config, "position_embedding_type", "absolute")
-        layers = read_integer(config, "num_hidden_layers", 12)
-        positions = read_integer(config, "max_position_embeddings", 512)
-        return cls(
-            task=read_task(config),
-            num_labels=read_num_labels(config),
-            vocab_size=read_integer(config, "vocab_size", 30522),
-            hidden_size=read_integer(config, "hidden_size", 768),
-            intermediate_size=read_integer(config, "intermediate_size", 3072),
-            num_hidden_layers=layers,
-            num_attention_heads=read_integer(config, "num_attention_heads", 12),
-            max_position_embeddings=positions,
-            max_tokens=positions,
-            type_vocab_size=read_integer(config, "type_vocab_size", 2),
-            hidden_act=read_choice(config, "hidden_act", ACTIVATIONS, "gelu"),
-            layer_norm_eps=read_number(config, "layer_norm_eps", 1e-12),
-            ropes=(None,) * layers,
-            windows=(None,) * layers,
-        )
+        fields = read_bert(config)
+        task = fields["task"]
+        pooler = task == "sequence_classification" or read_pooler(config, task)
+        return cls(**fields, pooler=pooler, max_tokens=fields["max_position_embeddings"])
+
+    @property
+    def padding_id(self) -> int | None:
+        """As `TextEmbeddings` has it."""
+        return None
+
+
+def read_bert(config: Mapping[str, Any], vocab_size: int = 30522) -> dict[str, Any]:
+    """The fields of a `BertConfig` but `pooler` and `max_tokens`; `vocab_size` is the default.
+
+    Raises:
+        ValueError: as `BertConfig.from_hf`.
+    """
+    for name in ("is_decoder", "add_cross_attention"):
+        require(config, name, False)
+    require(config, "position_embedding_type", "absolute")
+    layers = read_integer(config, "num_hidden_layers", 12)
+    return {
+        "task": read_task(config),
+        "num_labels": read_num_labels(config),
+        "vocab_size": read_integer(config, "vocab_size", vocab_size),
+        "hidden_size": read_integer(config, "hidden_size", 768),
+        "intermediate_size": read_integer(config, "intermediate_size", 3072),
+        "num_hidden_layers": layers,
+        "num_attention_heads": read_integer(config, "num_attention_heads", 12),
+        "max_position_embeddings": read_integer(config, "max_position_embeddings", 512),
+        "type_vocab_size": read_integer(config, "type_vocab_size", 2),
+        "hidden_act": read_choice(config, "hidden_act", ACTIVATIONS, "gelu"),
+        "layer_norm_eps": read_number(config, "layer_norm_eps", 1e-12),
+        "tie_word_embeddings": read_boolean(config, "tie_word_embeddings", True),
+        "ropes": (None,) * layers,
+        "windows": (None,) * layers,
+    }
 
 
 class BertEncoder(Encoder):
-    """A BERT model with the head of its task."""
+    """A BERT model with the head of its task.
+
+    Attributes:
+        masked_lm_activation: of the head of masked language models; None for the config's `hidden_act`.
+        classifier_activation: of a dense layer that sequence classification puts on the first token; None where it
+            reads the pooler.
+    """
+
+    masked_lm_activation: ClassVar[str | None] = None
+    classifier_activation: ClassVar[str | None] = None
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32) -> None:
         make_norm = partial(LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
@@ -72,24 +108,52 @@ class BertEncoder(Encoder):
             positions=config.max_position_embeddings,
             token_types=config.type_vocab_size,
             norm=make_norm(),
+            padding_id=config.padding_id,
             rngs=rngs,
             param_dtype=param_dtype,
         )
         layers = [bert_layer(config, make_norm, rngs, param_dtype) for _ in range(config.num_hidden_layers)]
-        pooled = config.task in ("features", "sequence_classification")
         super().__init__(
             config,
             embeddings,
             layers,
-            pooler=Head(dense=linear(config.hidden_size), activation="tanh") if pooled else None,
-            head=_head(config, linear, make_norm, param_dtype),
+            pooler=Head(dense=linear(config.hidden_size), activation="tanh") if config.pooler else None,
+            head=self._head(config, linear, make_norm, rngs, param_dtype),
+            head_pooling="pooler" if self.classifier_activation is None else "first",
         )
+
+    def _head(
+        self,
+        config: BertConfig,
+        linear: Callable[[int], Linear],
+        make_norm: Callable[[], LayerNorm],
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> Head | None:
+        if config.task == "features":
+            return None
+        if config.task == "masked_lm":
+            return masked_lm_head(
+                config.vocab_size,
+                config.hidden_size,
+                tied=config.tie_word_embeddings,
+                rngs=rngs,
+                param_dtype=param_dtype,
+                dense=linear(config.hidden_size),
+                activation=self.masked_lm_activation or config.hidden_act,
+                norm=make_norm(),
+            )
+        if config.task == "sequence_classification" and self.classifier_activation is not None:
+            return Head(
+                dense=linear(config.hidden_size), activation=self.classifier_activation, out=linear(config.num_labels)
+            )
+        return Head(out=linear(config.num_labels))
 
 
 def bert_layer(
-    config: Any, make_norm: Callable[[], LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
+    config: BertConfig, make_norm: Callable[[], LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
 ) -> PostNormLayer:
-    """A layer of BERT and of the models that share it; the config has `hidden_act` beside the common fields."""
+    """A layer of BERT and of the models that share it."""
     self_attn = SelfAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -109,19 +173,3 @@ def bert_layer(
         param_dtype=param_dtype,
     )
     return PostNormLayer(self_attn, mlp, make_norm)
-
-
-def _head(
-    config: BertConfig, linear: Callable[[int], Linear], make_norm: Callable[[], LayerNorm], param_dtype: DTypeLike
-) -> Head | None:
-    if config.task == "features":
-        return None
-    if config.task == "masked_lm":
-        return TiedHead(
-            vocab_size=config.vocab_size,
-            param_dtype=param_dtype,
-            dense=linear(config.hidden_size),
-            activation=config.hidden_act,
-            norm=make_norm(),
-        )
-    return Head(out=linear(config.num_labels))

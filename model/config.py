@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def read_integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number of at least 1; ValueError if it is something else, or absent without a default."""
+def read_integer(config: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number of at least `least`; ValueError if it is something else, or absent without a default."""
     value = _value(config, name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config: {name} is {value!r}, expected a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"config: {name} is {value!r}, expected a whole number of at least {least}")
     return value
 
 
@@ -22,6 +22,14 @@ def read_number(config: Mapping[str, Any], name: str, default: float | None = No
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"config: {name} is {value!r}, expected a number above 0")
     return float(value)
+
+
+def read_optional_number(config: Mapping[str, Any], name: str, default: float | None) -> float | None:
+    """A finite number above 0, or None, which unlike in other fields is what null stands for; ValueError if it is
+    something else.
+    """
+    value = config.get(name, default)
+    return None if value is None else read_number({name: value}, name)
 
 
 def read_boolean(config: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -4,7 +4,6 @@ An architecture's file adds its config fields and, where its mathematics differ,
 parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, lm_head.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -70,9 +69,9 @@ class DecoderConfig:
     @property
     def max_tokens(self) -> int | None:
         """Tokens that a row may have in every layer; None where rotary embeddings stretch for any length."""
-        limits = [rope.max_tokens(self.max_position_embeddings) for rope in self.ropes if rope is not None]
-        limit = min(limits, default=self.max_position_embeddings)
-        return None if math.isinf(limit) else int(limit)
+        longest = self.max_position_embeddings
+        limits = {rope.max_tokens(longest) for rope in self.ropes if rope is not None} or {longest}
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 def read_sizes(
@@ -90,14 +89,16 @@ def read_sizes(
 ) -> dict[str, Any]:
     """The common fields of a Hugging Face config but `ropes` and `windows`; the arguments are the defaults.
 
-    As in most architectures, `num_key_value_heads` defaults to `num_attention_heads` and `head_dim` to their share of
-    `hidden_size`.
+    As in most architectures, `num_key_value_heads` defaults to `num_attention_heads`, which null stands for whatever
+    the default, and `head_dim` to their share of `hidden_size`.
 
     Raises:
         ValueError: a field out of range.
     """
     hidden = read_integer(config, "hidden_size", hidden_size)
     heads = read_integer(config, "num_attention_heads", num_attention_heads)
+    if num_key_value_heads is None or "num_key_value_heads" in config:
+        num_key_value_heads = heads
     if config.get("head_dim") is None and head_dim is None and hidden % heads:
         raise ValueError(
             f"config: hidden_size is {hidden}, expected a multiple of num_attention_heads, {heads}, or a head_dim of "
@@ -109,7 +110,7 @@ def read_sizes(
         "intermediate_size": read_integer(config, "intermediate_size", intermediate_size or 4 * hidden),
         "num_hidden_layers": read_integer(config, "num_hidden_layers", num_hidden_layers),
         "num_attention_heads": heads,
-        "num_key_value_heads": read_integer(config, "num_key_value_heads", num_key_value_heads or heads),
+        "num_key_value_heads": read_integer(config, "num_key_value_heads", num_key_value_heads),
         "head_dim": read_integer(config, "head_dim", head_dim or max(hidden // heads, 1)),
         "max_position_embeddings": read_integer(config, "max_position_embeddings", max_position_embeddings),
         "tie_word_embeddings": read_boolean(config, "tie_word_embeddings", tie_word_embeddings),
@@ -117,12 +118,21 @@ def read_sizes(
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normalised before and added to the residual, times `residual_multiplier`."""
+    """Attention and MLP, each normalised before and added to the residual, times `residual_multiplier`.
+
+    Without `norm_input` the attention takes the residual as it is.
+    """
 
     def __init__(
-        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], residual_multiplier: float = 1.0
+        self,
+        self_attn: SelfAttention,
+        mlp: nnx.Module,
+        make_norm: Callable[[], Any],
+        residual_multiplier: float = 1.0,
+        *,
+        norm_input: bool = True,
     ) -> None:
-        self.input_layernorm: Norm = make_norm()
+        self.input_layernorm: Norm | None = make_norm() if norm_input else None
         self.self_attn = self_attn
         self.post_attention_layernorm: Norm = make_norm()
         self.mlp: Any = mlp
@@ -131,14 +141,42 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
     ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(hidden), call)
+        normed = hidden if self.input_layernorm is None else self.input_layernorm(hidden)
+        attended, cache = self.self_attn(normed, call)
         hidden = self._add(hidden, attended)
         return self._add(hidden, self.mlp(self.post_attention_layernorm(hidden))), cache
 
     def _add(
         self, residual: Float[Array, "batch tokens hidden_size"], update: Float[Array, "batch tokens hidden_size"]
     ) -> Float[Array, "batch tokens hidden_size"]:
-        return residual + (update if self.residual_multiplier == 1 else update * self.residual_multiplier)
+        if self.residual_multiplier != 1:
+            # Wide, so that the multiplier is not rounded to the activations' dtype.
+            update = (update.astype(jnp.float32) * self.residual_multiplier).astype(update.dtype)
+        return residual + update
+
+
+class ParallelDecoderLayer(nnx.Module):
+    """Attention and MLP side by side: both take the layer's input, normalised, and are added to it together.
+
+    Each has a norm of its own, or both the first where they share one.
+    """
+
+    def __init__(
+        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], *, share_norm: bool
+    ) -> None:
+        self.input_layernorm: Norm = make_norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm: Norm | None = None if share_norm else make_norm()
+        self.mlp: Any = mlp
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
+        normed = self.input_layernorm(hidden)
+        attended, cache = self.self_attn(normed, call)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden)
+        return hidden + attended + self.mlp(normed), cache
 
 
 class DecoderModel(nnx.Module):
@@ -257,7 +295,7 @@ class CausalLM(nnx.Module):
             if rope is not None
         }
         call = LayerCall(offset, lengths, attention, observe=observe)
-        hidden = self._embed(input_ids, positions)
+        hidden = self._embed(input_ids, positions, lengths)
         caches: list[LayerCache] = []
         for index, layer in enumerate(self.model.layers):
             rope = config.ropes[index]
@@ -293,12 +331,17 @@ class CausalLM(nnx.Module):
         return collected
 
     def _embed(
-        self, input_ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        lengths: Int[Array, " batch"],
     ) -> Float[Array, "batch tokens hidden_size"]:
         hidden = self.model.embed_tokens(input_ids)
         if self.embedding_multiplier != 1:
             # Rounded to the activations' dtype first, as transformers does.
             hidden = hidden * jnp.asarray(self.embedding_multiplier, hidden.dtype)
         if self.model.embed_positions is not None:
-            hidden = hidden + self.model.embed_positions(positions)
+            # Padding takes the position of its row's last token, because there may be none in the table for its own.
+            last = jnp.maximum(lengths - 1, 0)
+            hidden = hidden + self.model.embed_positions(jnp.minimum(positions, last[:, None]))
         return hidden

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..attention import AttentionConfig, Dense
-from .config import read_integer
+from .config import read_boolean, read_integer
 from .decoder import Bases
 from .layers import ACTIVATIONS, Embedding, Linear
 from .pooling import Pooling
@@ -51,6 +51,7 @@ class EncoderConfig:
         causal: whether a token sees only those before it.
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
+        pooler: whether there is one, `Encoder.pooler`.
         max_tokens: tokens that a row may have.
         fixed_tokens: tokens that every row has, for images and sound; None for text.
         ropes: each layer's rotary embedding; None for a layer without.
@@ -63,6 +64,7 @@ class EncoderConfig:
 
     task: str
     num_labels: int
+    pooler: bool = False
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -78,6 +80,9 @@ class EncoderConfig:
                 f"config: hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}"
             )
+        for rope in set(self.ropes):
+            if rope is not None:
+                rope.check(self.head_dim)
 
     @property
     def head_dim(self) -> int:
@@ -102,6 +107,14 @@ def read_task(config: Mapping[str, Any]) -> str:
     if match is None:
         raise ValueError(f"config: architectures names {name}, supported are classes that end in: {', '.join(TASKS)}")
     return TASKS[match[1]]
+
+
+def read_pooler(config: Mapping[str, Any], task: str) -> bool:
+    """Whether a model without a task head has a pooler: yes, unless `add_pooling_layer` is false.
+
+    Hugging Face configs do not have that field: converting adds it where the checkpoint has no tensors of a pooler.
+    """
+    return task == "features" and read_boolean(config, "add_pooling_layer", True)
 
 
 def read_num_labels(config: Mapping[str, Any]) -> int:
@@ -130,6 +143,7 @@ class TextEmbeddings(nnx.Module):
     """Tokens, with learned positions and segments where a model has them, and a norm.
 
     Attributes:
+        token_types: segments; if there is only one, it is no input.
         padding_id: id whose tokens have no position of their own, while others count from `padding_id + 1` (RoBERTa);
             None where positions count from 0.
     """
@@ -153,7 +167,7 @@ class TextEmbeddings(nnx.Module):
         self.position_embeddings = embedding(positions)
         self.token_type_embeddings = embedding(token_types)
         self.norm: Any = norm
-        self.padding_id = padding_id
+        self.token_types, self.padding_id = token_types, padding_id
 
     def __call__(self, inputs: Mapping[str, Array]) -> Float[Array, "batch tokens hidden_size"]:
         ids = inputs["input_ids"]
@@ -161,12 +175,13 @@ class TextEmbeddings(nnx.Module):
         if self.position_embeddings is not None:
             hidden = hidden + self.position_embeddings(self._positions(ids))
         if self.token_type_embeddings is not None:
-            hidden = hidden + self.token_type_embeddings(inputs["token_type_ids"])
+            types = inputs["token_type_ids"] if self.token_types > 1 else jnp.zeros_like(ids)
+            hidden = hidden + self.token_type_embeddings(types)
         return hidden if self.norm is None else self.norm(hidden)
 
     def inputs(self, tokens: int) -> dict[str, InputInfo]:
         """The inputs for rows of so many tokens."""
-        names = ("input_ids",) if self.token_type_embeddings is None else ("input_ids", "token_type_ids")
+        names = ("input_ids", "token_type_ids") if self.token_types > 1 else ("input_ids",)
         return dict.fromkeys(names, InputInfo((tokens,), "int32"))
 
     def _positions(self, ids: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
@@ -210,6 +225,22 @@ class TiedHead(Head):
     def __init__(self, *, vocab_size: int, use_bias: bool = True, param_dtype: DTypeLike, **parts: Any) -> None:
         super().__init__(**parts)
         self.bias = nnx.Param(jnp.zeros((vocab_size,), param_dtype)) if use_bias else None
+
+
+def masked_lm_head(
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    tied: bool,
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+    param_dtype: DTypeLike,
+    **parts: Any,
+) -> Head:
+    """A head with the given parts of `Head` and an output layer over the vocabulary, its own if not tied."""
+    if tied:
+        return TiedHead(vocab_size=vocab_size, use_bias=use_bias, param_dtype=param_dtype, **parts)
+    return Head(out=Linear(hidden_size, vocab_size, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype), **parts)
 
 
 class PostNormLayer(nnx.Module):

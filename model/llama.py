@@ -5,7 +5,6 @@ Source: transformers' `modeling_llama.py`, whose logits these equal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,20 +12,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .config import read_boolean, read_choice, read_number, require
-from .decoder import CausalLM, DecoderConfig, DecoderLayer, read_sizes
-from .layers import ACTIVATIONS, GatedMLP, RMSNorm
+from .decoder import read_sizes
+from .layers import ACTIVATIONS
+from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
-from .self_attention import SelfAttention
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(DecoderConfig):
+class LlamaConfig(PreNormConfig):
     """Configuration of a Llama model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "llama"
 
-    hidden_act: str
-    rms_norm_eps: float
     attention_bias: bool
     mlp_bias: bool
 
@@ -60,31 +57,14 @@ class LlamaConfig(DecoderConfig):
         )
 
 
-class LlamaForCausalLM(CausalLM):
+class LlamaForCausalLM(PreNormCausalLM):
     """A Llama language model."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32) -> None:
-        make_norm = partial(RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
-        layers = [_layer(config, make_norm, rngs, param_dtype) for _ in range(config.num_hidden_layers)]
-        super().__init__(config, layers, make_norm(), rngs=rngs, param_dtype=param_dtype)
-
-
-def _layer(config: LlamaConfig, make_norm: partial[RMSNorm], rngs: nnx.Rngs, param_dtype: DTypeLike) -> DecoderLayer:
-    self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        use_bias=config.attention_bias,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
-    mlp = GatedMLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.hidden_act,
-        use_bias=config.mlp_bias,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
-    return DecoderLayer(self_attn, mlp, make_norm)
+        super().__init__(
+            config,
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )

@@ -12,8 +12,27 @@ from jax.typing import DTypeLike
 from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
+from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
+from .gemma import GemmaConfig, GemmaForCausalLM
+from .gemma2 import Gemma2Config, Gemma2ForCausalLM
+from .gemma3 import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from .gpt2 import GPT2Config, GPT2LMHeadModel
+from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
+from .mistral import MistralConfig, MistralForCausalLM
+from .mixtral import MixtralConfig, MixtralForCausalLM
+from .modernbert import ModernBertConfig, ModernBertEncoder
+from .nomic_bert import NomicBertConfig, NomicBertEncoder
+from .olmo2 import Olmo2Config, Olmo2ForCausalLM
+from .phi3 import Phi3Config, Phi3ForCausalLM
+from .qwen2 import Qwen2Config, Qwen2ForCausalLM
+from .qwen3 import Qwen3Config, Qwen3ForCausalLM
+from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
+from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
+from .stablelm import StableLmConfig, StableLmForCausalLM
 
 ModelConfig = DecoderConfig | EncoderConfig
 Model = CausalLM | Encoder
@@ -40,7 +59,89 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
+    "gemma": Architecture(
+        "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, norms that count from 1"
+    ),
+    "gemma2": Architecture(
+        "Gemma 2",
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        "gemma2",
+        "as Gemma 1, with capped logits, norms before and behind, local and global layers",
+    ),
+    "gemma3": Architecture(
+        "Gemma 3 with images",
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        "gemma3",
+        "its language model only, as Gemma 3",
+    ),
+    "gemma3_text": Architecture(
+        "Gemma 3",
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        "gemma3",
+        "as Gemma 2, with norms of queries and keys, rotary embeddings by layer type",
+    ),
+    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2", "learned positions, fused qkv"),
+    "gpt_neox": Architecture(
+        "GPT-NeoX, Pythia",
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        "gpt_neox",
+        "parallel residual, partial rotary embedding, fused qkv",
+    ),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama", "every rope type"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama", "sliding window"),
+    "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral", "mixture of experts"),
+    "qwen2": Architecture(
+        "Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama", "biases of qkv, sliding window in some layers"
+    ),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3", "as Qwen2, with norms of queries and keys"),
+    "qwen3_moe": Architecture(
+        "Qwen3-MoE",
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        "qwen3_moe",
+        "as Qwen3, with a mixture of experts in some layers",
+    ),
+    "granite": Architecture(
+        "Granite",
+        GraniteConfig,
+        GraniteForCausalLM,
+        "llama",
+        "multipliers of embeddings, residuals, attention and logits",
+    ),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama", "layers without positions"),
+    "phi3": Architecture(
+        "Phi-3, Phi-4",
+        Phi3Config,
+        Phi3ForCausalLM,
+        "phi3",
+        "LongRoPE, partial rotary embedding, sliding window, fused qkv",
+    ),
+    "olmo2": Architecture(
+        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
+    ),
+    "stablelm": Architecture(
+        "StableLM",
+        StableLmConfig,
+        StableLmForCausalLM,
+        "stablelm",
+        "partial rotary embedding, parallel residual, a norm for every head",
+    ),
+    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
+    "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
+    "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
+    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
+    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
+    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
+    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
+    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
 }
 
 

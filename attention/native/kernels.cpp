@@ -1,6 +1,7 @@
 // The kernels of one instruction set: this file is compiled once for each, with ICEFORMER_ISA naming it and the
 // compiler's flags allowing its instructions.
 
+#include "int8_linear.h"
 #include "maxima.h"
 #include "softmax.h"
 
@@ -300,10 +301,21 @@ void run(const Attention& call, const Task& task, void* scratch) {
   return call.bfloat16 ? run_task<Bfloat16>(call, task, scratch) : run_task<Float32>(call, task, scratch);
 }
 
+size_t linear_scratch_bytes(const Linear& call, const LinearTask& task) {
+  Arena arena(nullptr);
+  visit_linear(call, task, arena, [](auto&&) {});
+  return arena.used();
+}
+
+void run_linear(const Linear& call, const LinearTask& task, void* scratch) {
+  Arena arena(scratch);
+  visit_linear(call, task, arena, [](auto&& work) { work.run(); });
+}
+
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {scratch_bytes, run};
+const Kernels kernels = {scratch_bytes, run, linear_scratch_bytes, run_linear};
 
 }  // namespace ICEFORMER_ISA
 }  // namespace iceformer

@@ -7,6 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "linear.h"
+
 // Inlined always: a copy compiled for one instruction set could be the one that the linker keeps for all of them.
 #define ICEFORMER_INLINE inline __attribute__((always_inline))
 
@@ -59,6 +61,9 @@ struct Kernels {
   // Bytes of scratch, aligned to 64, that a task of this call needs.
   size_t (*scratch_bytes)(const Attention&, const Selection*);
   void (*run)(const Attention&, const Task&, void* scratch);
+  // The same two for a product with a kernel of int8.
+  size_t (*linear_scratch_bytes)(const Linear&, const LinearTask&);
+  void (*run_linear)(const Linear&, const LinearTask&, void* scratch);
 };
 
 // Writes the indices of the `count` largest of `values`, rising; of equal values the lower index wins. No NaN.

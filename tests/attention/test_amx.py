@@ -2,6 +2,7 @@
 and as real machine code ("amx") whose tile instructions are caught one by one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,11 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
 VECTORS = [*AVX512, "-mavx2", "-mfma"]
 TILES = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 SETS = ["-DICEFORMER_AMX", "-DICEFORMER_EMULATE_AMX"]
+HEADERS = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
 # Object: source and flags. trap.cpp stands in for amx.cpp.
 OBJECTS = {
-    "ffi": (NATIVE / "ffi.cpp", ["-isystem", str(Path(jaxlib.__file__).parent / "include")]),
+    "ffi": (NATIVE / "ffi.cpp", HEADERS),
+    "linear_ffi": (NATIVE / "linear_ffi.cpp", HEADERS),
     "amx": (NATIVE / "kernels.cpp", [*VECTORS, *TILES, "-DICEFORMER_TILES", "-DICEFORMER_ISA=amx"]),
     "amx_emulated": (
         NATIVE / "kernels.cpp",
@@ -76,4 +79,13 @@ def test_tiles_agree_with_xla(library: Path) -> None:
         library, "amx_emulated", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler",
         str(HERE / "test_custom_calls.py"), "-k", cases,
     )  # fmt: skip
-    assert "10 passed" in report, report
+    assert re.search(r"^\d\d passed, \d+ deselected in", report, re.MULTILINE), report
+
+
+def test_tiles_multiply_by_int8(library: Path) -> None:
+    """Every case runs in XLA and with the library's three instruction sets."""
+    report = run(
+        library, "amx_emulated", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler",
+        str(HERE / "test_int8_linear.py"), "-k", "float64 and (9 or 33)",
+    )  # fmt: skip
+    assert re.search(r"^\d\d passed, \d+ deselected in", report, re.MULTILINE), report

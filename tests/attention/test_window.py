@@ -103,9 +103,9 @@ def test_no_query_of_a_whole_prompt_reads_far_from_its_window(dtype, causal) -> 
     query, key, value = (jnp.asarray(x, dtype) for x in random_inputs(0, 1, 4, 2, tokens, tokens, 16))
     bad = slice(448, 576)
     value = value.at[:, :, bad].set(np.nan)
-    rows = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, tokens, jnp.int32)}
+    rows: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, tokens, jnp.int32)}
     output = exact_attention(query, key, value, **rows, causal=causal, window=window, query_block=tile, key_block=tile)
-    finite = np.isfinite(np.asarray(output, np.float32)).all(axis=(0, 1, 3))
+    finite = np.asarray(jnp.isfinite(output).all(axis=(0, 1, 3)))
     # Beside the window, a query's own block and the tile in which the window ends may be in between.
     reach = window + 2 * tile
     assert finite[: bad.start - reach].all()
@@ -160,7 +160,8 @@ def test_a_causal_window_is_the_sliding_window_of_mistral(window) -> None:
     from transformers import MistralConfig
     from transformers.masking_utils import create_sliding_window_causal_mask
 
-    config = MistralConfig(sliding_window=window, attn_implementation="eager")
+    config = MistralConfig(sliding_window=window)
+    config._attn_implementation = "eager"
     mask = create_sliding_window_causal_mask(config, torch.zeros(1, 40, 8), None, None)
     assert isinstance(mask, torch.Tensor)
     np.testing.assert_array_equal(visible_keys(40, causal=True, window=window), mask[0, 0].numpy() == 0)
@@ -172,7 +173,8 @@ def test_a_bidirectional_window_is_the_local_attention_of_modernbert(local_atten
     from transformers import ModernBertConfig
     from transformers.masking_utils import create_bidirectional_sliding_window_mask
 
-    config = ModernBertConfig(local_attention=local_attention, attn_implementation="eager")
+    config = ModernBertConfig(local_attention=local_attention)
+    config._attn_implementation = "eager"
     mask = create_bidirectional_sliding_window_mask(config, torch.zeros(1, 40, 8), None)
     # Transformers leaves out a mask that hides nothing.
     expected = np.full((40, 40), True) if mask is None else mask[0, 0].numpy() == 0
@@ -192,7 +194,7 @@ def test_attend_is_exact_in_the_window_whatever_the_configuration(config) -> Non
 @pytest.mark.parametrize("window", [0, -1, 2**31])
 def test_a_window_that_is_none_is_refused(window) -> None:
     query, key, value = map(jnp.asarray, random_inputs(0, 1, 1, 1, 4, 4, 16))
-    rows = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 4)}
+    rows: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 4)}
     with pytest.raises(ValueError, match=f"window is {window}, expected 1 to"):
         exact_attention(query, key, value, **rows, window=window)
 

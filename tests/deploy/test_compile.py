@@ -34,6 +34,7 @@ from .conftest import TEXT, VOCABULARY
         ({"buckets": (0, 64)}, "expected rising"),
         ({"buckets": (64, 100)}, "bucket 100 is not a multiple of chunk 32"),
         ({"dtype": "float64"}, "dtype is 'float64', expected one of: float32, bfloat16"),
+        ({"weights": "int4"}, "weights is 'int4', expected one of: same, int8"),
         ({"batch": 0}, "batch is 0"),
         ({"chunk": 0}, "chunk is 0"),
         ({"calibration": [VOCABULARY]}, f"expected ids from 0 to {VOCABULARY - 1}"),
@@ -147,7 +148,7 @@ def test_eos_token_ids(tmp_path: Path, config: dict, generation: dict | None, ex
 def test_default_buckets_end_where_the_model_does(positions: int, chunk: int, expected: tuple[int, ...]) -> None:
     _, config = build({"model_type": "llama", "max_position_embeddings": positions})
     assert default_buckets(config, chunk) == expected
-    check_options(config, buckets=expected, dtype="float32", batch=1, chunk=chunk)
+    check_options(config, buckets=expected, dtype="float32", weights="same", batch=1, chunk=chunk)
 
 
 class TestCalibrationIds:

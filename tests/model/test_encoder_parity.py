@@ -121,7 +121,8 @@ def test_tasks_equal_transformers(model_type: str, task: str, tmp_path: Path) ->
 )
 def test_options_equal_transformers(model_type: str, case: str, tmp_path: Path) -> None:
     cases = ENCODERS[model_type]
-    reference = save(tmp_path, model_type, cases.tasks[-1], **cases.options[case])
+    options = {"task": cases.tasks[-1], **cases.options[case]}
+    reference = save(tmp_path, model_type, **options)
     assert difference(convert(tmp_path), reference) < TOLERANCE
 
 
@@ -148,3 +149,16 @@ def test_two_stage_and_bfloat16(model_type: str, tmp_path: Path) -> None:
     assert np.abs(everything - exact).max() < TOLERANCE
     assert 1e-4 < np.abs(sparse - exact).mean() < exact.std() / 2
     assert 1e-4 < np.abs(rounded - exact).mean() < exact.std() / 20
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_a_checkpoint_without_a_pooler(model_type: str, tmp_path: Path) -> None:
+    """The converted config says so, and the model gives hidden states only."""
+    import transformers
+
+    save(tmp_path, model_type, "AutoModel")
+    reference = transformers.AutoModel.from_pretrained(tmp_path / "source", add_pooling_layer=False)
+    reference.save_pretrained(tmp_path / "source")
+    model = convert(tmp_path)
+    assert model.pooler is None
+    assert difference(model, reference) < TOLERANCE

@@ -17,6 +17,7 @@ TINY: dict[str, Any] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "other": {"hidden_act": "relu", "type_vocab_size": 3, "layer_norm_eps": 1e-3, "num_labels": 5},
+    "untied": {"task": "AutoModelForMaskedLM", "tie_word_embeddings": False},
 }
 TASKS = (
     "AutoModel",

@@ -54,9 +54,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(seed: int) -> dict[str, Any]:
-    """A random Llama."""
-    draw = random.Random(seed)
+def draw_sizes(draw: random.Random) -> dict[str, Any]:
+    """Random values of the fields that all architectures like Llama have."""
     kv_heads, group = draw.choice([1, 2, 3]), draw.choice([1, 2, 4])
     rope = draw.choice(
         [
@@ -76,13 +75,22 @@ def draw(seed: int) -> dict[str, Any]:
         "intermediate_size": draw.randrange(20, 120),
         "num_hidden_layers": draw.randrange(1, 4),
         "max_position_embeddings": draw.choice([33, 50]),
-        "attention_bias": draw.random() < 0.5,
-        "mlp_bias": draw.random() < 0.5,
         "tie_word_embeddings": draw.random() < 0.5,
         "rope_parameters": {**rope, "rope_theta": draw.choice([100.0, 10000.0, 1e6])},
         "dtype": draw.choice(["float32", "bfloat16", "float16"]),
         "max_shard_size": draw.choice(["20KB", "1GB"]),
     }
+
+
+def draw_biases(draw: random.Random) -> dict[str, Any]:
+    """Random biases."""
+    return {"attention_bias": draw.random() < 0.5, "mlp_bias": draw.random() < 0.5}
+
+
+def draw(seed: int) -> dict[str, Any]:
+    """A random Llama."""
+    draw = random.Random(seed)
+    return {**draw_sizes(draw), **draw_biases(draw)}
 
 
 CASES = {"llama": Cases(TINY, OPTIONS, draw)}

@@ -1,0 +1,177 @@
+"""ModernBERT: local and global layers in turn, rotary positions, gated MLPs, norms in front.
+
+Source: transformers' `modeling_modernbert.py`, whose outputs these equal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from .config import read_boolean, read_choice, read_integer, read_number
+from .decoder import DecoderLayer
+from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, masked_lm_head, read_num_labels, read_task
+from .layers import ACTIVATIONS, GatedMLP, LayerNorm, Linear
+from .rope import ropes_from_config
+from .self_attention import SelfAttention
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModernBertConfig(EncoderConfig):
+    """Configuration of a ModernBERT model; fields are named as in the Hugging Face config."""
+
+    model_type: ClassVar[str] = "modernbert"
+
+    vocab_size: int
+    max_position_embeddings: int
+    hidden_activation: str
+    norm_eps: float
+    norm_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    decoder_bias: bool
+    classifier_bias: bool
+    classifier_activation: str
+    classifier_pooling: str
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModernBertConfig":
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
+
+        Raises:
+            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
+        """
+        positions = read_integer(config, "max_position_embeddings", 8192)
+        layer_types = _layer_types(config, read_integer(config, "num_hidden_layers", 22))
+        ropes = ropes_from_config(
+            config,
+            positions,
+            layer_types,
+            theta_fields={GLOBAL: "global_rope_theta", LOCAL: "local_rope_theta"},
+            default_thetas={GLOBAL: 160000.0, LOCAL: 10000.0},
+            scaled=(GLOBAL, LOCAL),
+        )
+        # Half of `local_attention` to each side, and the token itself.
+        window = read_integer(config, "local_attention", 128) // 2 + 1
+        return cls(
+            task=read_task(config),
+            num_labels=read_num_labels(config),
+            vocab_size=read_integer(config, "vocab_size", 50368),
+            hidden_size=read_integer(config, "hidden_size", 768),
+            intermediate_size=read_integer(config, "intermediate_size", 1152),
+            num_hidden_layers=len(layer_types),
+            num_attention_heads=read_integer(config, "num_attention_heads", 12),
+            max_position_embeddings=positions,
+            max_tokens=positions,
+            hidden_activation=read_choice(config, "hidden_activation", ACTIVATIONS, "gelu"),
+            norm_eps=read_number(config, "norm_eps", 1e-5),
+            norm_bias=read_boolean(config, "norm_bias", False),
+            attention_bias=read_boolean(config, "attention_bias", False),
+            mlp_bias=read_boolean(config, "mlp_bias", False),
+            decoder_bias=read_boolean(config, "decoder_bias", True),
+            classifier_bias=read_boolean(config, "classifier_bias", False),
+            classifier_activation=read_choice(config, "classifier_activation", ACTIVATIONS, "gelu"),
+            classifier_pooling=read_choice(config, "classifier_pooling", ("cls", "mean"), "cls"),
+            tie_word_embeddings=read_boolean(config, "tie_word_embeddings", True),
+            ropes=tuple(ropes[layer_type] for layer_type in layer_types),
+            windows=tuple(window if layer_type == LOCAL else None for layer_type in layer_types),
+        )
+
+
+class ModernBertEncoder(Encoder):
+    """A ModernBERT model with the head of its task."""
+
+    def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32) -> None:
+        make_norm = partial(
+            LayerNorm, config.hidden_size, epsilon=config.norm_eps, use_bias=config.norm_bias, param_dtype=param_dtype
+        )
+        embeddings = TextEmbeddings(
+            config.hidden_size,
+            vocab_size=config.vocab_size,
+            positions=0,
+            token_types=0,
+            norm=make_norm(),
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+        layers = [
+            DecoderLayer(
+                _self_attention(config, window, rngs, param_dtype),
+                GatedMLP(
+                    config.hidden_size,
+                    config.intermediate_size,
+                    hidden_act=config.hidden_activation,
+                    use_bias=config.mlp_bias,
+                    rngs=rngs,
+                    param_dtype=param_dtype,
+                ),
+                make_norm,
+                # The first layer's input comes from the norm of the embeddings.
+                norm_input=index > 0,
+            )
+            for index, window in enumerate(config.windows)
+        ]
+        super().__init__(
+            config,
+            embeddings,
+            layers,
+            norm=make_norm(),
+            head=_head(config, make_norm(), rngs, param_dtype),
+            head_pooling={"cls": "first", "mean": "mean"}[config.classifier_pooling],
+        )
+
+
+def _layer_types(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """Each layer's type; older configs say after how many layers a global one comes again."""
+    types = config.get("layer_types")
+    if types is None:
+        period = read_integer(config, "global_attn_every_n_layers", 3)
+        return tuple(LOCAL if index % period else GLOBAL for index in range(layers))
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {GLOBAL, LOCAL}:
+        raise ValueError(f"config: layer_types is {types!r}, expected {GLOBAL} or {LOCAL} for each of {layers} layers")
+    return tuple(types)
+
+
+def _self_attention(
+    config: ModernBertConfig, window: int | None, rngs: nnx.Rngs, param_dtype: DTypeLike
+) -> SelfAttention:
+    return SelfAttention(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        use_bias=config.attention_bias,
+        window=window,
+        causal=False,
+        rngs=rngs,
+        param_dtype=param_dtype,
+    )
+
+
+def _head(config: ModernBertConfig, norm: LayerNorm, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Head | None:
+    if config.task == "features":
+        return None
+    linear = partial(Linear, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+    parts: dict[str, Any] = {
+        "dense": linear(config.hidden_size, use_bias=config.classifier_bias),
+        "activation": config.classifier_activation,
+        "norm": norm,
+    }
+    if config.task == "masked_lm":
+        return masked_lm_head(
+            config.vocab_size,
+            config.hidden_size,
+            tied=config.tie_word_embeddings,
+            use_bias=config.decoder_bias,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            **parts,
+        )
+    return Head(**parts, out=linear(config.num_labels, use_bias=True))

@@ -1,0 +1,176 @@
+"""An artifact with int8 weights: it scores as the model with dequantised weights does, and reports what they cost."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+import iceformer
+from iceformer import kernels
+from iceformer.cli import app
+from iceformer.deploy import artifact as layout
+from iceformer.deploy.calibration import CalibrationInputs, calibration_ids
+from iceformer.deploy.executables import PortableTierWarning
+from iceformer.deploy.manifest import parse_manifest
+from iceformer.deploy.session import Session
+from iceformer.deploy.weight_loss import weight_loss
+from iceformer.model.int8 import quantize
+from iceformer.model.layers import Linear
+
+from .conftest import BUCKETS, CHUNK, VOCABULARY
+
+DENSE: dict[str, Any] = {"buckets": BUCKETS, "attention": iceformer.Dense(), "chunk": CHUNK}
+SMALL: dict[str, Any] = DENSE | {"buckets": (64,)}
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path) -> Path:
+    return iceformer.compile(checkpoint, checkpoint.parent / "int8", weights="int8", **DENSE)
+
+
+@pytest.fixture(scope="module")
+def session(artifact: Path) -> Session:
+    return iceformer.load(artifact)
+
+
+@pytest.fixture(scope="module")
+def dequantized(checkpoint: Path, artifact: Path) -> Any:
+    """The float32 model with the artifact's rounded kernels multiplied out."""
+    model = iceformer.load_model(checkpoint)
+    tensors = load_file(artifact / "weights.safetensors")
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Linear):
+            name = ".".join(map(str, path))
+            node.kernel[...] = jnp.asarray(tensors[f"{name}.kernel"] * tensors[f"{name}.scale"])
+    return model
+
+
+def logprobs_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.log_softmax(jax.jit(lambda tokens: model(tokens))(jnp.asarray(ids[None]))[0]))
+
+
+def random_ids(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, VOCABULARY, length)
+
+
+def check_scores(session: Session, model: Any, ids: np.ndarray, atol: float) -> None:
+    expected = logprobs_of(model, ids)[np.arange(len(ids) - 1), ids[1:]]
+    np.testing.assert_allclose(session.score(ids).logprobs, expected, atol=atol)
+
+
+@pytest.mark.parametrize("length", [2, 33, 128])
+def test_scores_are_those_of_the_dequantised_model(session: Session, dequantized: Any, length: int) -> None:
+    check_scores(session, dequantized, random_ids(length), atol=1e-4)
+
+
+def test_scores_are_near_to_those_of_the_float_model(session: Session, dense_session: Session) -> None:
+    ids = random_ids(128)
+    difference = np.abs(session.score(ids).logprobs - dense_session.score(ids).logprobs)
+    assert 1e-3 < difference.max() < 0.5
+    assert difference.mean() < 0.1
+
+
+def test_greedy_ids_are_those_of_the_dequantised_model(session: Session, dequantized: Any) -> None:
+    ids = random_ids(40)
+    expected = ids.tolist()
+    forward = jax.jit(lambda tokens, lengths: dequantized(tokens, lengths))
+    for _ in range(8):
+        logits = forward(np.pad(expected, (0, 64 - len(expected)))[None], np.array([len(expected)], np.int32))
+        expected.append(int(logits[0, len(expected) - 1].argmax()))
+    assert session.generate(ids, max_new_tokens=8).ids.tolist() == expected[40:]
+
+
+def test_the_portable_tier_scores_alike(artifact: Path, dequantized: Any, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    manifest = parse_manifest((artifact / layout.MANIFEST).read_bytes())
+    elsewhere = dataclasses.replace(manifest.environment, jaxlib="0.9.9")
+    layout.write_manifest(tmp_path / "copy", dataclasses.replace(manifest, environment=elsewhere))
+    with pytest.warns(PortableTierWarning):
+        portable = iceformer.load(tmp_path / "copy")
+    check_scores(portable, dequantized, random_ids(50), atol=1e-4)
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    with kernels.disabled():
+        yield
+
+
+def test_kernels_are_called_where_they_are(artifact: Path, session: Session) -> None:
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    for entry in session.info.buckets[0].entries.values():
+        assert kernels.INT8_LINEAR in entry.custom_calls
+        assert kernels.INT8_LINEAR.encode() not in (artifact / entry.portable.path).read_bytes()
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_kernels_scores_are_alike(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
+    session = iceformer.load(iceformer.compile(checkpoint, tmp_path / "a", weights="int8", **SMALL))
+    assert session.info.environment.kernels == ""
+    check_scores(session, dequantized, random_ids(50), atol=1e-4)
+
+
+def test_bfloat16(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
+    path = iceformer.compile(checkpoint, tmp_path / "a", weights="int8", dtype="bfloat16", **SMALL)
+    tensors = {name: info.dtype.name for name, info in load_file(path / "weights.safetensors").items()}
+    session = iceformer.load(path)
+    kinds = {name.rpartition(".")[2]: tensors[name] for name in session.info.weights.names if "norm" not in name}
+    assert kinds == {"kernel": "int8", "scale": "float32", "embedding": "bfloat16"}
+    # Kernels that were rounded to bfloat16 first may round to another int8.
+    check_scores(session, dequantized, random_ids(60), atol=0.3)
+
+
+def test_reported_loss_is_that_of_the_sessions(session: Session, dense_session: Session, checkpoint: Path) -> None:
+    weights, loss = session.info.weights, session.info.weights.loss
+    assert loss is not None
+    ids, info = calibration_ids(None, checkpoint / "tokenizer.json", VOCABULARY, 512)
+    assert (weights.format, loss.text, loss.tokens) == ("int8", info.kind, len(ids))
+    ids = ids[:128]  # What fits a session's bucket.
+    model = iceformer.load_model(checkpoint)
+    loss = weight_loss(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
+    before, after = dense_session.score(ids), session.score(ids)
+    assert loss.nll == pytest.approx(-before.logprobs.mean(), abs=1e-4)
+    assert loss.rounded_nll == pytest.approx(-after.logprobs.mean(), abs=1e-4)
+    assert loss.greedy_agreement == pytest.approx(np.mean(before.argmax == after.argmax))
+    assert 0 < abs(loss.rounded_nll - loss.nll) < 0.1
+    assert 0.5 < loss.greedy_agreement <= 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257])
+def test_loss_of_any_number_of_tokens(checkpoint: Path, length: int) -> None:
+    model = iceformer.load_model(checkpoint)
+    ids = random_ids(length).astype(np.int32)
+    _, info = calibration_ids(ids, checkpoint / "tokenizer.json", VOCABULARY, 512)
+    loss = weight_loss(model, model, CalibrationInputs(ids[None], ids.size, info))
+    logprobs = logprobs_of(model, ids)
+    expected = -logprobs[np.arange(length - 1), ids[1:]].mean() if length > 1 else 0.0
+    assert (loss.tokens, loss.greedy_agreement) == (length, 1.0)
+    assert loss.nll == loss.rounded_nll == pytest.approx(expected, abs=1e-4)
+
+
+def test_size_and_description(artifact: Path, session: Session, dense_session: Session) -> None:
+    info, floats = session.info, dense_session.info
+    assert info.model.parameters == floats.model.parameters
+    assert (floats.weights.format, floats.weights.loss) == ("same", None)
+    kernels_bytes = sum(
+        array.size for name, array in load_file(artifact / "weights.safetensors").items() if array.dtype == np.int8
+    )
+    saved = floats.weights.file.size - info.weights.file.size
+    assert 0.9 * 3 * kernels_bytes < saved < 3 * kernels_bytes
+    loss = info.weights.loss
+    assert loss is not None
+    card = (artifact / "README.md").read_text()
+    assert f"| {loss.tokens} | {loss.nll:.4f} | {loss.rounded_nll:.4f} |" in card
+    shown = CliRunner().invoke(app, ["inspect", str(artifact)], env={"COLUMNS": "200"}).output
+    for text in ("linear layers in int8", "int8 weights", f"{loss.rounded_nll:.4f}", f"{loss.greedy_agreement:.2%}"):
+        assert text in shown

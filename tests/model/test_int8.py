@@ -1,0 +1,116 @@
+"""int8 weights: the rounding, the layer, and which layers of a model take it."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from iceformer import kernels
+from iceformer.model.int8 import Int8Linear, quantize, quantize_kernel
+from iceformer.model.layers import Embedding, GatedMLP, Linear, RMSNorm
+
+
+@pytest.fixture(autouse=True, scope="module", params=["xla", "kernels"])
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The form that the product takes."""
+    jax.clear_caches()
+    if request.param == "kernels":
+        if not kernels.register():
+            pytest.skip("the native kernels are not built")
+        yield
+    else:
+        with kernels.disabled():
+            yield
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arrays.arrays(
+        np.float32,
+        arrays.array_shapes(min_dims=2, max_dims=2, max_side=9),
+        # Without subnormal numbers, which XLA has switched off for the process.
+        elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+        | st.floats(-1, 1, width=32, allow_subnormal=False),
+    )
+)
+def test_every_weight_is_within_half_a_step(kernel: np.ndarray) -> None:
+    rounded, scale = quantize_kernel(kernel)
+    assert (rounded.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, kernel.shape[1:])
+    exact, step = kernel.astype(np.float64), scale.astype(np.float64)
+    assert (np.abs(exact - rounded * step) <= step * (0.5 + 1e-5)).all()
+    assert (scale > 0).all()
+    assert rounded.min(initial=0) >= -127
+    assert (rounded[kernel == 0] == 0).all()
+    # The largest weight of a channel uses the whole range, unless it is as good as 0.
+    largest = np.abs(kernel).max(axis=0)
+    assert (np.abs(rounded.astype(int)).max(axis=0)[largest > 1e-30] == 127).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (3, 7, 24)])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_layer_is_a_linear_layer_with_the_rounded_weights(dtype: str, shape: tuple[int, ...], use_bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    linear = Linear(24, 600, use_bias=use_bias, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
+    if linear.bias is not None:
+        linear.bias[...] = jnp.asarray(rng.standard_normal(600), dtype)
+    layer = Int8Linear.of(linear)
+    weights = np.asarray(layer.kernel[...], np.float64) * np.asarray(layer.scale[...], np.float64)
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
+    expected = np.asarray(x, np.float64) @ weights
+    expected += np.asarray(linear.bias[...], np.float64) if linear.bias is not None else 0.0
+    product = layer.float32(x)
+    assert (product.dtype, product.shape) == (jnp.float32, (*shape[:-1], 600))
+    np.testing.assert_allclose(product, expected, atol=1e-5)
+    assert layer(x).dtype == x.dtype
+    np.testing.assert_array_equal(layer(x), product.astype(dtype))
+    # Near to the layer before: 24 steps of half a 127th of the largest weight, 0.1.
+    np.testing.assert_allclose(linear.float32(x), product, atol=24 * 0.1 / 254 * float(jnp.abs(x).max()))
+
+
+class Model(nnx.Module):
+    """Linear layers as an attribute, in a module, in a list, one twice, beside what stays as it is."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.embed = Embedding(10, 8, rngs=rngs, param_dtype=jnp.float32)
+        self.norm = RMSNorm(8, epsilon=1e-6, param_dtype=jnp.float32)
+        self.first = Linear(8, 8, use_bias=True, rngs=rngs, param_dtype=jnp.float32)
+        self.again = self.first
+        self.none = None
+        mlps = [
+            GatedMLP(8, 16, hidden_act="silu", use_bias=False, rngs=rngs, param_dtype=jnp.float32) for _ in range(2)
+        ]
+        self.layers = nnx.List([*mlps, Linear(8, 4, use_bias=False, rngs=rngs, param_dtype=jnp.float32)])
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        hidden = self.again(self.first(self.norm(self.embed(ids))))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_every_linear_layer_is_replaced_and_the_model_given_is_not() -> None:
+    model = Model()
+    ids = jnp.arange(10)[None]
+    before = model(ids)
+    rounded = quantize(model)
+    kinds = [type(node) for _, node in nnx.iter_graph(rounded)]
+    assert kinds.count(Linear) == 0
+    assert kinds.count(Int8Linear) == 1 + 2 * 3 + 1
+    assert isinstance(rounded, Model)
+    assert rounded.first is rounded.again
+    dtypes = {".".join(map(str, path)): leaf.dtype.name for path, leaf in nnx.to_flat_state(nnx.state(rounded))}
+    assert {name for name, dtype in dtypes.items() if dtype == "int8"} == {
+        name for name in dtypes if name.endswith("kernel")
+    }
+    assert rounded.embed.embedding[...] is model.embed.embedding[...]
+    np.testing.assert_array_equal(model(ids), before)
+    assert not np.array_equal(rounded(ids), before)
+    np.testing.assert_allclose(rounded(ids), before, atol=0.05 * float(jnp.abs(before).max()))
