@@ -131,17 +131,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "partial rotary embedding, parallel residual, a norm for every head",
     ),
     "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
-    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
-    "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
-    "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
+    "modernbert": Architecture(
+        "ModernBERT",
+        ModernBertConfig,
+        ModernBertEncoder,
+        "modernbert",
+        "8192 tokens, rotary embeddings, local and global layers",
+    ),
+    "nomic_bert": Architecture(
+        "Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert", "rotary embeddings, gated MLP"
+    ),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
-    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
-    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
-    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
-    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
-    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
-    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
 }
 
 
