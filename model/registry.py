@@ -16,6 +16,7 @@ from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
 from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
+from .lra import LraConfig, LraEncoder
 from .mistral import MistralConfig, MistralForCausalLM
 from .modernbert import ModernBertConfig, ModernBertEncoder
 from .nomic_bert import NomicBertConfig, NomicBertEncoder
@@ -49,6 +50,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
     "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
+    "lra": Architecture("Long Range Arena's Transformer", LraConfig, LraEncoder, "lra"),
     "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
     "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
