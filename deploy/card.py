@@ -13,6 +13,7 @@ from .tables import (
     crossover_rows,
     describe,
     describe_task,
+    weight_loss_cells,
 )
 
 
@@ -61,7 +62,7 @@ iceformer inspect {name}
 """
 
 
-_NLL = {"decoder": " (nll: mean\nnegative log-probability of the next token, in nats)", "encoder": ""}
+_NLL = {"decoder": " (nll: mean negative log-probability of the next token, in nats)", "encoder": ""}
 _NEW_TOKENS = {"decoder": " New tokens attend exactly.", "encoder": ""}
 
 
@@ -119,7 +120,8 @@ def _weights_text(manifest: Manifest) -> str:
 ## Weights
 
 The kernels of linear layers are {manifest.weights.format} with a scale for each output channel; activations,
-embeddings and an output layer tied to them are {manifest.dtype}. What rounding cost, with exact attention{_NLL[manifest.model.kind]}:
+embeddings and an output layer tied to them are {manifest.dtype}. What rounding cost, with exact
+attention{_NLL[manifest.model.kind]}:
 
 {_markdown_table(tuple(cells), [tuple(cells.values())])}
 """

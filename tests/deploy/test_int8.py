@@ -139,6 +139,9 @@ def test_reported_loss_is_that_of_the_sessions(session: Session, dense_session: 
     model = iceformer.load_model(checkpoint)
     loss = weight_loss(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
     before, after = dense_session.score(ids), session.score(ids)
+    assert loss.nll is not None
+    assert loss.rounded_nll is not None
+    assert loss.greedy_agreement is not None
     assert loss.nll == pytest.approx(-before.logprobs.mean(), abs=1e-4)
     assert loss.rounded_nll == pytest.approx(-after.logprobs.mean(), abs=1e-4)
     assert loss.greedy_agreement == pytest.approx(np.mean(before.argmax == after.argmax))
