@@ -120,8 +120,8 @@ def _weights_text(manifest: Manifest) -> str:
 ## Weights
 
 The kernels of linear layers are {manifest.weights.format} with a scale for each output channel; activations,
-embeddings and an output layer tied to them are {manifest.dtype}. What rounding cost, with exact
-attention{_NLL[manifest.model.kind]}:
+embeddings and an output layer tied to them are {manifest.dtype}.
+What rounding cost, with exact attention{_NLL[manifest.model.kind]}:
 
 {_markdown_table(tuple(cells), [tuple(cells.values())])}
 """

@@ -54,7 +54,7 @@ def json_of(encoding: Encoding, info: Manifest) -> dict[str, Any]:
     return found
 
 
-def probabilities(logits: NDArray[np.float32], info: Manifest) -> NDArray[np.float32]:
+def probabilities(logits: NDArray[np.float32], info: Manifest) -> NDArray[np.floating[Any]]:
     """What a classifier's logits say of its classes: softmax, a sigmoid each where several classes may hold, and the
     logit itself of a regression.
     """

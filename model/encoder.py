@@ -140,7 +140,9 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class TextEmbeddings(nnx.Module):
-    """Tokens, with learned positions and segments where a model has them, and a norm.
+    """Tokens, with positions and segments where a model has them, and a norm.
+
+    Positions are a learned table of so many rows, or a module that makes vectors of them.
 
     Attributes:
         token_types: segments; if there is only one, it is no input.
@@ -153,7 +155,7 @@ class TextEmbeddings(nnx.Module):
         hidden_size: int,
         *,
         vocab_size: int,
-        positions: int,
+        positions: int | nnx.Module,
         token_types: int,
         norm: nnx.Module | None,
         padding_id: int | None = None,
@@ -164,7 +166,7 @@ class TextEmbeddings(nnx.Module):
             return Embedding(count, hidden_size, rngs=rngs, param_dtype=param_dtype) if count else None
 
         self.word_embeddings = Embedding(vocab_size, hidden_size, rngs=rngs, param_dtype=param_dtype)
-        self.position_embeddings = embedding(positions)
+        self.position_embeddings: Any = embedding(positions) if isinstance(positions, int) else positions
         self.token_type_embeddings = embedding(token_types)
         self.norm: Any = norm
         self.token_types, self.padding_id = token_types, padding_id
@@ -270,7 +272,8 @@ class Encoder(nnx.Module):
         norm: final norm, or None.
         pooler: makes one vector of a row's first token, or None.
         head: the task's, or None for "features".
-        head_pooling: what a head for whole rows reads: "pooler", "first" or "mean".
+        head_pooling: what a head for whole rows reads: "pooler", "first", "mean", or "padded_mean", the sum over a
+            row's tokens divided by the model's `max_tokens`.
         pooling: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as `pooled`.
     """
 
@@ -365,7 +368,13 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "..."]:
         x = hidden
         if self.config.task == "sequence_classification":
-            x = {"pooler": pooled, "first": hidden[:, 0], "mean": mean_over_tokens(hidden, lengths)}[self.head_pooling]
+            mean, share = mean_over_tokens(hidden, lengths), lengths[:, None] / self.config.max_tokens
+            x = {
+                "pooler": pooled,
+                "first": hidden[:, 0],
+                "mean": mean,
+                "padded_mean": (mean * share).astype(mean.dtype),
+            }[self.head_pooling]
             assert x is not None
         x = head(x)
         if isinstance(head, TiedHead):

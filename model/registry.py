@@ -21,6 +21,7 @@ from .gpt2 import GPT2Config, GPT2LMHeadModel
 from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
+from .lra import LraConfig, LraEncoder
 from .mistral import MistralConfig, MistralForCausalLM
 from .mixtral import MixtralConfig, MixtralForCausalLM
 from .modernbert import ModernBertConfig, ModernBertEncoder
@@ -58,7 +59,6 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
     "gemma": Architecture(
         "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, norms that count from 1"
     ),
@@ -91,9 +91,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gpt_neox",
         "parallel residual, partial rotary embedding, fused qkv",
     ),
+    "granite": Architecture(
+        "Granite",
+        GraniteConfig,
+        GraniteForCausalLM,
+        "llama",
+        "multipliers of embeddings, residuals, attention and logits",
+    ),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama", "every rope type"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama", "sliding window"),
     "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral", "mixture of experts"),
+    "olmo2": Architecture(
+        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
+    ),
+    "phi3": Architecture(
+        "Phi-3, Phi-4",
+        Phi3Config,
+        Phi3ForCausalLM,
+        "phi3",
+        "LongRoPE, partial rotary embedding, sliding window, fused qkv",
+    ),
     "qwen2": Architecture(
         "Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama", "biases of qkv, sliding window in some layers"
     ),
@@ -105,24 +122,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen3_moe",
         "as Qwen3, with a mixture of experts in some layers",
     ),
-    "granite": Architecture(
-        "Granite",
-        GraniteConfig,
-        GraniteForCausalLM,
-        "llama",
-        "multipliers of embeddings, residuals, attention and logits",
-    ),
     "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama", "layers without positions"),
-    "phi3": Architecture(
-        "Phi-3, Phi-4",
-        Phi3Config,
-        Phi3ForCausalLM,
-        "phi3",
-        "LongRoPE, partial rotary embedding, sliding window, fused qkv",
-    ),
-    "olmo2": Architecture(
-        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
-    ),
     "stablelm": Architecture(
         "StableLM",
         StableLmConfig,
@@ -130,18 +130,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         "stablelm",
         "partial rotary embedding, parallel residual, a norm for every head",
     ),
+    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
     "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
-    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
-    "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
-    "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
+    "lra": Architecture(
+        "Long Range Arena's Transformer", LraConfig, LraEncoder, "lra", "the sizes and names of the published code"
+    ),
+    "modernbert": Architecture(
+        "ModernBERT",
+        ModernBertConfig,
+        ModernBertEncoder,
+        "modernbert",
+        "8192 tokens, rotary embeddings, local and global layers",
+    ),
+    "nomic_bert": Architecture(
+        "Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert", "rotary embeddings, gated MLP"
+    ),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
-    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
-    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
-    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
-    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
-    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
-    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
 }
 
 
