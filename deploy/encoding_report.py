@@ -59,7 +59,7 @@ def probabilities(logits: NDArray[np.float32], info: Manifest) -> NDArray[np.flo
     logit itself of a regression.
     """
     if info.model.config.get("problem_type") == "multi_label_classification":
-        return 1 / (1 + np.exp(-logits))
+        return np.float32(1) / (1 + np.exp(-logits))
     if logits.shape[-1] == 1:
         return logits
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))

