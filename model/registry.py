@@ -130,8 +130,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "stablelm",
         "partial rotary embedding, parallel residual, a norm for every head",
     ),
-    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
-    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
+    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert", "two segments"),
+    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segments"),
     "lra": Architecture(
         "Long Range Arena's Transformer", LraConfig, LraEncoder, "lra", "the sizes and names of the published code"
     ),
@@ -145,8 +145,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nomic_bert": Architecture(
         "Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert", "rotary embeddings, gated MLP"
     ),
-    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
-    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
+    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "positions from the padding id on"),
+    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
 }
 
 
