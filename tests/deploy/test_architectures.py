@@ -1,4 +1,4 @@
-"""From checkpoint to session for every decoder: prompts in chunks and new tokens with a cache, against transformers."""
+"""From checkpoint to session, against transformers: decoders with prompts in chunks and a cache, and encoders."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import torch
 
 import iceformer
 
-from ..model.cases import DECODERS
+from ..model.cases import DECODERS, ENCODERS
 from ..model.reference import save_random
+from ..model.test_encoder_parity import convert, expected, random_inputs, save
 
 TOKENS, NEW = 45, 6
 
@@ -33,3 +34,31 @@ def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: 
         with torch.no_grad():
             row = torch.from_numpy(np.concatenate([ids, generated[:step]]))[None]
             assert token == int(reference(row).logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_encodings_equal_transformers(model_type: str, tmp_path: Path) -> None:
+    """Two rows, padded to the bucket; those of images and sound have one length."""
+    reference = save(tmp_path, model_type, ENCODERS[model_type].tasks[0])
+    model = convert(tmp_path)
+    fixed = model.config.fixed_tokens
+    iceformer.compile(
+        tmp_path / "checkpoint",
+        tmp_path / "artifact",
+        buckets=(64,) if fixed is None else None,
+        batch=2,
+        attention=iceformer.Dense(),
+    )
+    session = iceformer.load(tmp_path / "artifact")
+    lengths = (TOKENS, 9) if fixed is None else (fixed,) * 2
+    inputs = random_inputs(model, 2, lengths[0])
+    rows = [
+        {name: array[row, :length] if fixed is None else array[row] for name, array in inputs.items()}
+        for row, length in enumerate(lengths)
+    ]
+    encodings = session.encode(rows)
+    for row, length in enumerate(lengths):
+        outputs = expected(reference, inputs, row, length)
+        assert outputs
+        for name, array in outputs.items():
+            np.testing.assert_allclose(getattr(encodings[row], name), array, atol=1e-4)
