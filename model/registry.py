@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
+from .dinov2 import Dinov2Config, Dinov2Encoder, Dinov2WithRegistersConfig
 from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
 from .granite import GraniteConfig, GraniteForCausalLM
@@ -25,6 +26,7 @@ from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
+from .vit import ViTConfig, ViTEncoder
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,15 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
+    "dinov2": Architecture("DINOv2", Dinov2Config, Dinov2Encoder, "dinov2"),
+    "dinov2_with_registers": Architecture("DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2"),
     "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
     "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
     "lra": Architecture("Long Range Arena's Transformer", LraConfig, LraEncoder, "lra"),
     "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
     "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
+    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
     "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
