@@ -27,6 +27,7 @@ from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .vit import ViTConfig, ViTEncoder
+from .whisper import WhisperConfig, WhisperEncoder
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
     "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit"),
+    "whisper": Architecture("Whisper's encoder", WhisperConfig, WhisperEncoder, "whisper"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
     "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
