@@ -62,9 +62,7 @@ class Dinov2WithRegistersConfig(Dinov2Config):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Dinov2WithRegistersConfig":
         """As `Dinov2Config.from_hf`."""
-        return cls(
-            **cls._read(config, patch_size=16, registers=read_integer(config, "num_register_tokens", 4, least=0))
-        )
+        return cls(**cls._read(config, patch_size=16, registers=read_integer(config, "num_register_tokens", 4)))
 
 
 class Dinov2Encoder(Encoder):

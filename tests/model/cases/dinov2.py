@@ -46,7 +46,7 @@ def draw(seed: int, *, registers: bool) -> dict[str, Any]:
         "qkv_bias": draw.choice([True, False]),
         "use_swiglu_ffn": draw.choice([True, False]),
         "dtype": draw.choice(["float32", "bfloat16", "float16"]),
-    } | ({"num_register_tokens": draw.randrange(4)} if registers else {})
+    } | ({"num_register_tokens": draw.randrange(1, 5)} if registers else {})
 
 
 CASES = {
