@@ -51,6 +51,18 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class OutputFirst:
+    """The parameter's last dimension in front: the weight of a torch convolution, [out, in, ...]."""
+
+    def source_shape(self, shapes: Sequence[Shape]) -> Shape:
+        (shape,) = shapes
+        return (shape[-1], *shape[:-1])
+
+    def pieces(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        return (np.moveaxis(tensor, 0, -1),)
+
+
+@dataclass(frozen=True)
 class Joined:
     """Several parameters one behind the other along their output dimension, which is their last.
 
@@ -91,7 +103,7 @@ class JoinedByHead:
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-SAME, TRANSPOSED = Same(), Transposed()
+SAME, TRANSPOSED, OUTPUT_FIRST = Same(), Transposed(), OutputFirst()
 JOINED, JOINED_UNTRANSPOSED = Joined(), Joined(transposed=False)
 
 

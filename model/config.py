@@ -16,6 +16,17 @@ def read_integer(config: Mapping[str, Any], name: str, default: int | None = Non
     return value
 
 
+def read_pair(config: Mapping[str, Any], name: str, default: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width, from a whole number of at least 1 for both or a list of two; ValueError for something else."""
+    value = _value(config, name, default)
+    pair = value if isinstance(value, list | tuple) else [value] * 2
+    if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in pair):
+        raise ValueError(
+            f"config: {name} is {value!r}, expected a whole number of at least 1, or two for height and width"
+        )
+    return pair[0], pair[1]
+
+
 def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """A finite number above 0; ValueError if it is something else, or absent without a default."""
     value = _value(config, name, default)

@@ -272,8 +272,8 @@ class Encoder(nnx.Module):
         norm: final norm, or None.
         pooler: makes one vector of a row's first token, or None.
         head: the task's, or None for "features".
-        head_pooling: what a head for whole rows reads: "pooler", "first", "mean", or "padded_mean", the sum over a
-            row's tokens divided by the model's `max_tokens`.
+        head_pooling: what a head for whole rows reads: "pooler", "first", "mean", "padded_mean" (the sum over a row's
+            tokens divided by the model's `max_tokens`), or "tokens" for a head that pools by itself.
         pooling: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as `pooled`.
     """
 
@@ -374,6 +374,7 @@ class Encoder(nnx.Module):
                 "first": hidden[:, 0],
                 "mean": mean,
                 "padded_mean": (mean * share).astype(mean.dtype),
+                "tokens": hidden,
             }[self.head_pooling]
             assert x is not None
         x = head(x)

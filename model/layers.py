@@ -50,6 +50,25 @@ class Linear(nnx.Module):
         return product if self.bias is None else product + self.bias[...].astype(jnp.float32)
 
 
+class Convolution(nnx.Module):
+    """The product of a convolution, `windows @ kernel + bias`, over windows that the caller cuts.
+
+    Args:
+        window: what a window is made of, e.g. (channels, height, width).
+        out_features: channels of the result.
+    """
+
+    def __init__(self, window: tuple[int, ...], out_features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
+        self.kernel = nnx.Param(_initial(rngs.params(), (*window, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+
+    def __call__(self, windows: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
+        """The result in float32, for windows that are flat and in any dtype."""
+        kernel = self.kernel[...]
+        product = _multiply(windows.astype(kernel.dtype), kernel.reshape(-1, kernel.shape[-1]), 0)
+        return product + self.bias[...].astype(jnp.float32)
+
+
 class Embedding(nnx.Module):
     """A table of vectors by token id. An id outside of the table gives NaN."""
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
+from .dinov2 import Dinov2Config, Dinov2Encoder, Dinov2WithRegistersConfig
 from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
 from .gemma import GemmaConfig, GemmaForCausalLM
@@ -34,6 +35,8 @@ from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .stablelm import StableLmConfig, StableLmForCausalLM
+from .vit import ViTConfig, ViTEncoder
+from .whisper import WhisperConfig, WhisperEncoder
 
 ModelConfig = DecoderConfig | EncoderConfig
 Model = CausalLM | Encoder
@@ -132,6 +135,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert", "two segments"),
     "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segments"),
+    "dinov2": Architecture("DINOv2", Dinov2Config, Dinov2Encoder, "dinov2", "images of the config's size"),
+    "dinov2_with_registers": Architecture(
+        "DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2", "as DINOv2"
+    ),
     "lra": Architecture(
         "Long Range Arena's Transformer", LraConfig, LraEncoder, "lra", "the sizes and names of the published code"
     ),
@@ -147,6 +154,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "positions from the padding id on"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
+    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of the config's size"),
+    "whisper": Architecture("Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; sound"),
 }
 
 

@@ -62,6 +62,7 @@ class SelfAttention(nnx.Module):
         head_dim: int,
         use_bias: bool = False,
         use_output_bias: bool | None = None,
+        use_key_bias: bool | None = None,
         q_norm: nnx.Module | None = None,
         k_norm: nnx.Module | None = None,
         norm_heads: bool = True,
@@ -75,7 +76,7 @@ class SelfAttention(nnx.Module):
         linear = partial(Linear, rngs=rngs, param_dtype=param_dtype)
         query_features, key_features = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = linear(hidden_size, query_features, use_bias=use_bias)
-        self.k_proj = linear(hidden_size, key_features, use_bias=use_bias)
+        self.k_proj = linear(hidden_size, key_features, use_bias=use_bias if use_key_bias is None else use_key_bias)
         self.v_proj = linear(hidden_size, key_features, use_bias=use_bias)
         self.o_proj = linear(
             query_features, hidden_size, use_bias=use_bias if use_output_bias is None else use_output_bias
