@@ -12,9 +12,9 @@ from flax import nnx
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import Method
-from ..model.decoder import Bases
 from ..model.encoder import Encoder
 from ..model.registry import Model
+from ..model.self_attention import Bases
 from .manifest import CalibrationInfo
 
 MAX_TOKENS = 4096

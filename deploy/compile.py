@@ -23,10 +23,10 @@ from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
-from ..model.decoder import Bases
 from ..model.encoder import read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
+from ..model.self_attention import Bases
 from . import artifact as layout
 from .calibration import calibrate, calibration_inputs
 from .card import card_text

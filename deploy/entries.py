@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from ..attention import AttentionConfig, Dense, TwoStage
 from ..attention.cache import KVCache, LayerCache
 from ..attention.methods import padded_rank
-from ..model.decoder import Bases
 from ..model.encoder import Encoder
+from ..model.self_attention import Bases
 from .manifest import ArrayInfo, CacheInfo
 
 PlainCache = tuple[tuple[Array, ...], ...]

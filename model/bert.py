@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import PostNormLayer
 from .config import read_boolean, read_choice, read_integer, read_number, require
 from .encoder import (
     Encoder,
     EncoderConfig,
     Head,
-    PostNormLayer,
     TextEmbeddings,
     masked_lm_head,
     read_num_labels,

@@ -19,10 +19,7 @@ from ..attention.ops import cap
 from .config import read_boolean, read_integer
 from .layers import Embedding, Linear
 from .rope import Rope, rotary_tables
-from .self_attention import LayerCall, Norm, SelfAttention
-
-Bases = tuple[Array | None, ...]
-"""What the attention's stage-1 method needs, one array per layer; None for a layer that attends exactly."""
+from .self_attention import Bases, LayerCall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,68 +112,6 @@ def read_sizes(
         "max_position_embeddings": read_integer(config, "max_position_embeddings", max_position_embeddings),
         "tie_word_embeddings": read_boolean(config, "tie_word_embeddings", tie_word_embeddings),
     }
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normalised before and added to the residual, times `residual_multiplier`.
-
-    Without `norm_input` the attention takes the residual as it is.
-    """
-
-    def __init__(
-        self,
-        self_attn: SelfAttention,
-        mlp: nnx.Module,
-        make_norm: Callable[[], Any],
-        residual_multiplier: float = 1.0,
-        *,
-        norm_input: bool = True,
-    ) -> None:
-        self.input_layernorm: Norm | None = make_norm() if norm_input else None
-        self.self_attn = self_attn
-        self.post_attention_layernorm: Norm = make_norm()
-        self.mlp: Any = mlp
-        self.residual_multiplier = residual_multiplier
-
-    def __call__(
-        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
-    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
-        normed = hidden if self.input_layernorm is None else self.input_layernorm(hidden)
-        attended, cache = self.self_attn(normed, call)
-        hidden = self._add(hidden, attended)
-        return self._add(hidden, self.mlp(self.post_attention_layernorm(hidden))), cache
-
-    def _add(
-        self, residual: Float[Array, "batch tokens hidden_size"], update: Float[Array, "batch tokens hidden_size"]
-    ) -> Float[Array, "batch tokens hidden_size"]:
-        if self.residual_multiplier != 1:
-            # Wide, so that the multiplier is not rounded to the activations' dtype.
-            update = (update.astype(jnp.float32) * self.residual_multiplier).astype(update.dtype)
-        return residual + update
-
-
-class ParallelDecoderLayer(nnx.Module):
-    """Attention and MLP side by side: both take the layer's input, normalised, and are added to it together.
-
-    Each has a norm of its own, or both the first where they share one.
-    """
-
-    def __init__(
-        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], *, share_norm: bool
-    ) -> None:
-        self.input_layernorm: Norm = make_norm()
-        self.self_attn = self_attn
-        self.post_attention_layernorm: Norm | None = None if share_norm else make_norm()
-        self.mlp: Any = mlp
-
-    def __call__(
-        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
-    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
-        normed = self.input_layernorm(hidden)
-        attended, cache = self.self_attn(normed, call)
-        if self.post_attention_layernorm is not None:
-            normed = self.post_attention_layernorm(hidden)
-        return hidden + attended + self.mlp(normed), cache
 
 
 class DecoderModel(nnx.Module):

@@ -16,11 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from ..attention import AttentionConfig, Dense
 from .config import read_boolean, read_integer
-from .decoder import Bases
 from .layers import ACTIVATIONS, Embedding, Linear
 from .pooling import Pooling
 from .rope import Rope, rotary_tables
-from .self_attention import LayerCall
+from .self_attention import Bases, LayerCall
 
 TASKS = {
     "Model": "features",
@@ -243,23 +242,6 @@ def masked_lm_head(
     if tied:
         return TiedHead(vocab_size=vocab_size, use_bias=use_bias, param_dtype=param_dtype, **parts)
     return Head(out=Linear(hidden_size, vocab_size, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype), **parts)
-
-
-class PostNormLayer(nnx.Module):
-    """Attention and MLP, each added to the residual and normalised after."""
-
-    def __init__(self, self_attn: nnx.Module, mlp: nnx.Module, make_norm: Callable[[], Any]) -> None:
-        self.self_attn: Any = self_attn
-        self.attention_norm = make_norm()
-        self.mlp: Any = mlp
-        self.output_norm = make_norm()
-
-    def __call__(
-        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
-    ) -> tuple[Float[Array, "batch tokens hidden_size"], None]:
-        attended, _ = self.self_attn(hidden, call)
-        hidden = self.attention_norm(hidden + attended)
-        return self.output_norm(hidden + self.mlp(hidden)), None
 
 
 class Encoder(nnx.Module):

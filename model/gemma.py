@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_number, require
-from .decoder import CausalLM, DecoderConfig, DecoderLayer, read_sizes
+from .decoder import CausalLM, DecoderConfig, read_sizes
 from .layers import ACTIVATIONS, GatedMLP, RMSNorm
 from .rope import rope_from_config
 from .self_attention import SelfAttention
@@ -80,7 +81,7 @@ class GemmaForCausalLM(CausalLM):
         )
 
 
-def _layer(config: GemmaConfig, make_norm: partial[RMSNorm], rngs: nnx.Rngs, param_dtype: DTypeLike) -> DecoderLayer:
+def _layer(config: GemmaConfig, make_norm: partial[RMSNorm], rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNormLayer:
     self_attn = SelfAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -98,4 +99,4 @@ def _layer(config: GemmaConfig, make_norm: partial[RMSNorm], rngs: nnx.Rngs, par
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    return DecoderLayer(self_attn, mlp, make_norm)
+    return PreNormLayer(self_attn, mlp, make_norm)

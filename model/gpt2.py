@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_number, require
-from .decoder import CausalLM, DecoderConfig, DecoderLayer
+from .decoder import CausalLM, DecoderConfig
 from .layers import ACTIVATIONS, MLP, LayerNorm
 from .self_attention import SelfAttention
 
@@ -92,7 +93,7 @@ class GPT2LMHeadModel(CausalLM):
 
 def _layer(
     config: GPT2Config, index: int, make_norm: partial[LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
-) -> DecoderLayer:
+) -> PreNormLayer:
     self_attn = SelfAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -111,4 +112,4 @@ def _layer(
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    return DecoderLayer(self_attn, mlp, make_norm)
+    return PreNormLayer(self_attn, mlp, make_norm)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import ParallelLayer, PreNormLayer
 from .config import read_boolean, read_choice, read_number, require
-from .decoder import CausalLM, DecoderConfig, DecoderLayer, ParallelDecoderLayer, read_sizes
+from .decoder import CausalLM, DecoderConfig, read_sizes
 from .layers import ACTIVATIONS, MLP, LayerNorm
 from .rope import rope_from_config
 from .self_attention import SelfAttention
@@ -78,7 +79,7 @@ class GPTNeoXForCausalLM(CausalLM):
 
 def _layer(
     config: GPTNeoXConfig, make_norm: partial[LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
-) -> DecoderLayer | ParallelDecoderLayer:
+) -> PreNormLayer | ParallelLayer:
     self_attn = SelfAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -97,5 +98,5 @@ def _layer(
         param_dtype=param_dtype,
     )
     if config.use_parallel_residual:
-        return ParallelDecoderLayer(self_attn, mlp, make_norm, share_norm=False)
-    return DecoderLayer(self_attn, mlp, make_norm)
+        return ParallelLayer(self_attn, mlp, make_norm, share_norm=False)
+    return PreNormLayer(self_attn, mlp, make_norm)

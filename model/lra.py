@@ -34,8 +34,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_number
-from .decoder import DecoderLayer
 from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, read_num_labels, read_task
 from .layers import ACTIVATIONS, MLP, LayerNorm, Linear
 from .self_attention import SelfAttention
@@ -170,7 +170,7 @@ class LraEncoder(Encoder):
         )
 
 
-def _layer(config: LraConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> DecoderLayer:
+def _layer(config: LraConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNormLayer:
     self_attn = SelfAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -189,6 +189,6 @@ def _layer(config: LraConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Decoder
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    return DecoderLayer(
+    return PreNormLayer(
         self_attn, mlp, partial(LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
     )

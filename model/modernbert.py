@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_number
-from .decoder import DecoderLayer
 from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, masked_lm_head, read_num_labels, read_task
 from .layers import ACTIVATIONS, GatedMLP, LayerNorm, Linear
 from .rope import ropes_from_config
 from .self_attention import SelfAttention
-
-GLOBAL, LOCAL = "full_attention", "sliding_attention"
+from .windows import FULL, SLIDING, read_layer_types, windows_by_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +48,14 @@ class ModernBertConfig(EncoderConfig):
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
         positions = read_integer(config, "max_position_embeddings", 8192)
-        layer_types = _layer_types(config, read_integer(config, "num_hidden_layers", 22))
+        layer_types = _read_layer_types(config)
         ropes = ropes_from_config(
             config,
             positions,
             layer_types,
-            theta_fields={GLOBAL: "global_rope_theta", LOCAL: "local_rope_theta"},
-            default_thetas={GLOBAL: 160000.0, LOCAL: 10000.0},
-            scaled=(GLOBAL, LOCAL),
+            theta_fields={FULL: "global_rope_theta", SLIDING: "local_rope_theta"},
+            default_thetas={FULL: 160000.0, SLIDING: 10000.0},
+            scaled=(FULL, SLIDING),
         )
         # Half of `local_attention` to each side, and the token itself.
         window = read_integer(config, "local_attention", 128) // 2 + 1
@@ -81,7 +80,7 @@ class ModernBertConfig(EncoderConfig):
             classifier_pooling=read_choice(config, "classifier_pooling", ("cls", "mean"), "cls"),
             tie_word_embeddings=read_boolean(config, "tie_word_embeddings", True),
             ropes=tuple(ropes[layer_type] for layer_type in layer_types),
-            windows=tuple(window if layer_type == LOCAL else None for layer_type in layer_types),
+            windows=windows_by_type(layer_types, window),
         )
 
 
@@ -102,7 +101,7 @@ class ModernBertEncoder(Encoder):
             param_dtype=param_dtype,
         )
         layers = [
-            DecoderLayer(
+            PreNormLayer(
                 _self_attention(config, window, rngs, param_dtype),
                 GatedMLP(
                     config.hidden_size,
@@ -128,15 +127,11 @@ class ModernBertEncoder(Encoder):
         )
 
 
-def _layer_types(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+def _read_layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Each layer's type; older configs say after how many layers a global one comes again."""
-    types = config.get("layer_types")
-    if types is None:
-        period = read_integer(config, "global_attn_every_n_layers", 3)
-        return tuple(LOCAL if index % period else GLOBAL for index in range(layers))
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {GLOBAL, LOCAL}:
-        raise ValueError(f"config: layer_types is {types!r}, expected {GLOBAL} or {LOCAL} for each of {layers} layers")
-    return tuple(types)
+    period = read_integer(config, "global_attn_every_n_layers", 3)
+    layers = read_integer(config, "num_hidden_layers", 22)
+    return read_layer_types(config, [SLIDING if index % period else FULL for index in range(layers)])
 
 
 def _self_attention(

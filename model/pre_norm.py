@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .decoder import CausalLM, DecoderConfig, DecoderLayer
+from .blocks import PreNormLayer
+from .decoder import CausalLM, DecoderConfig
 from .layers import GatedMLP, RMSNorm
 from .self_attention import SelfAttention
 
@@ -57,7 +58,7 @@ class PreNormCausalLM(CausalLM):
     ) -> None:
         make_norm = partial(RMSNorm, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
 
-        def make_layer(index: int) -> DecoderLayer:
+        def make_layer(index: int) -> PreNormLayer:
             self_attn = SelfAttention(
                 hidden_size=config.hidden_size,
                 num_attention_heads=config.num_attention_heads,
@@ -82,7 +83,7 @@ class PreNormCausalLM(CausalLM):
                     rngs=rngs,
                     param_dtype=param_dtype,
                 )
-            return DecoderLayer(self_attn, mlp, partial(make_norm, config.hidden_size), residual_multiplier)
+            return PreNormLayer(self_attn, mlp, partial(make_norm, config.hidden_size), residual_multiplier)
 
         super().__init__(
             config,

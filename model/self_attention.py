@@ -15,6 +15,8 @@ from .rope import RotaryTables, apply_rotary
 
 Norm = Callable[[Array], Array]
 """A norm over the last dimension: `RMSNorm` or `LayerNorm`."""
+Bases = tuple[Array | None, ...]
+"""What the attention's stage-1 method needs, one array per layer; None for a layer that attends exactly."""
 
 
 @dataclass(frozen=True)

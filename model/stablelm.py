@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import ParallelLayer, PreNormLayer
 from .config import read_boolean, read_choice, read_number, require
-from .decoder import CausalLM, DecoderConfig, DecoderLayer, ParallelDecoderLayer, read_sizes
+from .decoder import CausalLM, DecoderConfig, read_sizes
 from .layers import ACTIVATIONS, GatedMLP, LayerNorm
 from .rope import rope_from_config
 from .self_attention import SelfAttention
@@ -79,7 +80,7 @@ class StableLmForCausalLM(CausalLM):
 
 def _layer(
     config: StableLmConfig, make_norm: partial[LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
-) -> DecoderLayer | ParallelDecoderLayer:
+) -> PreNormLayer | ParallelLayer:
     def make_head_norms(heads: int) -> LayerNorm | None:
         """A norm for each head, with a weight of its own."""
         return make_norm((heads, config.head_dim), use_bias=False) if config.qk_layernorm else None
@@ -105,5 +106,5 @@ def _layer(
         param_dtype=param_dtype,
     )
     if config.use_parallel_residual:
-        return ParallelDecoderLayer(self_attn, mlp, partial(make_norm, config.hidden_size), share_norm=True)
-    return DecoderLayer(self_attn, mlp, partial(make_norm, config.hidden_size))
+        return ParallelLayer(self_attn, mlp, partial(make_norm, config.hidden_size), share_norm=True)
+    return PreNormLayer(self_attn, mlp, partial(make_norm, config.hidden_size))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from .blocks import PreNormLayer
 from .config import read_choice, read_integer
-from .decoder import DecoderLayer
 from .encoder import Encoder, Head, read_pooler
 from .images import ImageConfig, ImageEmbeddings, image_attention, read_image_config
 from .layers import ACTIVATIONS, MLP, LayerNorm, Linear
@@ -52,7 +52,7 @@ class ViTEncoder(Encoder):
         make_norm = partial(LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
         linear = partial(Linear, config.hidden_size, use_bias=True, rngs=rngs, param_dtype=param_dtype)
 
-        def make_layer() -> DecoderLayer:
+        def make_layer() -> PreNormLayer:
             mlp = MLP(
                 config.hidden_size,
                 config.intermediate_size,
@@ -61,7 +61,7 @@ class ViTEncoder(Encoder):
                 rngs=rngs,
                 param_dtype=param_dtype,
             )
-            return DecoderLayer(image_attention(config, rngs=rngs, param_dtype=param_dtype), mlp, make_norm)
+            return PreNormLayer(image_attention(config, rngs=rngs, param_dtype=param_dtype), mlp, make_norm)
 
         super().__init__(
             config,

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .blocks import PreNormLayer
 from .config import read_choice, read_integer
-from .decoder import DecoderLayer
 from .encoder import Encoder, EncoderConfig, InputInfo
 from .layers import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
 from .self_attention import SelfAttention
@@ -105,7 +105,7 @@ def windows_of_three(
     return jnp.stack(taps, axis=-1).reshape(x.shape[0], taps[0].shape[1], -1)
 
 
-def _layer(config: WhisperConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> DecoderLayer:
+def _layer(config: WhisperConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNormLayer:
     self_attn = SelfAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -125,4 +125,4 @@ def _layer(config: WhisperConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Dec
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    return DecoderLayer(self_attn, mlp, partial(LayerNorm, config.hidden_size, epsilon=1e-5, param_dtype=param_dtype))
+    return PreNormLayer(self_attn, mlp, partial(LayerNorm, config.hidden_size, epsilon=1e-5, param_dtype=param_dtype))

@@ -20,7 +20,8 @@ from iceformer.attention import LowRank
 from iceformer.convert.checkpoint import save_params
 from iceformer.deploy.session import Session
 from iceformer.model import registry
-from iceformer.model.encoder import Encoder, EncoderConfig, InputInfo, PostNormLayer
+from iceformer.model.blocks import PostNormLayer
+from iceformer.model.encoder import Encoder, EncoderConfig, InputInfo
 from iceformer.model.layers import MLP, LayerNorm, Linear
 from iceformer.model.self_attention import SelfAttention
 
