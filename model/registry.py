@@ -26,6 +26,7 @@ from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
+from .t5 import MT5Config, T5Config, T5Encoder, UMT5Config
 from .vit import ViTConfig, ViTEncoder
 from .whisper import WhisperConfig, WhisperEncoder
 
@@ -59,6 +60,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
     "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
+    "t5": Architecture("T5's encoder", T5Config, T5Encoder, "t5"),
+    "mt5": Architecture("mT5's encoder", MT5Config, T5Encoder, "t5"),
+    "umt5": Architecture("umT5's encoder", UMT5Config, T5Encoder, "t5"),
     "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit"),
     "whisper": Architecture("Whisper's encoder", WhisperConfig, WhisperEncoder, "whisper"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),

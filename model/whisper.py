@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from .config import read_choice, read_integer
 from .decoder import DecoderLayer
-from .encoder import Encoder, EncoderConfig, InputInfo
+from .encoder import Encoder, EncoderConfig, InputInfo, require_class
 from .layers import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
 from .self_attention import SelfAttention
 
@@ -40,9 +40,7 @@ class WhisperConfig(EncoderConfig):
         Raises:
             ValueError: a field out of range, or a class that has more than an encoder and a decoder.
         """
-        names = config.get("architectures") or ["WhisperModel"]
-        if names[0] not in CLASSES:
-            raise ValueError(f"config: architectures names {names[0]}, supported are: {', '.join(CLASSES)}")
+        require_class(config, CLASSES)
         layers = read_integer(config, "encoder_layers", 4)
         positions = read_integer(config, "max_source_positions", 1500)
         return cls(
