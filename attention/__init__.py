@@ -41,6 +41,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    distance_bias: Float[Array, "query_heads distances"] | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
     projected: Int8[Array, "batch kv_heads keys padded_rank"] | None = None,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
@@ -49,7 +50,8 @@ def attend(
     `basis` holds the projections of the query and of the key that the method of a `TwoStage` was calibrated to, and
     `projected` what `project_keys` made of the keys (made here if it is not given). A budget or a crossover that
     covers every key is exact attention, and is computed as such. With a `window` attention is exact within the window,
-    whatever `config` says: two-stage attention is for layers that see the whole sequence.
+    whatever `config` says: two-stage attention is for layers that see the whole sequence. The native kernels have no
+    `distance_bias`: with one, everything runs in XLA.
     """
     options: dict[str, Any] = {
         "offset": offset,
@@ -57,6 +59,7 @@ def attend(
         "causal": causal,
         "scale": scale,
         "softcap": softcap,
+        "distance_bias": distance_bias,
     }
     dense = config if isinstance(config, Dense) else Dense()
 
@@ -69,7 +72,7 @@ def attend(
 
     if window is not None or isinstance(config, Dense) or key.shape[2] <= config.exact_keys:
         return exact()
-    if runs_in_kernel(config, query, key, value):
+    if distance_bias is None and runs_in_kernel(config, query, key, value):
         return two_stage(config)
     # In XLA, a call whose query blocks all attend exactly, as in short prompts, pays for no summary of the keys and has
     # the larger query blocks of exact attention.

@@ -24,6 +24,7 @@ from .blocks import (
     valid_blocks,
     visibility_of_block,
 )
+from .distance import DistanceTable, distance_tile, table_of_heads
 from .ops import cap, matmul, matmul_transposed
 
 Mask = Bool[Array, "#batch #query_heads queries keys"] | Float[Array, "#batch #query_heads queries keys"]
@@ -51,6 +52,7 @@ def exact_attention(
     softcap: float | None = None,
     window: int | None = None,
     mask: Mask | None = None,
+    distance_bias: Float[Array, "query_heads distances"] | None = None,
     query_block: int = EXACT_QUERY_BLOCK,
     key_block: int = EXACT_KEY_BLOCK,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
@@ -72,6 +74,8 @@ def exact_attention(
             models is this number; bidirectional ModernBERT has |i - j| <= local_attention // 2, a window of
             local_attention // 2 + 1.
         mask: further mask: True where a key takes part, or floats that are added to the logits.
+        distance_bias: added to the logits, after the cap: the value at `reach + key position - query position` of the
+            2 * reach + 1 that each head has, where distances beyond the reach count as the reach (T5's positions).
         query_block: queries computed together in XLA; the native kernel has blocks of its own.
         key_block: keys of one step of the online softmax in XLA.
 
@@ -79,7 +83,7 @@ def exact_attention(
         The attention output in the query's dtype; 0 for a query that sees no key.
 
     Raises:
-        ValueError: `window` is not a number of tokens.
+        ValueError: `window` is not a number of tokens, or `distance_bias` has an even number of distances.
     """
     if window is not None and not 1 <= window < 2**31:
         raise ValueError(f"window is {window}, expected 1 to 2**31 - 1 tokens, or None for no window")
@@ -88,7 +92,7 @@ def exact_attention(
     query_block = min(query_block, next_power_of_two(queries))
     key_block = min(key_block, next_power_of_two(keys))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
-    if mask is None and custom_calls.available(query, key, value):
+    if mask is None and distance_bias is None and custom_calls.available(query, key, value):
         return custom_calls.exact(
             query,
             key,
@@ -103,16 +107,20 @@ def exact_attention(
     blocked = split_queries(query, kv_heads, query_block)
     key, value = (pad_axis(x, 2, key_block) for x in (key, value))
     bias = None if mask is None else _blocked_bias(mask, (batch, query_heads), kv_heads, query_block, key_block)
+    tables = table_of_heads(distance_bias, kv_heads)
     heads, blocks, rows = blocked.shape[:3]
     lengths = jnp.minimum(lengths, keys)
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
         first, length = offset[head // kv_heads], lengths[head // kv_heads]
+        table = None if tables is None else tables[head % kv_heads]
 
         def attend_block(block: Int[Array, ""], out: Array) -> Array:
             visibility = visibility_of_block(block, first, length, causal, rows, query_block, window)
             tile = None if bias is None else bias[head, block]
-            part = exact_block(blocked[head, block], key, value, head, visibility, scale, softcap, key_block, tile)
+            part = exact_block(
+                blocked[head, block], key, value, head, visibility, scale, softcap, key_block, tile, table
+            )
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         # With neither mask queries may belong to another sequence than the keys, so all of them count.
@@ -135,6 +143,7 @@ def exact_block(
     softcap: float | None,
     key_block: int,
     bias: Float[Array, "rows keys"] | None = None,
+    table: DistanceTable | None = None,
 ) -> Partial:
     """Exact attention of one query block, over key tiles from the first visible one to the last (FlashAttention's
     recurrence)."""
@@ -144,6 +153,8 @@ def exact_block(
         total, largest, weight = state
         start = index * key_block
         logits = cap(matmul_transposed(query, head_tile(key, head, start, key_block)) * scale, softcap)
+        if table is not None:
+            logits += distance_tile(table, visibility.position[0], start, rows // table.shape[0], key_block)
         if bias is not None:
             logits = jnp.maximum(logits + lax.dynamic_slice(bias, (0, start), (rows, key_block)), MASKED)
         position = start + jnp.arange(key_block, dtype=jnp.int32)

@@ -26,6 +26,7 @@ from .blocks import (
 )
 from .compensation import MEAN_BLOCK, BlockSums, Selection, block_sums, compensate
 from .config import TwoStage, method_of
+from .distance import DistanceTable, distance_tile, table_of_heads
 from .exact import Partial, exact_block, normalise
 from .methods import LowRank, RankingQueries, project_keys, project_queries, required
 from .ops import cap, matmul_transposed, transposed_matmul
@@ -55,21 +56,30 @@ def two_stage_attention(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    distance_bias: Float[Array, "query_heads distances"] | None = None,
     basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
     projected: Int8[Array, "batch kv_heads keys padded_rank"] | None = None,
 ) -> Float[Array, "batch query_heads queries value_dim"]:
     """Attention over the `config.budget` keys that each query block finds most important.
 
     Arguments and result are those of `exact_attention`; `basis` holds the projections that `low_rank` needs, and
-    `projected` what `project_keys` made of the keys, if the caller has it.
+    `projected` what `project_keys` made of the keys, if the caller has it. Stage 1 ranks without `distance_bias`; the
+    selection among its candidates and the softmax have it.
+
+    Raises:
+        ValueError: a `distance_bias` with compensation, whose mean keys have no distance.
     """
+    if distance_bias is not None and config.compensation != "none":
+        raise ValueError(
+            f"compensation is {config.compensation!r}, which cannot go with a distance_bias, expected 'none'"
+        )
     batch, kv_heads, keys, head_dim = key.shape
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     lengths = jnp.minimum(lengths, keys)
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, rows = blocked.shape[:3]
     bases = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
-    if runs_in_kernel(config, query, key, value):
+    if distance_bias is None and runs_in_kernel(config, query, key, value):
         return custom_calls.two_stage(
             config,
             *(query, key, value),
@@ -84,17 +94,21 @@ def two_stage_attention(
     features, unit = method_of(config).ranking_queries(blocked, bases)
     ranking = RankingQueries(features, unit * scale)
     prepared = prepare_keys(config, key, value, bases, projected)
+    tables = table_of_heads(distance_bias, kv_heads)
     exact_key_block = min(EXACT_KEY_BLOCK, prepared.key.shape[2])
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
         start, length = offset[head // kv_heads], lengths[head // kv_heads]
+        table = None if tables is None else tables[head % kv_heads]
         count = valid_blocks(start, length, blocks, config.query_block)
         first, last = selected_blocks(config, start, length, count, causal)
 
         def selected(block: Int[Array, ""], out: Array) -> Array:
             visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
             ranks = RankingQueries(features[head, block], ranking.scale[head, block])
-            part = selected_block(config, blocked[head, block], ranks, prepared, head, visibility, scale, softcap)
+            part = selected_block(
+                config, blocked[head, block], ranks, prepared, head, visibility, scale, softcap, table
+            )
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         def exact(index: Int[Array, ""], out: Array) -> Array:
@@ -102,7 +116,9 @@ def two_stage_attention(
             block = jnp.where(index < first, index, last + index - first)
             visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
             part = exact_block(
-                blocked[head, block], prepared.key, prepared.value, head, visibility, scale, softcap, exact_key_block
+                *(blocked[head, block], prepared.key, prepared.value, head, visibility, scale, softcap),
+                exact_key_block,
+                table=table,
             )
             return out.at[head, block].set(part.output.astype(out.dtype))
 
@@ -178,6 +194,7 @@ def selected_block(
     visibility: Visibility,
     scale: float,
     softcap: float | None,
+    table: DistanceTable | None = None,
 ) -> Partial:
     """Attention of one query block over its selection: stage 1, stage 2, gather, exact softmax."""
     length, head_dim = keys.key.shape[2:]
@@ -189,7 +206,12 @@ def selected_block(
     candidate = keys.key.reshape(-1, block_length, head_dim)[head * (length // block_length) + block]
     candidate = candidate.reshape(-1, head_dim)
     visible = visibility.mask(position).T & jnp.repeat(block_visible, block_length)[:, None]
-    logits = jnp.where(visible, cap(matmul_transposed(candidate, query) * scale, softcap), MASKED)
+    logits = cap(matmul_transposed(candidate, query) * scale, softcap)
+    if table is not None:
+        logits += _distances_to_blocks(
+            table, visibility.position[0], block * block_length, query.shape[0], block_length
+        )
+    logits = jnp.where(visible, logits, MASKED)
 
     chosen, chosen_visible = select(
         largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
@@ -200,6 +222,15 @@ def selected_block(
         return part
     selection = Selection(position[chosen], chosen_visible, candidate[chosen], value)
     return compensate(part, query, selection, keys.sums, head, visibility, scale, softcap)
+
+
+def _distances_to_blocks(
+    table: DistanceTable, query_start: Int[Array, ""], key_starts: Int[Array, " blocks"], rows: int, block_length: int
+) -> Float[Array, "keys rows"]:
+    """The bias of a query block at the tokens of some key blocks."""
+    queries = rows // table.shape[0]
+    tiles = jax.vmap(lambda start: distance_tile(table, query_start, start, queries, block_length))(key_starts)
+    return tiles.transpose(0, 2, 1).reshape(-1, rows)
 
 
 def _stage_1(

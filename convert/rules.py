@@ -21,7 +21,7 @@ class Rule:
             one row of a parameter that stacks several. A tuple of names for a tensor that holds several parameters;
             None ignores the tensor.
         layout: how the tensor lies in what it fills.
-        tied_to: the parameter that the tensor must equal in a model that has no `target` of its own.
+        tied_to: the parameter that the tensor must equal where `target` is None or one that the model does not have.
         optional: a model that has no `target` does without the tensor, as without a pooler that its task does not use.
     """
 
@@ -87,6 +87,8 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
         rule, slots = _match(rules, name, parameters)
         if rule is None:
             problems.append(f"unexpected: {name} {list(tensor.shape)}")
+        elif not slots and rule.tied_to is not None:
+            plan.ties[name] = parse(rule.tied_to)
         elif not slots:
             continue
         elif all(_exists(slot, parameters) for slot in slots):

@@ -5,7 +5,7 @@ layers.N, norm, pooler, head.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class EncoderConfig:
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
         pooler: whether there is one, `Encoder.pooler`.
-        max_tokens: tokens that a row may have.
+        max_tokens: tokens that a row may have; None for any number.
         fixed_tokens: tokens that every row has, for images and sound; None for text.
         ropes: each layer's rotary embedding; None for a layer without.
         windows: each layer's sliding window in tokens to both sides, as `SelfAttention` has it; None for all tokens.
@@ -68,7 +68,7 @@ class EncoderConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    max_tokens: int
+    max_tokens: int | None
     fixed_tokens: int | None = None
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
@@ -106,6 +106,16 @@ def read_task(config: Mapping[str, Any]) -> str:
     if match is None:
         raise ValueError(f"config: architectures names {name}, supported are classes that end in: {', '.join(TASKS)}")
     return TASKS[match[1]]
+
+
+def require_class(config: Mapping[str, Any], classes: Collection[str]) -> None:
+    """ValueError unless the class name under `architectures` is one of those; there may be none.
+
+    For encoders of models that have a decoder too: what else stands behind an encoder would be left out silently.
+    """
+    names = config.get("architectures")
+    if names and names[0] not in classes:
+        raise ValueError(f"config: architectures names {names[0]}, supported are: {', '.join(classes)}")
 
 
 def read_pooler(config: Mapping[str, Any], task: str) -> bool:
@@ -350,21 +360,28 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "..."]:
         x = hidden
         if self.config.task == "sequence_classification":
-            mean, share = mean_over_tokens(hidden, lengths), lengths[:, None] / self.config.max_tokens
-            x = {
-                "pooler": pooled,
-                "first": hidden[:, 0],
-                "mean": mean,
-                "padded_mean": (mean * share).astype(mean.dtype),
-                "tokens": hidden,
-            }[self.head_pooling]
-            assert x is not None
+            x = self._whole_rows(hidden, pooled, lengths)
         x = head(x)
         if isinstance(head, TiedHead):
             logits = self.embeddings.word_embeddings.logits(x)
             return logits if head.bias is None else logits + head.bias[...].astype(jnp.float32)
         assert head.out is not None
         return head.out.float32(x)
+
+    def _whole_rows(
+        self,
+        hidden: Float[Array, "batch tokens hidden_size"],
+        pooled: Float[Array, "batch hidden_size"] | None,
+        lengths: Int[Array, " batch"],
+    ) -> Float[Array, "batch ..."]:
+        """What a head for whole rows reads."""
+        mean = mean_over_tokens(hidden, lengths)
+        if self.head_pooling == "padded_mean":
+            assert self.config.max_tokens is not None
+            return (mean * (lengths[:, None] / self.config.max_tokens)).astype(mean.dtype)
+        rows = {"pooler": pooled, "first": hidden[:, 0], "mean": mean, "tokens": hidden}[self.head_pooling]
+        assert rows is not None
+        return rows
 
 
 def mean_over_tokens(

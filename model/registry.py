@@ -35,6 +35,7 @@ from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .stablelm import StableLmConfig, StableLmForCausalLM
+from .t5 import MT5Config, T5Config, T5Encoder, UMT5Config
 from .vit import ViTConfig, ViTEncoder
 from .whisper import WhisperConfig, WhisperEncoder
 
@@ -154,6 +155,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "positions from the padding id on"),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
+    "t5": Architecture("T5", T5Config, T5Encoder, "t5", "its encoder only; bias by distance"),
+    "mt5": Architecture("mT5", MT5Config, T5Encoder, "t5", "as T5"),
+    "umt5": Architecture("umT5", UMT5Config, T5Encoder, "t5", "as T5, with a bias in every layer"),
     "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of the config's size"),
     "whisper": Architecture("Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; sound"),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -53,6 +54,8 @@ class SelfAttention(nnx.Module):
         window: keys that a query sees counted back from itself, its own included (to both sides where not causal), or
             None for all. A layer with a window attends exactly.
         causal: whether a query sees only keys up to its own position.
+        distance_bias: makes the logits' bias [query_heads, distances] as `exact_attention` takes it, or None; layers
+            may share one.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class SelfAttention(nnx.Module):
         softcap: float | None = None,
         window: int | None = None,
         causal: bool = True,
+        distance_bias: nnx.Module | None = None,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ) -> None:
@@ -84,6 +88,7 @@ class SelfAttention(nnx.Module):
             query_features, hidden_size, use_bias=use_bias if use_output_bias is None else use_output_bias
         )
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
+        self.distance_bias: Any = distance_bias
         self.head_dim, self.scale, self.softcap, self.window, self.causal = head_dim, scale, softcap, window, causal
 
     def __call__(
@@ -108,6 +113,7 @@ class SelfAttention(nnx.Module):
             scale=self.scale,
             softcap=self.softcap,
             window=self.window,
+            distance_bias=None if self.distance_bias is None else self.distance_bias(),
             basis=call.basis,
             projected=projected,
         )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from .blocks import PreNormLayer
 from .config import read_choice, read_integer
-from .encoder import Encoder, EncoderConfig, InputInfo
+from .encoder import Encoder, EncoderConfig, InputInfo, require_class
 from .layers import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
 from .self_attention import SelfAttention
 
@@ -31,6 +31,7 @@ class WhisperConfig(EncoderConfig):
     model_type: ClassVar[str] = "whisper"
 
     num_mel_bins: int
+    max_source_positions: int
     activation_function: str
 
     @classmethod
@@ -40,9 +41,7 @@ class WhisperConfig(EncoderConfig):
         Raises:
             ValueError: a field out of range, or a class that has more than an encoder and a decoder.
         """
-        names = config.get("architectures") or ["WhisperModel"]
-        if names[0] not in CLASSES:
-            raise ValueError(f"config: architectures names {names[0]}, supported are: {', '.join(CLASSES)}")
+        require_class(config, CLASSES)
         layers = read_integer(config, "encoder_layers", 4)
         positions = read_integer(config, "max_source_positions", 1500)
         return cls(
@@ -52,6 +51,7 @@ class WhisperConfig(EncoderConfig):
             intermediate_size=read_integer(config, "encoder_ffn_dim", 1536),
             num_hidden_layers=layers,
             num_attention_heads=read_integer(config, "encoder_attention_heads", 6),
+            max_source_positions=positions,
             max_tokens=positions,
             fixed_tokens=positions,
             num_mel_bins=read_integer(config, "num_mel_bins", 80),
@@ -80,7 +80,9 @@ class SoundEmbeddings(nnx.Module):
         convolution = partial(Convolution, out_features=config.hidden_size, rngs=rngs, param_dtype=param_dtype)
         self.conv1 = convolution((config.num_mel_bins, 3))
         self.conv2 = convolution((config.hidden_size, 3))
-        self.position_embeddings = Embedding(config.max_tokens, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+        self.position_embeddings = Embedding(
+            config.max_source_positions, config.hidden_size, rngs=rngs, param_dtype=param_dtype
+        )
         self.config = config
 
     def __call__(self, inputs: Mapping[str, Array]) -> Float[Array, "batch tokens hidden_size"]:
@@ -92,7 +94,9 @@ class SoundEmbeddings(nnx.Module):
 
     def inputs(self, tokens: int) -> dict[str, InputInfo]:
         """The inputs: log-mel features of two frames for each token."""
-        return {"input_features": InputInfo((self.config.num_mel_bins, 2 * self.config.max_tokens), "float32")}
+        return {
+            "input_features": InputInfo((self.config.num_mel_bins, 2 * self.config.max_source_positions), "float32")
+        }
 
 
 def windows_of_three(

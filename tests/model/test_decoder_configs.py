@@ -1,6 +1,7 @@
 """Configs of decoders as transformers reads them: defaults, files as the hub has them, and what is refused."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -258,7 +259,12 @@ def assert_read_as_transformers_does(fields: dict[str, Any]) -> None:
     reference: Any = AutoConfig.for_model(**copy.deepcopy(fields))
     _, config = build(fields)
     assert isinstance(config, DecoderConfig)
-    for name in config.__dataclass_fields__.keys() - {"ropes", "windows", "head_dim", "mlp_only_layers"}:
+    for name in {each.name for each in dataclasses.fields(config)} - {
+        "ropes",
+        "windows",
+        "head_dim",
+        "mlp_only_layers",
+    }:
         assert getattr(config, name) == getattr(reference, name), name
     heads = reference.num_attention_heads
     assert config.head_dim == (getattr(reference, "head_dim", None) or reference.hidden_size // heads)
@@ -287,7 +293,7 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 def test_null_fields_take_their_defaults(model_type: str) -> None:
     """But for a window and a number of key and value heads, of which null means something else."""
     architecture = ARCHITECTURES[model_type]
-    fields = architecture.config.__dataclass_fields__.keys() - {"num_key_value_heads"}
+    fields = {each.name for each in dataclasses.fields(architecture.config)} - {"num_key_value_heads"}
     nulls = dict.fromkeys((*fields, "rope_scaling", "rope_parameters", "layer_types", "use_sliding_window"))
     assert architecture.config.from_hf(nulls) == architecture.config.from_hf({})
 

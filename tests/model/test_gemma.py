@@ -1,5 +1,6 @@
 """Gemma's configs, and the names in checkpoints of a Gemma 3 that sees images."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_defaults_are_those_of_transformers(config_class: Any, name: str) -> Non
     import transformers
 
     config, reference = config_class.from_hf({}), getattr(transformers, name)()
-    for field in config_class.__dataclass_fields__.keys() - {"ropes", "windows"}:
+    for field in {each.name for each in dataclasses.fields(config_class)} - {"ropes", "windows"}:
         assert getattr(config, field) == getattr(reference, field), field
     layer_types = getattr(reference, "layer_types", [FULL] * config.num_hidden_layers)
     assert config.windows == tuple(4096 if layer_type == SLIDING else None for layer_type in layer_types)

@@ -1,5 +1,6 @@
 """GPT-2's config, the names in its checkpoints, and its table of positions."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import GPT2Config as Reference
 
     config, reference = GPT2Config.from_hf({"n_inner": None, "task_specific_params": {}, "n_ctx": 1024}), Reference()
-    names = GPT2Config.__dataclass_fields__.keys() - {
+    names = {each.name for each in dataclasses.fields(GPT2Config)} - {
         *("ropes", "windows", "head_dim", "num_key_value_heads", "intermediate_size")
     }
     for name in names:

@@ -1,5 +1,6 @@
 """GPT-NeoX's and StableLM's configs and the names in their checkpoints; the configs of OLMo 2."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ def test_defaults_are_those_of_transformers(config_class: Any, name: str, share:
     import transformers
 
     config, reference = config_class.from_hf({}), getattr(transformers, name)()
-    for field in config_class.__dataclass_fields__.keys() - {"ropes", "windows", "head_dim", "num_key_value_heads"}:
+    for field in {each.name for each in dataclasses.fields(config_class)} - {
+        "ropes",
+        "windows",
+        "head_dim",
+        "num_key_value_heads",
+    }:
         assert getattr(config, field) == getattr(reference, field), field
     assert config.head_dim == reference.hidden_size // reference.num_attention_heads
     assert config.num_key_value_heads == reference.num_attention_heads

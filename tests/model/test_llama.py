@@ -1,5 +1,6 @@
 """Llama's config, and its module in pieces: caches, queries and keys, attention given as an argument."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import LlamaConfig as Reference
 
     config, reference = LlamaConfig.from_hf({}), Reference()
-    for name in LlamaConfig.__dataclass_fields__.keys() - {"ropes", "windows"}:
+    for name in {each.name for each in dataclasses.fields(LlamaConfig)} - {"ropes", "windows"}:
         assert getattr(config, name) == getattr(reference, name), name
     assert config.ropes == (Rope("default", 10000.0),) * 32
     assert config.windows == (None,) * 32
 
 
 def test_null_fields_take_their_defaults() -> None:
-    nulls = dict.fromkeys((*LlamaConfig.__dataclass_fields__, "rope_scaling", "sliding_window"))
+    nulls = dict.fromkeys((*(each.name for each in dataclasses.fields(LlamaConfig)), "rope_scaling", "sliding_window"))
     assert LlamaConfig.from_hf(nulls) == LlamaConfig.from_hf({})
 
 
