@@ -31,6 +31,7 @@ class WhisperConfig(EncoderConfig):
     model_type: ClassVar[str] = "whisper"
 
     num_mel_bins: int
+    max_source_positions: int
     activation_function: str
 
     @classmethod
@@ -52,6 +53,7 @@ class WhisperConfig(EncoderConfig):
             num_attention_heads=read_integer(config, "encoder_attention_heads", 6),
             max_tokens=positions,
             fixed_tokens=positions,
+            max_source_positions=positions,
             num_mel_bins=read_integer(config, "num_mel_bins", 80),
             activation_function=read_choice(config, "activation_function", ACTIVATIONS, "gelu"),
             ropes=(None,) * layers,
@@ -78,7 +80,9 @@ class SoundEmbeddings(nnx.Module):
         convolution = partial(Convolution, out_features=config.hidden_size, rngs=rngs, param_dtype=param_dtype)
         self.conv1 = convolution((config.num_mel_bins, 3))
         self.conv2 = convolution((config.hidden_size, 3))
-        self.position_embeddings = Embedding(config.max_tokens, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+        self.position_embeddings = Embedding(
+            config.max_source_positions, config.hidden_size, rngs=rngs, param_dtype=param_dtype
+        )
         self.config = config
 
     def __call__(self, inputs: Mapping[str, Array]) -> Float[Array, "batch tokens hidden_size"]:
@@ -90,7 +94,9 @@ class SoundEmbeddings(nnx.Module):
 
     def inputs(self, tokens: int) -> dict[str, InputInfo]:
         """The inputs: log-mel features of two frames for each token."""
-        return {"input_features": InputInfo((self.config.num_mel_bins, 2 * self.config.max_tokens), "float32")}
+        return {
+            "input_features": InputInfo((self.config.num_mel_bins, 2 * self.config.max_source_positions), "float32")
+        }
 
 
 def windows_of_three(
