@@ -118,12 +118,18 @@ def convert(
 def compile(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `iceformer convert`.")],
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder to write; must not exist.")],
-    buckets: Annotated[str, typer.Option(help="Sequence capacities in tokens, rising, with commas.")] = "4096,16384",
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            help="Sequence capacities in tokens, rising, with commas.",
+            show_default="4096,16384; of encoders 128,512,4096,16384; as far as the model goes",
+        ),
+    ] = None,
     attention: Annotated[
         AttentionKind,
         typer.Option(
-            help="Attention of prompts and scoring; auto measures here from which length on two-stage is faster, and "
-            "gives each bucket the faster one. New tokens always attend exactly."
+            help="Attention of prompts, scoring and encoding; auto measures here from which length on two-stage is "
+            "faster, and gives each bucket the faster one. New tokens always attend exactly."
         ),
     ] = AttentionKind.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,
@@ -135,7 +141,9 @@ def compile(
         ),
     ] = WeightFormat.SAME,
     batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
-    chunk: Annotated[int, typer.Option(help="Tokens of a prompt that one call takes; divides every bucket.")] = 2048,
+    chunk: Annotated[
+        int, typer.Option(help="Decoders: tokens of a prompt that one call takes; divides every bucket.")
+    ] = 2048,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -188,7 +196,7 @@ def compile(
     path = compile_checkpoint(
         checkpoint,
         artifact,
-        buckets=_integers(buckets, "--buckets"),
+        buckets=None if buckets is None else _integers(buckets, "--buckets"),
         attention=_attention(attention, two_stage),
         dtype=dtype.value,
         weights=weights.value,
@@ -262,6 +270,53 @@ def score(
         return
     for name, value in figures.items():
         stdout.print(f"{name:>12}  {value:.4f}" if isinstance(value, float) else f"{name:>12}  {value}")
+
+
+@app.command()
+def encode(
+    artifact: ArtifactPath,
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", help="The text; - reads stdin. Ids if there is no tokenizer.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Texts, one a line; or arrays by the model's names, .npz with a row each.")
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="A text is a pair of texts with a tab between them.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write .npy (a vector for each text) or .npz (all outputs by name) and print no vectors."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encode texts, images or sound: sentence embeddings, classes, hidden states."""
+    from . import load
+    from .deploy.encoding_report import FORMATS, json_of, lines_of, outputs_for, write_encodings
+
+    if (text is None) == (file is None):
+        raise ValueError("give the text either as an argument (- for stdin) or with --file")
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"--out is {out}, expected a file that ends in {' or '.join(FORMATS)}")
+    if out is not None and as_json:
+        raise ValueError("--json does not go with --out")
+    session = load(artifact)
+    texts, inputs = _encoder_inputs(session, text, file, pairs)
+    outputs = outputs_for(session.info, out) if session.info.model.kind == "encoder" else None
+    with _progress("encode") as progress:
+        encodings = session.encode(inputs, outputs=outputs, progress=progress)
+    if out is not None:
+        write_encodings(out, encodings)
+        stdout.print(f"{len(encodings)} encodings: {out}", highlight=False, soft_wrap=True)
+        return
+    if as_json:
+        typer.echo(json.dumps({"encodings": [json_of(one, session.info) for one in encodings], "tier": session.tier}))
+        return
+    for line, encoding in zip(texts or [None] * len(encodings), encodings, strict=True):
+        if line is not None and len(encodings) > 1:
+            stdout.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+        for found in lines_of(encoding, session.info, None if pairs else line):
+            stdout.print(found, highlight=False, markup=False, soft_wrap=True)
+    if not session.info.model.labels:
+        stdout.print("--out FILE.npy or --out FILE.npz writes all numbers.", style="dim", highlight=False)
 
 
 @app.command()
@@ -396,7 +451,33 @@ def benchmark(
 
 def _ids(session: "Session", text: str) -> Any:
     """The text itself for a model with tokenizer, else the token ids written in it."""
-    return text if session.has_tokenizer else _integers(text, "the prompt (the model has no tokenizer)")
+    return text if session.has_tokenizer else _integers(text, "the text (the model has no tokenizer)")
+
+
+def _encoder_inputs(
+    session: "Session", text: str | None, file: Path | None, pairs: bool
+) -> tuple[list[str] | None, Any]:
+    """The texts to encode, None if they are arrays, and what the session takes: a list, or a dict of arrays."""
+    import numpy as np
+
+    if file is not None and file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            return None, dict(arrays)
+    if file is not None:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    else:
+        texts = sys.stdin.read().splitlines() if text == "-" else [str(text)]
+    if not texts:
+        raise ValueError(f"{file or 'stdin'} has no line, expected a text in each")
+    if not pairs:
+        return texts, [_ids(session, line) for line in texts]
+    split = [tuple(line.split("\t")) for line in texts]
+    wrong = next((index for index, pair in enumerate(split) if len(pair) != 2), None)
+    if wrong is not None:
+        raise ValueError(
+            f"text {wrong} has {len(split[wrong]) - 1} tabs, but --pairs expects two texts with one between"
+        )
+    return texts, split
 
 
 def _read_ids(session: "Session", file: Path) -> Any:

@@ -13,11 +13,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from ..model.decoder import CausalLM
 from ..model.encoder import Encoder
-from ..model.registry import abstract_module, build
+from ..model.pooling import MODULES, Pooling, read_pooling
+from ..model.registry import Model, abstract_module, build
 from .companions import CONFIG
-from .reader import read_json
+from .reader import parse_json, read_json
 from .rules import dotted
 
 PARAMS = "params"
@@ -27,8 +27,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _FILE_BYTES = 2**26
 
 
-def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> CausalLM | Encoder:
+def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
+
+    An encoder whose checkpoint has the files of sentence-transformers pools as they say.
 
     Args:
         checkpoint: the folder.
@@ -36,16 +38,31 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> CausalLM
 
     Raises:
         FileNotFoundError: no such folder, or not a checkpoint.
-        ValueError: a checkpoint of another format, parameters that do not fit its config, or an unknown dtype.
+        ValueError: a checkpoint of another format, parameters that do not fit its config, an unknown dtype, or a
+            sentence embedder with modules that are not supported.
     """
     checkpoint = Path(checkpoint)
     if (name := jnp.dtype(dtype).name) not in _DTYPES:
         raise ValueError(f"dtype is {name}, expected one of: {', '.join(_DTYPES)}")
     _check(checkpoint)
     module = abstract_module(*build(read_json(checkpoint / CONFIG)), dtype)
+    if isinstance(module, Encoder):
+        module.pooling = pooling_of(checkpoint)
     graph, state = nnx.split(module)
     nnx.replace_by_pure_dict(state, _restore(checkpoint / PARAMS, nnx.to_pure_dict(state)))
     return nnx.merge(graph, state)
+
+
+def pooling_of(folder: Path) -> Pooling | None:
+    """The pooling of a folder that sentence-transformers saved, None for another.
+
+    Raises:
+        FileNotFoundError: it lacks a config that its modules.json names.
+        ValueError: a module or an option that is not supported.
+    """
+    if not (folder / MODULES).exists():
+        return None
+    return read_pooling(parse_json(folder / MODULES), lambda module: read_json(folder / module / CONFIG))
 
 
 def save_params(folder: Path, params: dict[str, Any]) -> None:

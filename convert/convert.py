@@ -18,7 +18,7 @@ from .. import __version__
 from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module, build
-from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, save_params
+from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, pooling_of, save_params
 from .companions import CONFIG, check_companions, copy_companions
 from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
@@ -50,7 +50,8 @@ def convert_checkpoint(
         PermissionError, ConnectionError: the hub does not give the model, or cannot be reached.
         ModuleNotFoundError: pickled weights, and torch is not installed.
         ValueError: an unknown architecture or config field, a truncated or corrupt file, tensors that do not fit the
-            config (all of them are listed), or weights that are not finite.
+            config (all of them are listed), weights that are not finite, or a sentence embedder with modules that are
+            not supported.
     """
     target = Path(target)
     check_absent(target)
@@ -58,7 +59,9 @@ def convert_checkpoint(
     companions = check_companions(source)
     fields = read_json(source / CONFIG)
     architecture, config = build(fields)
-    weights, rules = open_weights(source), rules_of(architecture.table)
+    if isinstance(config, EncoderConfig):
+        pooling_of(source)
+    weights, rules = open_weights(source), rules_of(architecture.table, config)
     if without_pooler := _lacks_pooler(config, rules, weights.tensors):
         fields["add_pooling_layer"] = False
         config = architecture.config.from_hf(fields)
@@ -108,6 +111,7 @@ def _fill(
     broken = []
     for name, tensor in _tracked(weights, progress):
         destination = plan.fills.get(name)
+        # Constants that are left out may be infinite: masks, in half precision.
         if (destination or name in plan.ties) and not np.isfinite(tensor).all():
             broken.append(name)
         if destination:

@@ -40,14 +40,14 @@ class Same:
 
 @dataclass(frozen=True)
 class Transposed:
-    """The parameter's dimensions in reverse order: the weight of a torch `Linear`."""
+    """The parameter's last two dimensions swapped: the weight of a torch `Linear`, or a stack of such weights."""
 
     def source_shape(self, shapes: Sequence[Shape]) -> Shape:
         (shape,) = shapes
-        return shape[::-1]
+        return _swap(shape)
 
     def pieces(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
-        return (tensor.T,)
+        return (tensor.swapaxes(-1, -2),)
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,46 @@ class Joined:
     """Several parameters one behind the other along their output dimension, which is their last.
 
     Attributes:
-        transposed: whether the tensor is a torch `Linear`'s weight, [out, in]; biases are the same either way.
+        transposed: whether the tensor is a torch `Linear`'s weight, [out, in], or a stack of such weights; biases are
+            the same either way.
     """
 
     transposed: bool = True
 
     def source_shape(self, shapes: Sequence[Shape]) -> Shape:
         joined = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
-        return joined[::-1] if self.transposed else joined
+        return _swap(joined) if self.transposed else joined
 
     def pieces(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
         ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
-        return np.split(tensor.T if self.transposed else tensor, ends, axis=-1)
+        swapped = self.transposed and tensor.ndim > 1
+        return np.split(tensor.swapaxes(-1, -2) if swapped else tensor, ends, axis=-1)
+
+
+@dataclass(frozen=True)
+class JoinedByHead:
+    """Several torch `Linear`s' weights or biases in one, head by head: the first head's part of each, then the next's.
+
+    Attributes:
+        heads: how many each of them has.
+    """
+
+    heads: int
+
+    def source_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return JOINED.source_shape(shapes)
+
+    def pieces(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        ends = np.cumsum([shape[-1] // self.heads for shape in shapes])[:-1]
+        by_head = tensor.T.reshape(*shapes[0][:-1], self.heads, -1)
+        parts = np.split(by_head, ends, axis=-1)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 SAME, TRANSPOSED, OUTPUT_FIRST = Same(), Transposed(), OutputFirst()
 JOINED, JOINED_UNTRANSPOSED = Joined(), Joined(transposed=False)
+
+
+def _swap(shape: Shape) -> Shape:
+    """The shape with its last two dimensions swapped, where it has two."""
+    return (*shape[:-2], *shape[-1:], *shape[-2:-1])

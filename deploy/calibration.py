@@ -1,6 +1,7 @@
-"""Calibrating the attention method: on which token ids, how the manifest names them, and what comes of it."""
+"""Calibrating the attention method: on which inputs, how the manifest names them, and what comes of it."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import Method
-from ..model.decoder import Bases, CausalLM
+from ..model.decoder import Bases
+from ..model.encoder import Encoder
+from ..model.registry import Model
 from .manifest import CalibrationInfo
 
 MAX_TOKENS = 4096
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """One row for the model.
+
+    Attributes:
+        inputs: as the model's `queries_and_keys` takes them.
+        tokens: how many the row has.
+        info: their record.
+    """
+
+    inputs: Any
+    tokens: int
+    info: CalibrationInfo
+
+
+def calibration_inputs(model: Model, source: str | Path | ArrayLike | None, tokenizer_json: Path) -> CalibrationInputs:
+    """What a model is calibrated on: token ids as `calibration_ids` gives them, or, for a model of images or sound,
+    seeded random numbers of the standard normal distribution.
+
+    Raises:
+        FileNotFoundError: no such text file.
+        ValueError: as `calibration_ids`, and a source for a model that takes no tokens.
+    """
+    config: Any = model.config
+    if isinstance(model, Encoder) and "input_ids" not in model.inputs(config.fixed_tokens or 1):
+        return _random_inputs(model, source)
+    ids, info = calibration_ids(source, tokenizer_json, config.vocab_size, config.max_tokens or MAX_TOKENS)
+    inputs: Any = ids[None]
+    if isinstance(model, Encoder):
+        # One segment, whose number is 0.
+        others = {name: np.zeros((1, *info.shape), info.dtype) for name, info in model.inputs(ids.size).items()}
+        inputs = others | {"input_ids": inputs}
+    return CalibrationInputs(inputs, ids.size, info)
 
 
 def calibration_ids(
@@ -48,19 +85,37 @@ def calibration_ids(
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
 
 
-def calibrate(model: CausalLM, method: Method, ids: Int[np.ndarray, " tokens"]) -> Bases:
-    """What stage 1 needs, one array per layer, from the model's queries and keys over the ids with exact attention;
+def calibrate(model: Model, method: Method, inputs: Any, tokens: int) -> Bases:
+    """What stage 1 needs, one array per layer, from the model's queries and keys over one row with exact attention;
     None for layers with a sliding window, which attend exactly.
+
+    Args:
+        model: the model.
+        method: of stage 1.
+        inputs: as the model's `queries_and_keys` takes them, of one row.
+        tokens: of the row.
     """
     graph, state = nnx.split(model)
-    collect = jax.jit(lambda state, ids, lengths: nnx.merge(graph, state).queries_and_keys(ids, lengths))
-    layers = collect(state, ids[None], np.array([ids.size], np.int32))
+    collect = jax.jit(lambda state, inputs, lengths: nnx.merge(graph, state).queries_and_keys(inputs, lengths))
+    layers = collect(state, inputs, np.array([tokens], np.int32))
     return tuple(
         jnp.asarray(method.calibrate(np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)))
         if window is None
         else None
         for (query, key), window in zip(layers, model.config.windows, strict=True)
     )
+
+
+def _random_inputs(model: Encoder, source: object) -> CalibrationInputs:
+    tokens = model.config.fixed_tokens
+    assert tokens is not None
+    expected = model.inputs(tokens)
+    if source is not None:
+        raise ValueError(f"calibration is given, but the model takes {', '.join(expected)}, not text: leave it out")
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.standard_normal((1, *info.shape), np.float32) for name, info in expected.items()}
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in inputs.values())).hexdigest()
+    return CalibrationInputs(inputs, tokens, CalibrationInfo("random inputs", tokens, digest))
 
 
 def _encode(text: Path, tokenizer_json: Path) -> NDArray[Any]:

@@ -4,25 +4,35 @@ from collections.abc import Sequence
 
 from .artifact import TOKENIZER
 from .manifest import Manifest
-from .tables import CROSSOVER_COLUMNS, MEGABYTE, WEIGHT_LOSS_COLUMNS, crossover_rows, describe, weight_loss_row
+from .tables import (
+    ATTENTION_OF,
+    CROSSOVER_COLUMNS,
+    MEASURED_CALL,
+    MEGABYTE,
+    code_rows,
+    crossover_rows,
+    describe,
+    describe_task,
+    weight_loss_cells,
+)
 
 
 def card_text(manifest: Manifest, name: str) -> str:
     """The card in Markdown; `name` is the artifact's folder."""
     model, environment = manifest.model, manifest.environment
     calibration = manifest.provenance.calibration
-    has_tokenizer = any(file.path == TOKENIZER for file in manifest.files)
-    prompt = '"Once upon a time"' if has_tokenizer else "[1, 2, 3]"
     fitted = f" Calibrated on {calibration.kind} ({calibration.tokens} tokens)." if calibration else ""
+    python, command = _USE[model.kind](manifest, name)
     return f"""\
 # {name}
 
-A {model.model_type} model of {model.parameters / 1e6:.2f} million parameters ({manifest.dtype}), compiled ahead of time
-by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{manifest.provenance.checkpoint}`.
+A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.parameters / 1e6:.2f} million parameters
+({manifest.dtype}), compiled ahead of time by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint
+`{manifest.provenance.checkpoint}`.
 
 **This folder holds machine code. Load it only if you trust the person you have it from.**
 
-- Attention for prompts and scoring: see below.{fitted} New tokens attend exactly.
+- Attention of {ATTENTION_OF[model.kind]}: see below.{_NEW_TOKENS[model.kind]}{fitted}
 - Compiled for {environment.machine} with {", ".join(environment.cpu_features) or "unknown CPU features"}
   ({environment.cpu_model}), jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}.
   Elsewhere the StableHLO in `portable/` is compiled on first use.
@@ -40,17 +50,53 @@ by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint `{ma
 import iceformer
 
 session = iceformer.load("{name}")
-print(session.generate({prompt}, max_new_tokens=32))
-scores = session.score([1, 2, 3])  # scores.logprobs, scores.argmax
+{python}
 ```
 
 ```
 iceformer inspect {name}
-iceformer generate {name} {prompt if has_tokenizer else '"1 2 3"'} --max-new-tokens 32
+{command}
 ```
 
 `manifest.json` describes every file; loading refuses a file whose sha256 differs.
 """
+
+
+_NLL = {"decoder": " (nll: mean negative log-probability of the next token, in nats)", "encoder": ""}
+_NEW_TOKENS = {"decoder": " New tokens attend exactly.", "encoder": ""}
+
+
+def _use_of_decoder(manifest: Manifest, name: str) -> tuple[str, str]:
+    """Lines of Python, and a command."""
+    prompt, words = ('"Once upon a time"',) * 2 if _has_tokenizer(manifest) else ("[1, 2, 3]", '"1 2 3"')
+    return (
+        f"print(session.generate({prompt}, max_new_tokens=32))\n"
+        "scores = session.score([1, 2, 3])  # scores.logprobs, scores.argmax",
+        f"iceformer generate {name} {words} --max-new-tokens 32",
+    )
+
+
+def _use_of_encoder(manifest: Manifest, name: str) -> tuple[str, str]:
+    """Lines of Python, and a command."""
+    entry = manifest.buckets[0].entries["encode"]
+    given = [argument for argument in entry.arguments if argument != "lengths"]
+    results = ", ".join(f"encoding.{result}" for result in entry.results)
+    if "input_ids" not in given:
+        arrays = ", ".join(f'"{argument}": array' for argument in given)
+        shapes = " and ".join(f"{argument} {list(entry.arguments[argument].shape[1:])}" for argument in given)
+        return (
+            f"encoding = session.encode({{{arrays}}})  # {shapes}\nprint({results})",
+            f"iceformer encode {name} --file arrays.npz",
+        )
+    row, words = ('"Once upon a time"',) * 2 if _has_tokenizer(manifest) else ("[1, 2, 3]", '"1 2 3"')
+    return f"encoding = session.encode({row})\nprint({results})", f"iceformer encode {name} {words}"
+
+
+_USE = {"decoder": _use_of_decoder, "encoder": _use_of_encoder}
+
+
+def _has_tokenizer(manifest: Manifest) -> bool:
+    return any(file.path == TOKENIZER for file in manifest.files)
 
 
 def _attention_text(manifest: Manifest) -> str:
@@ -60,22 +106,24 @@ def _attention_text(manifest: Manifest) -> str:
     )
     if not manifest.crossover:
         return text
+    call = MEASURED_CALL[manifest.model.kind]
     measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
-    return f"{text}\n\nMeasured when this was compiled, one chunk of a prompt, some heads of one layer:\n\n{measured}"
+    return f"{text}\n\nMeasured when this was compiled, {call}, some heads of one layer:\n\n{measured}"
 
 
 def _weights_text(manifest: Manifest) -> str:
     loss = manifest.weights.loss
     if loss is None:
         return ""
+    cells = weight_loss_cells(loss)
     return f"""
 ## Weights
 
 The kernels of linear layers are {manifest.weights.format} with a scale for each output channel; activations,
-embeddings and an output layer tied to them are {manifest.dtype}. What rounding cost, with exact attention (nll: mean
-negative log-probability of the next token, in nats):
+embeddings and an output layer tied to them are {manifest.dtype}.
+What rounding cost, with exact attention{_NLL[manifest.model.kind]}:
 
-{_markdown_table(WEIGHT_LOSS_COLUMNS, [weight_loss_row(loss)])}
+{_markdown_table(tuple(cells), [tuple(cells.values())])}
 """
 
 
@@ -85,13 +133,8 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def _bucket_table(manifest: Manifest) -> str:
     lines = [
-        "| bucket (tokens) | entry | code (MB) | temporary memory (MB) | KV cache (MB) | compiled in (s) |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| bucket (tokens) | entry | code (MB) | temporary memory (MB) | results (MB) | KV cache (MB) | compiled (s) |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {bucket.capacity} | {name} | {entry.native.size / MEGABYTE:.2f} | {entry.memory.temp_bytes / MEGABYTE:.1f} "
-        f"| {bucket.cache.size_in_bytes / MEGABYTE:.1f} | {entry.compile_seconds:.1f} |"
-        for bucket in manifest.buckets
-        for name, entry in bucket.entries.items()
-    ]
+    lines += [f"| {' | '.join(row)} |" for bucket in manifest.buckets for row in code_rows(bucket)]
     return "\n".join(lines)

@@ -16,30 +16,28 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
-from ..attention.methods import padded_rank
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.reader import read_json
-from ..model.decoder import Bases, DecoderConfig
+from ..model.decoder import Bases
+from ..model.encoder import read_labels
 from ..model.int8 import quantize
-from ..model.registry import build
+from ..model.registry import Model, ModelConfig, build
 from . import artifact as layout
-from .calibration import calibrate, calibration_ids
+from .calibration import calibrate, calibration_inputs
 from .card import card_text
 from .cpu import features_up_to
 from .crossover import AttentionShape, Choice, decide, needs_measurement
-from .entries import Entries
+from .entries import entries_class
 from .lowering import compile_bucket
 from .manifest import (
     ENTRIES,
     SCHEMA,
-    ArrayInfo,
     BucketInfo,
-    CacheInfo,
     CalibrationInfo,
     Environment,
     FileInfo,
@@ -54,13 +52,16 @@ from .weights import write_weights
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("same", "int8")
+BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
+"""The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
+_CLASSIFYING = ("sequence_classification", "token_classification")
 
 
 def compile(
     checkpoint: str | Path,
     artifact: str | Path,
     *,
-    buckets: Sequence[int] = (4096, 16384),
+    buckets: Sequence[int] | None = None,
     attention: AttentionConfig | Auto | None = None,
     dtype: str = "float32",
     weights: str = "same",
@@ -74,19 +75,22 @@ def compile(
     Args:
         checkpoint: a folder written by `iceformer.convert_checkpoint`.
         artifact: the folder to write, which must not exist.
-        buckets: rising sequence capacities in tokens; a prompt runs in the smallest one that holds it.
-        attention: of prompts and scoring. `TwoStage(...)` and `Dense()` are taken as they are; `Auto(...)` measures
-            from how many keys on two-stage attention is faster on this machine, and gives each bucket what is faster
-            there; None is `Auto()`. Single new tokens always attend exactly.
+        buckets: rising sequence capacities in tokens; a row runs in the smallest one that holds it. None is 4096 and
+            16384 for decoders, 128, 512, 4096 and 16384 for encoders, as far as the model goes; models of images and
+            sound have one bucket, of what they take.
+        attention: of prompts, scoring and encoding. `TwoStage(...)` and `Dense()` are taken as they are; `Auto(...)`
+            measures from how many keys on two-stage attention is faster on this machine, and gives each bucket what is
+            faster there; None is `Auto()`. Single new tokens always attend exactly.
         dtype: "float32" or "bfloat16", of weights and KV cache.
         weights: "same" as dtype, or "int8": the kernels of linear layers are rounded to int8 with a scale for each
             output channel, activations are not. Embeddings, and an output layer that is tied to them, keep the dtype.
             What it costs is measured on the calibration text, and stands in the manifest and the card.
         batch: rows of every call.
-        chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk).
+        chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk). An
+            encoder takes whole rows.
         calibration: what the attention method is fitted on, if it needs that, and int8 weights are judged by: a text
             file, token ids, or None for the text that ships with the package (seeded random ids for a model without
-            tokenizer). At most 4096 tokens.
+            tokenizer, random numbers for one of images or sound). At most 4096 tokens.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
@@ -103,21 +107,24 @@ def compile(
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
     check_options(config, buckets=buckets, dtype=dtype, weights=weights, batch=batch, chunk=chunk)
+    buckets = default_buckets(config, chunk) if buckets is None else buckets
+    shape = _attention_shape(config, dtype, batch, chunk)
 
-    steps = 2 + (weights == "int8") + needs_measurement(attention, buckets) + len(buckets) * len(ENTRIES)
+    measures = needs_measurement(attention, buckets, shape)
+    steps = 2 + (weights == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
     with jax.default_device(jax.devices("cpu")[0]), _reporter(steps, progress) as report:
         report("loading the checkpoint")
-        model: Any = load_model(checkpoint, dtype=dtype)
+        model = load_model(checkpoint, dtype=dtype)
         info = _model_info(raw_config, config, checkpoint, model)
         loss = None
         if weights == "int8":
             report("rounding the weights")
             model, loss = _round_weights(model, checkpoint, calibration)
-        choices, measured = decide(attention, buckets, _attention_shape(config, dtype, batch, chunk), report)
+        choices, measured = decide(attention, buckets, shape, report)
         report("calibrating the attention")
         bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
-        entries = Entries.of(model, bases)
+        entries = entries_class(model).of(model, bases)
         with new_folder(target) as folder:
             arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
             compiled = tuple(
@@ -125,10 +132,10 @@ def compile(
                     folder,
                     entries,
                     capacity=capacity,
-                    chunk=min(chunk, capacity),
+                    chunk=min(chunk, capacity) if config.causal else capacity,
                     batch=batch,
                     choice=choice,
-                    cache=_cache_info(config, batch, capacity, dtype, choice.attention, bases),
+                    dtype=dtype,
                     report=report,
                 )
                 for capacity, choice in zip(buckets, choices, strict=True)
@@ -155,7 +162,20 @@ def compile(
     return target
 
 
-def check_options(config: Any, *, buckets: Sequence[int], dtype: str, weights: str, batch: int, chunk: int) -> None:
+def default_buckets(config: ModelConfig, chunk: int) -> tuple[int, ...]:
+    """The buckets of a model if none are asked for, all of which it can have."""
+    if config.fixed_tokens is not None:
+        return (config.fixed_tokens,)
+    limit = config.max_tokens
+    capped = {capacity if limit is None else min(capacity, limit) for capacity in BUCKETS[config.kind]}
+    if config.causal:
+        capped = {capacity - (capacity % chunk if capacity > chunk else 0) for capacity in capped}
+    return tuple(sorted(capped))
+
+
+def check_options(
+    config: ModelConfig, *, buckets: Sequence[int] | None, dtype: str, weights: str, batch: int, chunk: int
+) -> None:
     """Raises ValueError, with what was found and expected, for options that cannot be compiled."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}")
@@ -163,16 +183,23 @@ def check_options(config: Any, *, buckets: Sequence[int], dtype: str, weights: s
         raise ValueError(f"weights is {weights!r}, expected one of: {', '.join(WEIGHTS)}")
     if batch < 1 or chunk < 1:
         raise ValueError(f"batch is {batch} and chunk is {chunk}, expected at least 1 each")
+    if buckets is None:
+        return
+    if config.fixed_tokens is not None and tuple(buckets) != (config.fixed_tokens,):
+        raise ValueError(
+            f"buckets are {tuple(buckets)}, but every row of this model has {config.fixed_tokens} tokens: "
+            "leave buckets out"
+        )
     if not buckets or min(buckets) < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
         raise ValueError(f"buckets are {tuple(buckets)}, expected rising numbers of tokens, each once")
     for capacity in buckets:
-        if capacity % min(chunk, capacity):
+        if config.causal and capacity % min(chunk, capacity):
             raise ValueError(f"bucket {capacity} is not a multiple of chunk {chunk}: change one of them")
     limit = config.max_tokens
     if limit is not None and buckets[-1] > limit:
         raise ValueError(
             f"bucket {buckets[-1]} is longer than the {limit} positions that the model was trained for "
-            f"(max_position_embeddings in {CONFIG}): choose buckets up to {limit}"
+            f"({CONFIG}): choose buckets up to {limit}"
         )
 
 
@@ -190,7 +217,7 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _calibrate(
-    model: Any, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
+    model: Model, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[Bases | None, CalibrationInfo | None]:
     """The basis that the buckets' method needs for each layer and what it comes from; None and None if none does."""
     # Buckets differ in whether they select, never in the method.
@@ -198,41 +225,26 @@ def _calibrate(
     method = next((method for method in methods if method.needs_basis), None)
     if method is None:
         return None, None
-    ids, info = _calibration_ids(model.config, checkpoint, source)
-    return calibrate(model, method, ids), info
+    row = calibration_inputs(model, source, checkpoint / layout.TOKENIZER)
+    return calibrate(model, method, row.inputs, row.tokens), row.info
 
 
-def _round_weights(
-    model: Any, checkpoint: Path, source: str | Path | ArrayLike | None
-) -> tuple[nnx.Module, WeightLoss]:
+def _round_weights(model: Model, checkpoint: Path, source: str | Path | ArrayLike | None) -> tuple[Model, WeightLoss]:
     """The model with int8 weights, and what that costs."""
-    rounded = quantize(model)
-    return rounded, weight_loss(model, rounded, *_calibration_ids(model.config, checkpoint, source))
+    rounded: Any = quantize(model)
+    return rounded, weight_loss(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
 
 
-def _calibration_ids(
-    config: Any, checkpoint: Path, source: str | Path | ArrayLike | None
-) -> tuple[NDArray[np.int32], CalibrationInfo]:
-    return calibration_ids(source, checkpoint / layout.TOKENIZER, config.vocab_size, config.max_position_embeddings)
-
-
-def _attention_shape(config: Any, dtype: str, batch: int, chunk: int) -> AttentionShape:
-    return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, batch, chunk)
-
-
-def _cache_info(
-    config: DecoderConfig, batch: int, capacity: int, dtype: str, attention: AttentionConfig, bases: Bases | None
-) -> CacheInfo:
-    """Keys and values of each layer, and the projected keys where stage 1 ranks them."""
-    heads = (batch, config.num_key_value_heads, capacity)
-    keys_and_values = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
-    if bases is None or not isinstance(attention, TwoStage):
-        return CacheInfo((keys_and_values,) * config.num_hidden_layers)
-    return CacheInfo(
-        tuple(
-            keys_and_values if basis is None else (*keys_and_values, ArrayInfo((*heads, padded_rank(basis)), "int8"))
-            for basis in bases
-        )
+def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) -> AttentionShape:
+    return AttentionShape(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        dtype,
+        batch,
+        chunk,
+        causal=config.causal,
+        selects=None in config.windows,
     )
 
 
@@ -247,11 +259,15 @@ def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:
     )
 
 
-def _model_info(raw_config: dict[str, Any], config: Any, checkpoint: Path, model: nnx.Module) -> ModelInfo:
+def _model_info(raw_config: dict[str, Any], config: ModelConfig, checkpoint: Path, model: Model) -> ModelInfo:
     return ModelInfo(
+        kind=config.kind,
         model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
+        task=config.task,
+        labels=read_labels(raw_config) if config.task in _CLASSIFYING else (),
+        vocab_size=getattr(config, "vocab_size", None),
+        max_tokens=config.max_tokens,
+        fixed_tokens=config.fixed_tokens,
         parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
         eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
         config=raw_config,

@@ -1,7 +1,7 @@
 """The crossover: from how many keys on two-stage attention is faster than exact attention, measured on this machine.
 
-One chunk of a prompt is timed both ways at a few lengths. `decide` gives each bucket what is faster there
-and says why.
+One chunk of a prompt, or an encoder's whole row, is timed both ways at a few lengths. `decide` gives each bucket what
+is faster there and says why.
 """
 
 import functools
@@ -32,7 +32,16 @@ _CALIBRATION_TOKENS = 256
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the time of a model's attention depends on, besides its configuration; `chunk` is in tokens."""
+    """What the time of a model's attention depends on, besides its configuration.
+
+    Attributes:
+        query_heads, kv_heads, head_dim: sizes.
+        dtype: of queries, keys and values.
+        batch: rows of a call.
+        chunk: tokens of a row that one call takes.
+        causal: whether a query sees only keys up to its own; else a call takes a whole row, whatever `chunk` says.
+        selects: whether any layer sees whole rows; two-stage attention is for no other.
+    """
 
     query_heads: int
     kv_heads: int
@@ -40,6 +49,8 @@ class AttentionShape:
     dtype: str
     batch: int
     chunk: int
+    causal: bool = True
+    selects: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,23 +87,25 @@ def decide(
     """
     if not isinstance(asked, Auto):
         return (Choice(asked, "as asked"),) * len(buckets), ()
+    if not shape.selects:
+        return (Choice(Dense(), "exact: every layer has a sliding window"),) * len(buckets), ()
     table = None
-    if needs_measurement(asked, buckets):
+    if needs_measurement(asked, buckets, shape):
         report("measuring the crossover")
         table = measure(asked.two_stage, shape, buckets[-1])
     choices = tuple(choose(asked.two_stage, table, capacity) for capacity in buckets)
     return choices, table.rows if table else ()
 
 
-def needs_measurement(asked: AttentionConfig | Auto, buckets: Sequence[int]) -> bool:
-    """Whether a bucket holds more keys than the budget, so that what is faster there is a question."""
-    return isinstance(asked, Auto) and buckets[-1] > asked.two_stage.budget
+def needs_measurement(asked: AttentionConfig | Auto, buckets: Sequence[int], shape: AttentionShape) -> bool:
+    """Whether a layer may see more keys than the budget, so that what is faster there is a question."""
+    return isinstance(asked, Auto) and shape.selects and buckets[-1] > asked.two_stage.budget
 
 
 def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:
     """The attention of a bucket of `capacity` tokens; no table is needed where the budget covers every key."""
     if capacity <= two_stage.budget:
-        return Choice(Dense(), f"exact: a prompt here has no more keys than the budget, {two_stage.budget}")
+        return Choice(Dense(), f"exact: a row here has no more keys than the budget, {two_stage.budget}")
     assert table is not None
     crossover = table.crossover
     if crossover is None:
@@ -127,17 +140,18 @@ def crossover_of(rows: Sequence[CrossoverRow], multiple: int) -> int | None:
 
 
 def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> CrossoverTable:
-    """Times one chunk with exact and with two-stage attention at several lengths, on random queries, keys and values.
+    """Times one call with exact and with two-stage attention at several lengths, on random queries, keys and values.
 
-    Called as the compiled entries call attention: a cache of the whole capacity, offset and lengths unknown when it is
-    compiled. Fewer heads than the model's are timed, as many as occupy all threads.
+    Called as the compiled entries call attention: keys of the whole capacity (in a cache, where attention is causal),
+    offset and lengths unknown when it is compiled. Fewer heads than the model's are timed, as many as occupy all
+    threads.
 
     Args:
         two_stage: the configuration, whose crossover and exact last block play no part.
         shape: of the model's attention.
-        capacity: of the cache, in tokens; the longest length that is measured.
+        capacity: in tokens; the longest length that is measured.
     """
-    chunk = min(shape.chunk, capacity)
+    chunk = min(shape.chunk, capacity) if shape.causal else capacity
     heads, group = _heads(two_stage, shape, chunk), shape.query_heads // shape.kv_heads
     rng = np.random.default_rng(0)
     query, key, value = (
@@ -148,12 +162,13 @@ def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> Crosso
     arrays = tuple(jnp.asarray(array, shape.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(two_stage, crossover=0, exact_last_block=False)
-    calls = tuple(_timed(config, arrays, basis) for config in (Dense(), two_stage))
+    calls = tuple(_timed(config, arrays, basis, shape.causal) for config in (Dense(), two_stage))
     rows: list[CrossoverRow] = []
-    for length in measured_lengths(two_stage.budget, chunk, capacity):
-        seconds = _race(calls, length - chunk, length)
+    for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
+        offset = length - chunk if shape.causal else 0
+        seconds = _race(calls, offset, length)
         # Query blocks within the budget are the same work both ways; this is what the others see on average.
-        keys = (max(length - chunk, two_stage.budget) + length) // 2
+        keys = (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
         rows.append(CrossoverRow(keys, *(round(value, 6) for value in seconds)))
         if len(rows) > 1 and max(row.ratio for row in rows[-2:]) < _CLEAR_WIN:
             break
@@ -161,7 +176,10 @@ def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> Crosso
 
 
 def measured_lengths(budget: int, chunk: int, capacity: int) -> Iterator[int]:
-    """Prompt lengths, in tokens, whose last chunk is timed: doubling from where every query sees the budget."""
+    """Row lengths, in tokens, whose last chunk is timed: doubling from where every query sees the budget.
+
+    `chunk` is 0 where attention is not causal: every query sees the whole row, which is one call.
+    """
     length = budget + max(budget, chunk)
     while length < capacity:
         yield length
@@ -184,12 +202,12 @@ def _basis(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Array | N
 
 
 def _timed(
-    config: AttentionConfig, arrays: tuple[Array, ...], basis: Array | None
+    config: AttentionConfig, arrays: tuple[Array, ...], basis: Array | None, causal: bool
 ) -> Callable[[np.ndarray, np.ndarray], float]:
     """A function that gives the seconds of one call at an offset and lengths."""
-    attention = jax.jit(functools.partial(attend, config))
-    # The cache of a compiled entry holds the projected keys.
-    projected = None if basis is None else project_keys(arrays[1], basis)
+    attention = jax.jit(functools.partial(attend, config, causal=causal))
+    # The cache of a compiled entry holds the projected keys; an encoder has none and projects its keys in the call.
+    projected = None if basis is None or not causal else project_keys(arrays[1], basis)
 
     def seconds(offset: np.ndarray, lengths: np.ndarray) -> float:
         start = time.perf_counter()

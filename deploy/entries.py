@@ -1,9 +1,11 @@
-"""The three functions that are compiled for each bucket: prefill, decode and score.
+"""The functions that are compiled for each bucket: a decoder's prefill, decode and score, an encoder's encode.
 
 All take the weights as a flat tuple in the order of their names and the KV cache as plain tuples, and are pure: the
-cache that goes in is donated, the one that comes out takes its place.
+cache that goes in is donated, the one that comes out takes its place. An encoder's cache is empty.
 """
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +16,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..attention import AttentionConfig, Dense
+from ..attention import AttentionConfig, Dense, TwoStage
 from ..attention.cache import KVCache, LayerCache
+from ..attention.methods import padded_rank
 from ..model.decoder import Bases
+from ..model.encoder import Encoder
+from .manifest import ArrayInfo, CacheInfo
 
 PlainCache = tuple[tuple[Array, ...], ...]
 Weights = tuple[Array, ...]
@@ -27,20 +32,43 @@ _BASES = "bases."
 
 
 @dataclass(frozen=True)
-class Entries:
+class Entry:
+    """A function to compile.
+
+    Attributes:
+        function: takes weights, cache and `arguments`, and gives the cache and `results`.
+        arguments: their names, shapes and dtypes.
+        results: their names.
+    """
+
+    function: Callable[..., tuple[Any, ...]]
+    arguments: dict[str, ArrayInfo]
+    results: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entries(ABC):
     """A model taken apart into named arrays, and the functions over them.
 
     Attributes:
         names: of the weights, sorted; calibrated bases are among them as `bases.0`, `bases.1`, ...
         weights: the arrays, in the order of `names`.
         rebuild: the module from its parameters by name.
-        attention: of the prompt, exact until it is replaced; `decode` is always exact.
+        attention: exact until it is replaced.
     """
 
     names: tuple[str, ...]
     weights: Weights
     rebuild: Callable[[Mapping[str, Array]], Any]
     attention: AttentionConfig
+
+    @abstractmethod
+    def cache(self, capacity: int, batch: int, dtype: str) -> CacheInfo:
+        """The shapes of a bucket's cache."""
+
+    @abstractmethod
+    def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
+        """What is compiled for a bucket, by name."""
 
     @classmethod
     def of(cls, model: nnx.Module, bases: Bases | None) -> "Entries":
@@ -56,6 +84,45 @@ class Entries:
         named |= {f"{_BASES}{layer}": basis for layer, basis in enumerate(bases or ()) if basis is not None}
         names = tuple(sorted(named))
         return cls(names, tuple(named[name] for name in names), rebuild, Dense())
+
+    def _model(self, weights: Weights) -> tuple[Any, Bases | None]:
+        named = dict(zip(self.names, weights, strict=True))
+        model = self.rebuild(named)
+        bases = tuple(named.get(f"{_BASES}{layer}") for layer in range(model.config.num_hidden_layers))
+        return model, bases if any(basis is not None for basis in bases) else None
+
+
+class DecoderEntries(Entries):
+    """Prefill, decode and score. `attention` is that of prompts and scoring; `decode` is always exact."""
+
+    def cache(self, capacity: int, batch: int, dtype: str) -> CacheInfo:
+        """Keys and values of each layer, and the projected keys where stage 1 ranks them."""
+        model, bases = self._model(self.weights)
+        config = model.config
+        heads = (batch, config.num_key_value_heads, capacity)
+        keys_and_values = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
+        if bases is None or not isinstance(self.attention, TwoStage):
+            return CacheInfo((keys_and_values,) * config.num_hidden_layers)
+        return CacheInfo(
+            tuple(
+                keys_and_values
+                if basis is None
+                else (*keys_and_values, ArrayInfo((*heads, padded_rank(basis)), "int8"))
+                for basis in bases
+            )
+        )
+
+    def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
+        row, piece, offset = ArrayInfo((batch,), "int32"), ArrayInfo((batch, chunk), "int32"), ArrayInfo((), "int32")
+        return {
+            "prefill": Entry(self.prefill, {"tokens": piece, "offset": offset, "lengths": row}, ("logits",)),
+            "decode": Entry(self.decode, {"tokens": row, "positions": row}, ("logits",)),
+            "score": Entry(
+                self.score,
+                {"tokens": piece, "targets": piece, "offset": offset, "lengths": row},
+                ("logprobs", "argmax"),
+            ),
+        }
 
     def prefill(
         self,
@@ -125,11 +192,38 @@ class Entries:
         )
         return model, hidden, _plain(new)
 
-    def _model(self, weights: Weights) -> tuple[Any, Bases | None]:
-        named = dict(zip(self.names, weights, strict=True))
-        model = self.rebuild(named)
-        bases = tuple(named.get(f"{_BASES}{layer}") for layer in range(model.config.num_hidden_layers))
-        return model, bases if any(basis is not None for basis in bases) else None
+
+class EncoderEntries(Entries):
+    """Encode: rows of the bucket's whole length, in one call."""
+
+    def cache(self, capacity: int, batch: int, dtype: str) -> CacheInfo:
+        """None."""
+        return CacheInfo(())
+
+    def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
+        model, _ = self._model(self.weights)
+        arguments = {name: ArrayInfo((batch, *info.shape), info.dtype) for name, info in model.inputs(capacity).items()}
+        arguments["lengths"] = ArrayInfo((batch,), "int32")
+        specs = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in arguments.values()]
+        outputs = jax.eval_shape(functools.partial(self._outputs, tuple(arguments)), self.weights, *specs)
+        names = tuple(outputs)
+
+        def encode(weights: Weights, cache: PlainCache, *arrays: Array) -> tuple[Any, ...]:
+            outputs = self._outputs(tuple(arguments), weights, *arrays)
+            return cache, *(outputs[name] for name in names)
+
+        return {"encode": Entry(encode, arguments, names)}
+
+    def _outputs(self, names: tuple[str, ...], weights: Weights, *arrays: Array) -> dict[str, Array]:
+        model, bases = self._model(weights)
+        inputs = dict(zip(names, arrays, strict=True))
+        lengths = inputs.pop("lengths")
+        return model.encode(inputs, lengths, attention=self.attention, bases=bases)
+
+
+def entries_class(model: nnx.Module) -> type[Entries]:
+    """The entries that a model has."""
+    return EncoderEntries if isinstance(model, Encoder) else DecoderEntries
 
 
 def score_positions(

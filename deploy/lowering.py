@@ -18,8 +18,8 @@ from .. import kernels
 from ..attention import attention_to_dict
 from .artifact import write_file
 from .crossover import Choice
-from .entries import Entries
-from .manifest import ENTRIES, ArrayInfo, BucketInfo, CacheInfo, EntryInfo, MemoryInfo
+from .entries import Entries, Entry
+from .manifest import ArrayInfo, BucketInfo, CacheInfo, EntryInfo, MemoryInfo
 
 # Custom calls that XLA's CPU runtime carries itself. Others (LAPACK) crash a process that did not register them.
 KNOWN_CUSTOM_CALLS = frozenset({"TopK", "__onednn$matmul", "__onednn$softmax", "__onednn$layernorm"})
@@ -35,67 +35,51 @@ def compile_bucket(
     chunk: int,
     batch: int,
     choice: Choice,
-    cache: CacheInfo,
+    dtype: str,
     report: Callable[[str], None],
 ) -> BucketInfo:
-    """Compiles prefill, decode and score for one capacity and writes them under `folder`.
+    """Compiles the entries for one capacity and writes them under `folder`.
 
     Args:
         folder: the artifact that is being written.
         entries: the model.
-        capacity: of the cache, in tokens.
-        chunk: tokens of a prompt that one call takes.
+        capacity: longest row, in tokens.
+        chunk: tokens of a row that one call takes.
         batch: rows.
         choice: the attention, and why it is that one.
-        cache: shape of the cache.
+        dtype: of the cache.
         report: called with a line of text before each entry.
 
     Raises:
         ValueError: the code calls something that a process which loads it may not have.
     """
     entries = dataclasses.replace(entries, attention=choice.attention)
+    cache = entries.cache(capacity, batch, dtype)
     infos = {}
-    for name in ENTRIES:
+    for name, entry in entries.functions(capacity, chunk, batch).items():
         report(f"compiling {name} for {capacity} tokens")
-        infos[name] = _compile_entry(folder, entries, name, capacity, cache, _arguments(name, batch, chunk))
+        infos[name] = _compile_entry(folder, f"{capacity}/{name}", entry, entries, cache)
     return BucketInfo(capacity, chunk, attention_to_dict(choice.attention), choice.reason, cache, infos)
 
 
-def _arguments(entry: str, batch: int, chunk: int) -> dict[str, ArrayInfo]:
-    """What an entry takes after weights and cache."""
-    row, piece = ArrayInfo((batch,), "int32"), ArrayInfo((batch, chunk), "int32")
-    offset = ArrayInfo((), "int32")
-    return {
-        "prefill": {"tokens": piece, "offset": offset, "lengths": row},
-        "decode": {"tokens": row, "positions": row},
-        "score": {"tokens": piece, "targets": piece, "offset": offset, "lengths": row},
-    }[entry]
-
-
-_RESULTS = {"prefill": ("logits",), "decode": ("logits",), "score": ("logprobs", "argmax")}
-
-
-def _compile_entry(
-    folder: Path, entries: Entries, name: str, capacity: int, cache: CacheInfo, arguments: dict[str, ArrayInfo]
-) -> EntryInfo:
+def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cache: CacheInfo) -> EntryInfo:
     weights = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in entries.weights)
     spec_of_cache = tuple(tuple(_spec(array) for array in layer) for layer in cache.layers)
-    specs = (weights, spec_of_cache, *(_spec(array) for array in arguments.values()))
-    function = getattr(entries, name)
-    lowered = jax.jit(function, donate_argnums=1).lower(*specs)
+    specs = (weights, spec_of_cache, *(_spec(array) for array in entry.arguments.values()))
+    lowered = jax.jit(entry.function, donate_argnums=1).lower(*specs)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
     check_custom_calls(name, custom_calls)
     payload, _, _ = serialize_executable.serialize(compiled)
-    portable = portable_code(function, specs)
+    portable = portable_code(entry.function, specs)
     _, *results = lowered.out_info
     return EntryInfo(
-        native=write_file(folder, f"native/{capacity}/{name}.bin", payload),
-        portable=write_file(folder, f"portable/{capacity}/{name}.stablehlo", portable),
-        arguments=arguments,
-        results={key: _info(array) for key, array in zip(_RESULTS[name], results, strict=True)},
+        native=write_file(folder, f"native/{name}.bin", payload),
+        portable=write_file(folder, f"portable/{name}.stablehlo", portable),
+        arguments=entry.arguments,
+        results={key: _info(array) for key, array in zip(entry.results, results, strict=True)},
         stablehlo_sha256=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         custom_calls=custom_calls,
         memory=_memory(compiled),

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 SCHEMA = 3
-ENTRIES = ("prefill", "decode", "score")
+ENTRIES = {"decoder": ("prefill", "decode", "score"), "encoder": ("encode",)}
+"""The compiled functions of a bucket, by the kind of model."""
 
 Record = TypeVar("Record")
 
@@ -80,11 +81,28 @@ class Environment:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a session needs to know of the model, and its whole config.json in `config`."""
+    """What a session needs to know of the model.
 
+    Attributes:
+        kind: "decoder" or "encoder".
+        model_type: the architecture.
+        task: what it is for.
+        labels: names of the classes, in their order, of a model that classifies; empty for others.
+        vocab_size: token ids are below it; None for a model that takes no tokens.
+        max_tokens: that a row may have; None if there is no limit.
+        fixed_tokens: that every row has, in a model of images or sound; None for others.
+        parameters: how many.
+        eos_token_ids: ids that end a text.
+        config: the whole config.json.
+    """
+
+    kind: str
     model_type: str
-    vocab_size: int
-    max_position_embeddings: int
+    task: str
+    labels: tuple[str, ...]
+    vocab_size: int | None
+    max_tokens: int | None
+    fixed_tokens: int | None
     parameters: int
     eos_token_ids: tuple[int, ...]
     config: dict[str, Any]
@@ -97,16 +115,19 @@ class WeightLoss:
     Attributes:
         text: what it is, as in `CalibrationInfo.kind`.
         tokens: how many of it were looked at.
-        nll: mean negative log-probability of its next tokens (natural logarithm), with the weights as they were.
+        nll: of a decoder: mean negative log-probability of its next tokens (natural logarithm), with the weights as
+            they were.
         rounded_nll: the same with the rounded weights.
         greedy_agreement: share of the positions whose most likely next token stayed the same.
+        cosine: of an encoder: mean cosine of the angle between a token's last hidden states before and after.
     """
 
     text: str
     tokens: int
-    nll: float
-    rounded_nll: float
-    greedy_agreement: float
+    nll: float | None = None
+    rounded_nll: float | None = None
+    greedy_agreement: float | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +161,7 @@ class EntryInfo:
     """One compiled function of a bucket.
 
     It takes the weights, the cache and then `arguments`, and gives the cache and then `results`, in the order written.
+    An encoder's cache is empty.
     """
 
     native: FileInfo
@@ -154,7 +176,7 @@ class EntryInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """A bucket's KV cache: the arrays of each layer, keys and values first."""
+    """A bucket's KV cache: the arrays of each layer, keys and values first; no layers for an encoder."""
 
     layers: tuple[tuple[ArrayInfo, ...], ...]
 
@@ -170,8 +192,8 @@ class BucketInfo:
 
     Attributes:
         capacity: longest sequence, in tokens.
-        chunk: tokens of a prompt that one call takes.
-        attention: configuration of the attention of prompts and scoring, with `kind` "dense" or "two_stage".
+        chunk: tokens of a row that one call takes.
+        attention: configuration of the attention of prompts, scoring and encoding, with `kind` "dense" or "two_stage".
         attention_reason: why it is that one, in a sentence.
         cache: its KV cache.
         entries: its compiled functions by name.
@@ -187,7 +209,7 @@ class BucketInfo:
 
 @dataclass(frozen=True)
 class CrossoverRow:
-    """The time of one chunk of a prompt with exact and with two-stage attention, on the machine that compiled.
+    """The time of one call with exact and with two-stage attention, on the machine that compiled.
 
     Attributes:
         keys: that a query block sees, on average over the blocks that select among them.
@@ -210,9 +232,9 @@ class CalibrationInfo:
     """What the attention was calibrated on.
 
     Attributes:
-        kind: "default text", "text", "ids" or "random ids".
+        kind: "default text", "text", "ids", "random ids" or "random inputs".
         tokens: how many.
-        sha256: of the ids as int32.
+        sha256: of the ids as int32, or of the random inputs as float32.
     """
 
     kind: str
@@ -265,11 +287,16 @@ class Manifest:
         capacities = [bucket.capacity for bucket in self.buckets]
         if not capacities or capacities != sorted(set(capacities)):
             raise ArtifactError(f"manifest.json has buckets {capacities}, expected rising capacities")
+        expected = ENTRIES.get(self.model.kind)
+        if expected is None:
+            raise ArtifactError(
+                f"manifest.json has model.kind {self.model.kind!r}, expected one of: {', '.join(ENTRIES)}"
+            )
         for bucket in self.buckets:
-            if tuple(bucket.entries) != ENTRIES:
+            if tuple(bucket.entries) != expected:
                 raise ArtifactError(
                     f"manifest.json has entries {list(bucket.entries)} in bucket {bucket.capacity}, "
-                    f"expected {list(ENTRIES)}"
+                    f"expected {list(expected)}"
                 )
             if bucket.chunk < 1 or bucket.capacity % bucket.chunk:
                 raise ArtifactError(

@@ -1,4 +1,4 @@
-"""`load` opens an artifact into a session that scores and generates without tracing or compiling anything.
+"""`load` opens an artifact into a session that scores, generates and encodes without tracing or compiling anything.
 
 Imports only jax, numpy and (when text comes in) tokenizers. Everything on the host is numpy: the only things that run
 under XLA are the artifact's own entries.
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from .. import kernels
 from .artifact import TOKENIZER, WEIGHTS, Artifact, Tier, open_artifact
+from .encoding import Encoding, bucket_for, check_outputs, encode_rows
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
-from .manifest import ArrayInfo, ArtifactError, BucketInfo, FileInfo, Manifest
+from .inputs import check_ids, read_rows
+from .manifest import ENTRIES, ArrayInfo, ArtifactError, BucketInfo, FileInfo, Manifest
 from .sampling import check_temperature, sample
 from .weights import put_weights, read_weights
 
@@ -125,11 +127,13 @@ class Session:
             chunks, and never holds logits of more than a few hundred positions.
 
         Raises:
-            ValueError: an empty sequence, an id outside the vocabulary, or more tokens than the largest bucket has.
+            ValueError: an empty sequence, an id outside the vocabulary, more tokens than the largest bucket has, or an
+                encoder.
         """
+        self._check_entry("score")
         nested = _is_nested(ids)
         named = {f"sequence {index}": row for index, row in enumerate(ids)} if nested else {"the sequence": ids}
-        rows = [self._check_ids(row, name) for name, row in named.items()]
+        rows = [check_ids(row, name, self.info) for name, row in named.items()]
         with self._lock:
             scores = self._score_rows(rows, progress)
         return scores if nested else scores[0]
@@ -154,17 +158,18 @@ class Session:
 
         Raises:
             ValueError: an empty prompt, text for a model without tokenizer, an id outside the vocabulary, more tokens
-                than the largest bucket has, or a temperature or max_new_tokens that makes no sense.
+                than the largest bucket has, a temperature or max_new_tokens that makes no sense, or an encoder.
         """
+        self._check_entry("decode")
         check_temperature(temperature)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        ids = self._check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, "the prompt")
+        ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, "the prompt", self.info)
         generator = np.random.default_rng(seed)
         new: list[int] = []
         reason: FinishReason = "length"
         with self._lock:
-            bucket = self._bucket_for(len(ids) + max_new_tokens - 1)
+            bucket = bucket_for(self.info, len(ids) + max_new_tokens - 1)
             logits = self._prefill(bucket, ids, progress)
             while True:
                 new.append(sample(logits, temperature, generator))
@@ -180,6 +185,54 @@ class Session:
                 logits = self._decode(bucket, new[-1], position)
         text = self.detokenize(new) if self.has_tokenizer else None
         return Generation(text, np.asarray(new, np.int32), reason, len(ids))
+
+    @overload
+    def encode(
+        self,
+        inputs: str | tuple[str, str] | NDArray[np.integer[Any]] | list[int],
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Encoding: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: list[str] | list[tuple[str, str]] | list[NDArray[Any]] | list[list[int]],
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Encoding]: ...
+
+    @overload
+    def encode(self, inputs: Any, *, outputs: Sequence[str] | None = None, progress: Progress | None = None) -> Any: ...
+
+    def encode(
+        self, inputs: Any, *, outputs: Sequence[str] | None = None, progress: Progress | None = None
+    ) -> Encoding | list[Encoding]:
+        """Hidden states, and what pooler, pooling or task head make of them. Of an encoder.
+
+        Args:
+            inputs: a text; a pair of texts as a tuple; token ids as a 1-D integer array or list; a dict of arrays by
+                the model's names (`pixel_values`, `input_features`, `input_ids`, ...); or a list of such inputs of any
+                lengths. The arrays of a dict may have a batch dimension, which makes it a list.
+            outputs: which of `last_hidden_state`, `pooled` and `logits` to keep; None for all that the model gives. A
+                list of many texts needs less memory with what is used of it.
+            progress: called with the inputs done and the inputs in all after each call.
+
+        Returns:
+            An `Encoding`, or a list with one for each input. A call takes the time of its bucket, whatever the length.
+
+        Raises:
+            ValueError: an empty input, text for a model without tokenizer, an id outside the vocabulary, arrays of
+                other names or shapes, more tokens than the largest bucket has (nothing is cut off), or a decoder.
+        """
+        self._check_entry("encode")
+        kept = check_outputs(outputs, tuple(self.info.buckets[0].entries["encode"].results))
+        rows, nested = read_rows(inputs, self.info, lambda: self._tokenizer)
+        with self._lock:
+            encodings = encode_rows(rows, self.info, kept, self._call, progress)
+        return encodings if nested else encodings[0]
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
         """Token ids of a text, with the special tokens that the model's tokenizer.json puts around it.
@@ -218,6 +271,15 @@ class Session:
         tokenizer.no_padding()
         return tokenizer
 
+    def _check_entry(self, name: str) -> None:
+        model = self.info.model
+        if name not in ENTRIES[model.kind]:
+            content = {
+                "decoder": f"a decoder ({model.model_type}): it can only score and generate",
+                "encoder": f"an encoder ({model.model_type}): it can only encode",
+            }[model.kind]
+            raise ValueError(f"this artifact holds {content}")
+
     def _load_entries(self) -> tuple[dict[tuple[int, str], Executable], Tier]:
         """Callables by capacity and entry, and the tier they are of."""
         every = [(bucket, name, entry) for bucket in self.info.buckets for name, entry in bucket.entries.items()]
@@ -251,31 +313,6 @@ class Session:
             raise ArtifactError(f"{WEIGHTS} does not hold the tensors that the manifest names: compile again")
         return tuple(arrays[name] for name in names)
 
-    def _check_ids(self, ids: Any, what: str) -> NDArray[np.int32]:
-        """Token ids as an int32 array that the executables can take."""
-        array = np.asarray(ids)
-        if array.size == 0:
-            raise ValueError(f"{what} is empty, expected at least one token")
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{what} has shape {array.shape} and dtype {array.dtype}, expected 1-D integers")
-        vocabulary = self.info.model.vocab_size
-        bad = np.flatnonzero((array < 0) | (array >= vocabulary))
-        if bad.size:
-            raise ValueError(
-                f"{what} has token id {array[bad[0]]} at position {bad[0]}, expected ids from 0 to {vocabulary - 1}"
-            )
-        largest = self.info.buckets[-1].capacity
-        if array.size > largest:
-            raise ValueError(
-                f"{what} has {array.size} tokens and the largest bucket takes {largest}: "
-                "shorten it, or compile the checkpoint with a larger bucket"
-            )
-        return array.astype(np.int32)
-
-    def _bucket_for(self, tokens: int) -> BucketInfo:
-        """The smallest bucket with room for so many tokens, or the largest one."""
-        return next((bucket for bucket in self.info.buckets if bucket.capacity >= tokens), self.info.buckets[-1])
-
     def _score_rows(self, rows: list[NDArray[np.int32]], progress: Progress | None) -> Scores:
         """Scores of checked rows, computed `batch` at a time among rows of similar length."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -302,7 +339,7 @@ class Session:
     ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int32]]]:
         """End position, log-probabilities and argmax [batch, chunk] of each chunk of up to `batch` rows."""
         longest = max(len(row) for row in rows)
-        bucket = self._bucket_for(longest)
+        bucket = bucket_for(self.info, longest)
         tokens, lengths = self._pad(rows, bucket)
         targets = np.roll(tokens, -1, axis=1)
         for start in range(0, longest, bucket.chunk):

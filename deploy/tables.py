@@ -6,33 +6,48 @@ from typing import Any
 
 from rich.table import Table
 
-from .manifest import Manifest, WeightLoss
+from .manifest import BucketInfo, Manifest, ModelInfo, WeightLoss
 
 MEGABYTE = 1e6
+ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
+MEASURED_CALL = {"decoder": "one chunk of a prompt", "encoder": "one whole row"}
 
 
 def code_table(manifest: Manifest) -> Table:
     """One line for each bucket and entry: size of the machine code, memory of a call, compile time."""
     table = Table(title="compiled code", caption=f"batch {manifest.batch}, {manifest.dtype}")
-    for name in ("bucket", "entry", "code MB", "temp MB", "cache MB", "compile s"):
+    for name in ("bucket", "entry", "code MB", "temp MB", "output MB", "cache MB", "compile s"):
         table.add_column(name, justify="left" if name == "entry" else "right")
     for bucket in manifest.buckets:
-        for name, entry in bucket.entries.items():
-            table.add_row(
-                str(bucket.capacity),
-                name,
-                f"{entry.native.size / MEGABYTE:.2f}",
-                f"{entry.memory.temp_bytes / MEGABYTE:.1f}",
-                f"{bucket.cache.size_in_bytes / MEGABYTE:.1f}",
-                f"{entry.compile_seconds:.1f}",
-            )
+        for row in code_rows(bucket):
+            table.add_row(*row)
         table.add_section()
     return table
 
 
+def code_rows(bucket: BucketInfo) -> list[tuple[str, ...]]:
+    """The cells of a bucket's entries: capacity, name, megabytes of code, temporary memory, results and KV cache, and
+    seconds of compiling.
+    """
+    cache = bucket.cache.size_in_bytes
+    return [
+        (
+            str(bucket.capacity),
+            name,
+            f"{entry.native.size / MEGABYTE:.2f}",
+            f"{entry.memory.temp_bytes / MEGABYTE:.1f}",
+            # What comes out of the call includes the cache, which is the one that went in.
+            f"{(entry.memory.output_bytes - cache) / MEGABYTE:.1f}",
+            f"{cache / MEGABYTE:.1f}" if bucket.cache.layers else "-",
+            f"{entry.compile_seconds:.1f}",
+        )
+        for name, entry in bucket.entries.items()
+    ]
+
+
 def attention_tables(manifest: Manifest) -> list[Table]:
     """The attention of each bucket and why, then what was measured to choose it, if anything was."""
-    table = Table(title="attention of prompts and scoring")
+    table = Table(title=f"attention of {ATTENTION_OF[manifest.model.kind]}")
     table.add_column("bucket", justify="right")
     table.add_column("attention")
     table.add_column("why")
@@ -42,7 +57,9 @@ def attention_tables(manifest: Manifest) -> list[Table]:
 
 
 def _crossover_table(manifest: Manifest) -> Table:
-    table = Table(title="the crossover, measured", caption="one chunk of a prompt, some heads of one layer")
+    table = Table(
+        title="the crossover, measured", caption=f"{MEASURED_CALL[manifest.model.kind]}, some heads of one layer"
+    )
     for name in CROSSOVER_COLUMNS:
         table.add_column(name, justify="right")
     for row in crossover_rows(manifest):
@@ -50,6 +67,7 @@ def _crossover_table(manifest: Manifest) -> Table:
     return table
 
 
+_LABELS_SHOWN = 8
 CROSSOVER_COLUMNS = ("keys", "exact ms", "two-stage ms", "ratio")
 
 
@@ -61,19 +79,20 @@ def crossover_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     ]
 
 
-WEIGHT_LOSS_COLUMNS = ("text", "tokens", "nll before", "nll after", "difference", "same most likely token")
-
-
-def weight_loss_row(loss: WeightLoss) -> tuple[str, ...]:
-    """The cells of what rounding the weights cost, for `WEIGHT_LOSS_COLUMNS`; nll in nats a token."""
-    return (
-        loss.text,
-        str(loss.tokens),
-        f"{loss.nll:.4f}",
-        f"{loss.rounded_nll:.4f}",
-        f"{loss.rounded_nll - loss.nll:+.4f}",
-        f"{loss.greedy_agreement:.2%}",
-    )
+def weight_loss_cells(loss: WeightLoss) -> dict[str, str]:
+    """What rounding the weights cost, by the names of the columns; nll in nats a token."""
+    cells = {"text": loss.text, "tokens": str(loss.tokens)}
+    if loss.nll is not None and loss.rounded_nll is not None:
+        cells |= {
+            "nll before": f"{loss.nll:.4f}",
+            "nll after": f"{loss.rounded_nll:.4f}",
+            "difference": f"{loss.rounded_nll - loss.nll:+.4f}",
+        }
+    if loss.greedy_agreement is not None:
+        cells["same most likely token"] = f"{loss.greedy_agreement:.2%}"
+    if loss.cosine is not None:
+        cells["cosine of hidden states"] = f"{loss.cosine:.6f}"
+    return cells
 
 
 def weight_tables(manifest: Manifest) -> list[Table]:
@@ -84,9 +103,10 @@ def weight_tables(manifest: Manifest) -> list[Table]:
     table = Table(
         title=f"{weights.format} weights", caption="exact attention, before and after the weights were rounded"
     )
-    for name in WEIGHT_LOSS_COLUMNS:
+    cells = weight_loss_cells(weights.loss)
+    for name in cells:
         table.add_column(name, justify="left" if name == "text" else "right")
-    table.add_row(*weight_loss_row(weights.loss))
+    table.add_row(*cells.values())
     return [table]
 
 
@@ -95,9 +115,10 @@ def summary_table(manifest: Manifest) -> Table:
     model, environment, provenance = manifest.model, manifest.environment, manifest.provenance
     calibration = provenance.calibration
     rows = {
-        "model": f"{model.model_type}, {model.parameters / 1e6:.2f}M parameters, {manifest.dtype}",
-        "context": f"{model.max_position_embeddings} tokens; buckets {_join(b.capacity for b in manifest.buckets)}",
-        "vocabulary": f"{model.vocab_size} ids; a text ends at {_join(model.eos_token_ids) or 'no id'}",
+        "model": f"{model.model_type} ({model.kind}), {model.parameters / 1e6:.2f}M parameters, {manifest.dtype}",
+        "task": describe_task(model),
+        "context": f"{_context(model)}; buckets {_join(b.capacity for b in manifest.buckets)}",
+        **_vocabulary(model),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors"
         f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
@@ -128,6 +149,12 @@ def file_table(manifest: Manifest) -> Table:
     return table
 
 
+def describe_task(model: ModelInfo) -> str:
+    """What the model is for, and the first of its classes."""
+    shown = ", ".join(model.labels[:_LABELS_SHOWN]) + (", ..." if len(model.labels) > _LABELS_SHOWN else "")
+    return model.task.replace("_", " ") + (f" into {len(model.labels)} classes: {shown}" if shown else "")
+
+
 def describe(attention: Mapping[str, Any]) -> str:
     """The attention's configuration in one line."""
     if attention["kind"] == "dense":
@@ -136,6 +163,19 @@ def describe(attention: Mapping[str, Any]) -> str:
     name = method.pop("name")
     options = {key: value for key, value in attention.items() if key not in ("kind", "method")} | method
     return f"two-stage, {name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def _context(model: ModelInfo) -> str:
+    if model.fixed_tokens is not None:
+        return f"{model.fixed_tokens} tokens in every row"
+    return "any number of tokens" if model.max_tokens is None else f"{model.max_tokens} tokens"
+
+
+def _vocabulary(model: ModelInfo) -> dict[str, str]:
+    if model.vocab_size is None:
+        return {}
+    ends = f"; a text ends at {_join(model.eos_token_ids) or 'no id'}" if model.kind == "decoder" else ""
+    return {"vocabulary": f"{model.vocab_size} ids{ends}"}
 
 
 def _join(values: Any) -> str:

@@ -1,7 +1,4 @@
-"""What rounding the weights costs: the same text through the model before and after, with exact attention.
-
-`weight_loss` is for models that predict the next token; it is all that knows so.
-"""
+"""What rounding the weights costs: the same row through the model before and after, with exact attention."""
 
 from typing import Any
 
@@ -12,25 +9,40 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from ..attention import Dense
+from ..model.encoder import Encoder
+from .calibration import CalibrationInputs
 from .entries import SCORE_BLOCK, score_positions
-from .manifest import CalibrationInfo, WeightLoss
+from .manifest import WeightLoss
 
 MAX_TOKENS = 2048
 
 
-def weight_loss(
-    model: nnx.Module, rounded: nnx.Module, ids: Int[np.ndarray, " tokens"], text: CalibrationInfo
-) -> WeightLoss:
-    """Compares two models over the first `MAX_TOKENS` of the ids, which `text` describes."""
-    ids = ids[:MAX_TOKENS]
+def weight_loss(model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs) -> WeightLoss:
+    """Compares two models over a row; decoders over its first `MAX_TOKENS`, by the tokens that they predict."""
+    if isinstance(model, Encoder):
+        before, after = (_hidden(each, row) for each in (model, rounded))
+        lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+        return WeightLoss(row.info.kind, row.tokens, cosine=float(np.mean((before * after).sum(-1) / lengths)))
+    ids = row.inputs[0, :MAX_TOKENS]
     (before, most_likely), (after, then) = _scores(model, ids), _scores(rounded, ids)
     return WeightLoss(
-        text=text.kind,
+        text=row.info.kind,
         tokens=ids.size,
         nll=_mean_nll(before),
         rounded_nll=_mean_nll(after),
         greedy_agreement=float(np.mean(most_likely == then)),
     )
+
+
+def _hidden(model: Any, row: CalibrationInputs) -> Float[np.ndarray, "tokens hidden_size"]:
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: Any, inputs: Any) -> jax.Array:
+        lengths = jnp.array([row.tokens], jnp.int32)
+        return nnx.merge(graph, state).encode(inputs, lengths)["last_hidden_state"][0]
+
+    return np.asarray(run(state, row.inputs), np.float64)
 
 
 def _mean_nll(logprobs: Float[np.ndarray, " tokens"]) -> float:

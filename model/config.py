@@ -35,6 +35,14 @@ def read_number(config: Mapping[str, Any], name: str, default: float | None = No
     return float(value)
 
 
+def read_optional_number(config: Mapping[str, Any], name: str, default: float | None) -> float | None:
+    """A finite number above 0, or None, which unlike in other fields is what null stands for; ValueError if it is
+    something else.
+    """
+    value = config.get(name, default)
+    return None if value is None else read_number({name: value}, name)
+
+
 def read_boolean(config: Mapping[str, Any], name: str, default: bool) -> bool:
     """True or false; ValueError if it is something else."""
     value = _value(config, name, default)

@@ -4,7 +4,6 @@ An architecture's file adds its config fields and, where its mathematics differ,
 parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, lm_head.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -31,11 +30,19 @@ class DecoderConfig:
     """The fields that every decoder has, named as in the Hugging Face config, and what follows from others per layer.
 
     Attributes:
+        kind: "decoder", as the encoders' is "encoder".
+        task: what the model is for.
+        causal: whether a token sees only those before it.
+        fixed_tokens: None: rows may be of any length.
         ropes: each layer's rotary embedding; None for a layer without.
         windows: each layer's sliding window in tokens, as `SelfAttention` has it; None for a layer that sees all.
     """
 
     model_type: ClassVar[str]
+    kind: ClassVar[str] = "decoder"
+    task: ClassVar[str] = "text_generation"
+    causal: ClassVar[bool] = True
+    fixed_tokens: ClassVar[int | None] = None
 
     vocab_size: int
     hidden_size: int
@@ -62,9 +69,9 @@ class DecoderConfig:
     @property
     def max_tokens(self) -> int | None:
         """Tokens that a row may have in every layer; None where rotary embeddings stretch for any length."""
-        limits = [rope.max_tokens(self.max_position_embeddings) for rope in self.ropes if rope is not None]
-        limit = min(limits, default=self.max_position_embeddings)
-        return None if math.isinf(limit) else int(limit)
+        longest = self.max_position_embeddings
+        limits = {rope.max_tokens(longest) for rope in self.ropes if rope is not None} or {longest}
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 def read_sizes(
@@ -146,6 +153,30 @@ class DecoderLayer(nnx.Module):
             # Wide, so that the multiplier is not rounded to the activations' dtype.
             update = (update.astype(jnp.float32) * self.residual_multiplier).astype(update.dtype)
         return residual + update
+
+
+class ParallelDecoderLayer(nnx.Module):
+    """Attention and MLP side by side: both take the layer's input, normalised, and are added to it together.
+
+    Each has a norm of its own, or both the first where they share one.
+    """
+
+    def __init__(
+        self, self_attn: SelfAttention, mlp: nnx.Module, make_norm: Callable[[], Any], *, share_norm: bool
+    ) -> None:
+        self.input_layernorm: Norm = make_norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm: Norm | None = None if share_norm else make_norm()
+        self.mlp: Any = mlp
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], LayerCache | None]:
+        normed = self.input_layernorm(hidden)
+        attended, cache = self.self_attn(normed, call)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden)
+        return hidden + attended + self.mlp(normed), cache
 
 
 class DecoderModel(nnx.Module):
@@ -264,7 +295,7 @@ class CausalLM(nnx.Module):
             if rope is not None
         }
         call = LayerCall(offset, lengths, attention, observe=observe)
-        hidden = self._embed(input_ids, positions)
+        hidden = self._embed(input_ids, positions, lengths)
         caches: list[LayerCache] = []
         for index, layer in enumerate(self.model.layers):
             rope = config.ropes[index]
@@ -300,12 +331,17 @@ class CausalLM(nnx.Module):
         return collected
 
     def _embed(
-        self, input_ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        lengths: Int[Array, " batch"],
     ) -> Float[Array, "batch tokens hidden_size"]:
         hidden = self.model.embed_tokens(input_ids)
         if self.embedding_multiplier != 1:
             # Rounded to the activations' dtype first, as transformers does.
             hidden = hidden * jnp.asarray(self.embedding_multiplier, hidden.dtype)
         if self.model.embed_positions is not None:
-            hidden = hidden + self.model.embed_positions(positions)
+            # Padding takes the position of its row's last token, because there may be none in the table for its own.
+            last = jnp.maximum(lengths - 1, 0)
+            hidden = hidden + self.model.embed_positions(jnp.minimum(positions, last[:, None]))
         return hidden

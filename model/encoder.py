@@ -18,6 +18,7 @@ from ..attention import AttentionConfig, Dense
 from .config import read_boolean, read_integer
 from .decoder import Bases
 from .layers import ACTIVATIONS, Embedding, Linear
+from .pooling import Pooling
 from .rope import Rope, rotary_tables
 from .self_attention import LayerCall
 
@@ -46,6 +47,8 @@ class EncoderConfig:
     """The fields that every encoder has, named as in the Hugging Face config where that is possible.
 
     Attributes:
+        kind: "encoder", as the decoders' is "decoder".
+        causal: whether a token sees only those before it.
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
         pooler: whether there is one, `Encoder.pooler`.
@@ -56,6 +59,8 @@ class EncoderConfig:
     """
 
     model_type: ClassVar[str]
+    kind: ClassVar[str] = "encoder"
+    causal: ClassVar[bool] = False
 
     task: str
     num_labels: int
@@ -126,6 +131,22 @@ def read_num_labels(config: Mapping[str, Any]) -> int:
     """Classes of the task head: the entries of `id2label`, or `num_labels`, or transformers' default of 2."""
     labels = config.get("id2label")
     return len(labels) if isinstance(labels, Mapping) and labels else read_integer(config, "num_labels", 2)
+
+
+def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in their order: `id2label`, or transformers' LABEL_0, LABEL_1 ... where it is not given.
+
+    Raises:
+        ValueError: `id2label` does not number its classes from 0 on.
+    """
+    labels = config.get("id2label")
+    if not labels:
+        return tuple(f"LABEL_{index}" for index in range(read_num_labels(config)))
+    named = {str(index): str(label) for index, label in labels.items()}
+    expected = [str(index) for index in range(len(named))]
+    if named.keys() != set(expected):
+        raise ValueError(f"config: id2label has the classes {', '.join(named)}, expected 0 to {len(named) - 1}")
+    return tuple(named[index] for index in expected)
 
 
 class TextEmbeddings(nnx.Module):
@@ -263,6 +284,7 @@ class Encoder(nnx.Module):
         head: the task's, or None for "features".
         head_pooling: what a head for whole rows reads: "pooler", "first", "mean", "padded_mean" (the sum over a row's
             tokens divided by the model's `max_tokens`), or "tokens" for a head that pools by itself.
+        pooling: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as `pooled`.
     """
 
     def __init__(
@@ -281,6 +303,7 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.norm: Any = norm
         self.pooler, self.head, self.head_pooling = pooler, head, head_pooling
+        self.pooling: Pooling | None = None
 
     def inputs(self, tokens: int) -> dict[str, InputInfo]:
         """The inputs for rows of so many tokens; every row's `lengths` go beside them."""
@@ -305,10 +328,10 @@ class Encoder(nnx.Module):
             observe: is given the queries and keys of each layer in turn, while the function is traced.
 
         Returns:
-            `last_hidden_state` [batch, tokens, hidden_size]; `pooled` [batch, hidden_size] from a model with a pooler;
-            `logits` in float32 from a model with a task head: [batch, num_labels] for whole rows, [batch, tokens,
-            num_labels] for token classification, [batch, tokens, 2] (start and end) for question answering,
-            [batch, tokens, vocab_size] for masked language models.
+            `last_hidden_state` [batch, tokens, hidden_size]; `pooled` [batch, hidden_size] from a model with a pooler,
+            and in float32 from a sentence embedder; `logits` in float32 from a model with a task head: [batch,
+            num_labels] for whole rows, [batch, tokens, num_labels] for token classification, [batch, tokens, 2] (start
+            and end) for question answering, [batch, tokens, vocab_size] for masked language models.
         """
         config = self.config
         hidden = self.embeddings(inputs)
@@ -331,11 +354,12 @@ class Encoder(nnx.Module):
         if self.norm is not None:
             hidden = self.norm(hidden)
         outputs = {"last_hidden_state": hidden}
-        if self.pooler is not None:
-            outputs["pooled"] = self.pooler(hidden[:, 0])
+        pooled = None if self.pooler is None else self.pooler(hidden[:, 0])
         if self.head is not None:
-            outputs["logits"] = self._logits(self.head, hidden, outputs.get("pooled"), lengths)
-        return outputs
+            outputs["logits"] = self._logits(self.head, hidden, pooled, lengths)
+        if self.pooling is not None:
+            pooled = self.pooling(hidden, lengths)
+        return outputs if pooled is None else outputs | {"pooled": pooled}
 
     def queries_and_keys(
         self, inputs: Mapping[str, Array], lengths: Int[Array, " batch"]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_fast": jax.nn.gelu,
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -111,11 +112,16 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias` over the last dimension."""
+    """`(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias` over the last dimension.
 
-    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike, use_bias: bool = True) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype)) if use_bias else None
+    `features` may give dimensions before the last too, for parameters that differ along them, as from head to head.
+    """
+
+    def __init__(
+        self, features: int | tuple[int, ...], *, epsilon: float, param_dtype: DTypeLike, use_bias: bool = True
+    ) -> None:
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if use_bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:

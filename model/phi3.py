@@ -41,7 +41,7 @@ class Phi3Config(PreNormConfig):
         layer_types = [FULL if window is None else SLIDING] * sizes["num_hidden_layers"]
         require(config, "layer_types", layer_types)
         if window is not None and window >= sizes["max_position_embeddings"]:
-            # Wider than any row, as in the models with 128k tokens: these layers see all, and may choose what they see.
+            # Wider than any row may be, as in the models with 128k tokens: so these layers see the whole row.
             layer_types, window = [FULL] * len(layer_types), None
         return cls(
             **sizes,

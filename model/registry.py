@@ -15,20 +15,32 @@ from .decoder import CausalLM, DecoderConfig
 from .dinov2 import Dinov2Config, Dinov2Encoder, Dinov2WithRegistersConfig
 from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
+from .gemma import GemmaConfig, GemmaForCausalLM
+from .gemma2 import Gemma2Config, Gemma2ForCausalLM
+from .gemma3 import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from .gpt2 import GPT2Config, GPT2LMHeadModel
+from .gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from .granite import GraniteConfig, GraniteForCausalLM
 from .llama import LlamaConfig, LlamaForCausalLM
 from .lra import LraConfig, LraEncoder
 from .mistral import MistralConfig, MistralForCausalLM
+from .mixtral import MixtralConfig, MixtralForCausalLM
 from .modernbert import ModernBertConfig, ModernBertEncoder
 from .nomic_bert import NomicBertConfig, NomicBertEncoder
+from .olmo2 import Olmo2Config, Olmo2ForCausalLM
 from .phi3 import Phi3Config, Phi3ForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
+from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
+from .stablelm import StableLmConfig, StableLmForCausalLM
 from .t5 import MT5Config, T5Config, T5Encoder, UMT5Config
 from .vit import ViTConfig, ViTEncoder
 from .whisper import WhisperConfig, WhisperEncoder
+
+ModelConfig = DecoderConfig | EncoderConfig
+Model = CausalLM | Encoder
 
 
 @dataclass(frozen=True)
@@ -51,31 +63,111 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert"),
-    "dinov2": Architecture("DINOv2", Dinov2Config, Dinov2Encoder, "dinov2"),
-    "dinov2_with_registers": Architecture("DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2"),
-    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert"),
-    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama"),
-    "lra": Architecture("Long Range Arena's Transformer", LraConfig, LraEncoder, "lra"),
-    "modernbert": Architecture("ModernBERT", ModernBertConfig, ModernBertEncoder, "modernbert"),
-    "nomic_bert": Architecture("Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert"),
-    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta"),
-    "t5": Architecture("T5's encoder", T5Config, T5Encoder, "t5"),
-    "mt5": Architecture("mT5's encoder", MT5Config, T5Encoder, "t5"),
-    "umt5": Architecture("umT5's encoder", UMT5Config, T5Encoder, "t5"),
-    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit"),
-    "whisper": Architecture("Whisper's encoder", WhisperConfig, WhisperEncoder, "whisper"),
-    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta"),
-    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama"),
-    "qwen2": Architecture("Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama"),
-    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3"),
-    "granite": Architecture("Granite", GraniteConfig, GraniteForCausalLM, "llama"),
-    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama"),
-    "phi3": Architecture("Phi-3, Phi-4", Phi3Config, Phi3ForCausalLM, "phi3"),
+    "gemma": Architecture(
+        "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, norms that count from 1"
+    ),
+    "gemma2": Architecture(
+        "Gemma 2",
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        "gemma2",
+        "as Gemma 1, with capped logits, norms before and behind, local and global layers",
+    ),
+    "gemma3": Architecture(
+        "Gemma 3 with images",
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        "gemma3",
+        "its language model only, as Gemma 3",
+    ),
+    "gemma3_text": Architecture(
+        "Gemma 3",
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        "gemma3",
+        "as Gemma 2, with norms of queries and keys, rotary embeddings by layer type",
+    ),
+    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2", "learned positions, fused qkv"),
+    "gpt_neox": Architecture(
+        "GPT-NeoX, Pythia",
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        "gpt_neox",
+        "parallel residual, partial rotary embedding, fused qkv",
+    ),
+    "granite": Architecture(
+        "Granite",
+        GraniteConfig,
+        GraniteForCausalLM,
+        "llama",
+        "multipliers of embeddings, residuals, attention and logits",
+    ),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama", "every rope type"),
+    "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama", "sliding window"),
+    "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral", "mixture of experts"),
+    "olmo2": Architecture(
+        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
+    ),
+    "phi3": Architecture(
+        "Phi-3, Phi-4",
+        Phi3Config,
+        Phi3ForCausalLM,
+        "phi3",
+        "LongRoPE, partial rotary embedding, sliding window, fused qkv",
+    ),
+    "qwen2": Architecture(
+        "Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama", "biases of qkv, sliding window in some layers"
+    ),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3", "as Qwen2, with norms of queries and keys"),
+    "qwen3_moe": Architecture(
+        "Qwen3-MoE",
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        "qwen3_moe",
+        "as Qwen3, with a mixture of experts in some layers",
+    ),
+    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama", "layers without positions"),
+    "stablelm": Architecture(
+        "StableLM",
+        StableLmConfig,
+        StableLmForCausalLM,
+        "stablelm",
+        "partial rotary embedding, parallel residual, a norm for every head",
+    ),
+    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert", "two segments"),
+    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segments"),
+    "lra": Architecture(
+        "Long Range Arena's Transformer", LraConfig, LraEncoder, "lra", "the sizes and names of the published code"
+    ),
+    "modernbert": Architecture(
+        "ModernBERT",
+        ModernBertConfig,
+        ModernBertEncoder,
+        "modernbert",
+        "8192 tokens, rotary embeddings, local and global layers",
+    ),
+    "nomic_bert": Architecture(
+        "Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert", "rotary embeddings, gated MLP"
+    ),
+    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "positions from the padding id on"),
+    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
+    "dinov2": Architecture(
+        "DINOv2", Dinov2Config, Dinov2Encoder, "dinov2", "layers' outputs scaled, images of any one size"
+    ),
+    "dinov2_with_registers": Architecture(
+        "DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2", "as DINOv2, with registers"
+    ),
+    "mt5": Architecture("mT5", MT5Config, T5Encoder, "t5", "its encoder only, as T5"),
+    "t5": Architecture("T5, Flan-T5", T5Config, T5Encoder, "t5", "its encoder only; a bias by distance, in XLA"),
+    "umt5": Architecture("umT5", UMT5Config, T5Encoder, "t5", "its encoder only, as T5 with a bias for every layer"),
+    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of any one size"),
+    "whisper": Architecture(
+        "Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; two convolutions, no bias of keys"
+    ),
 }
 
 
-def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | EncoderConfig]:
+def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
     A config without `model_type` is known by the class name under `architectures`.
@@ -96,9 +188,7 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, DecoderConfig | Enco
     return architecture, architecture.config.from_hf(config)
 
 
-def abstract_module(
-    architecture: Architecture, config: DecoderConfig | EncoderConfig, dtype: DTypeLike
-) -> CausalLM | Encoder:
+def abstract_module(architecture: Architecture, config: ModelConfig, dtype: DTypeLike) -> Model:
     """The module with shapes and dtypes in place of parameters."""
     return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
 

@@ -58,19 +58,19 @@ class Rope:
         """Over how many dimensions of a head the frequencies are spread."""
         return int(head_dim * self.partial_rotary_factor)
 
-    def max_tokens(self, max_position_embeddings: int) -> float:
-        """Tokens that a row may have, infinite for "dynamic".
+    def max_tokens(self, max_position_embeddings: int) -> int | None:
+        """Tokens that a row may have; None for "dynamic", which stretches for any length.
 
         Configs with "linear" or "yarn" often give the context before stretching as `max_position_embeddings`: there
         the limit is what the factor makes of it, which is never less than was trained.
         """
         if self.rope_type == "dynamic":
-            return math.inf
+            return None
         if self.rope_type == "linear":
-            return max_position_embeddings * max(self.factor, 1.0)
+            return int(max_position_embeddings * max(self.factor, 1.0))
         if self.rope_type == "yarn":
-            return max(float(max_position_embeddings), self.original_max_position_embeddings * self.factor)
-        return float(max_position_embeddings)
+            return max(max_position_embeddings, int(self.original_max_position_embeddings * self.factor))
+        return max_position_embeddings
 
     def check(self, head_dim: int) -> None:
         """ValueError if heads of this size cannot be rotated so."""

@@ -6,14 +6,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import iceformer
 from iceformer import kernels
 from iceformer.cli import main
+
+from .model.cases import ENCODERS
+from .model.reference import save_random
 
 OPTIONS = (
     "--attention two_stage --method low_rank --method-option rank=4 --budget 32 --query-block 8 --key-block 2 "
@@ -130,6 +136,144 @@ def test_inspect(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert text in " ".join(out.split())
     code, out, _ = run(capsys, "inspect", artifact, "--json")
     assert json.loads(out)["tier"] == "native"
+
+
+def json_encodings(out: str) -> list[dict]:
+    return json.loads(out)["encodings"]
+
+
+@pytest.fixture(scope="module")
+def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The artifact of a random BERT with the tokenizer of whole words."""
+    import transformers
+
+    def make(auto_class: str, *, files: dict[str, str] | None = None, **config: Any) -> Path:
+        folder = tmp_path_factory.mktemp("encoder")
+        save_random(
+            folder / "source",
+            "bert",
+            auto_class=getattr(transformers, auto_class),
+            **ENCODERS["bert"].tiny | config,
+        )
+        words = {word: index for index, word in enumerate(["[UNK]", "the", "line", "of", "records"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(folder / "source" / "tokenizer.json"))
+        for name, text in (files or {}).items():
+            (folder / "source" / name).parent.mkdir(exist_ok=True)
+            (folder / "source" / name).write_text(text)
+        checkpoint = iceformer.convert_checkpoint(folder / "source", folder / "checkpoint")
+        return iceformer.compile(checkpoint, folder / "artifact", buckets=(16,), attention=iceformer.Dense())
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def embedder(make_encoder: Callable[..., Path]) -> Path:
+    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    pooling = {"pooling_mode_mean_tokens": True}
+    files = {"modules.json": json.dumps(modules), "1_Pooling/config.json": json.dumps(pooling)}
+    return make_encoder("AutoModel", files=files)
+
+
+@pytest.fixture(scope="module")
+def classifier(make_encoder: Callable[..., Path]) -> Path:
+    return make_encoder("AutoModelForSequenceClassification", id2label={0: "calm", 1: "glad", 2: "sad"})
+
+
+class TestEncode:
+    def test_embeddings(self, embedder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pooled = iceformer.load(embedder).encode("the line").pooled
+        assert pooled is not None
+        code, out, _ = run(capsys, "encode", embedder, "the line")
+        assert code == 0
+        assert f"pooled: {pooled[0]:.4f} {pooled[1]:.4f}" in out
+        assert f"(48 numbers, norm {np.linalg.norm(pooled):.4f})" in out
+        assert "--out FILE.npy" in out
+        code, out, _ = run(capsys, "encode", embedder, "the line", "--json")
+        np.testing.assert_allclose(json_encodings(out)[0]["pooled"], pooled, rtol=1e-6)
+
+    def test_files_in_and_out(self, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        texts = ["the line", "of", "records of the line"]
+        (tmp_path / "texts").write_text("\n".join(texts) + "\n")
+        expected = iceformer.load(embedder).encode(texts)
+        code, out, _ = run(capsys, "encode", embedder, "--file", tmp_path / "texts", "--out", tmp_path / "a.npy")
+        assert (code, out) == (0, f"3 encodings: {tmp_path / 'a.npy'}\n")
+        pooled = np.load(tmp_path / "a.npy")
+        np.testing.assert_array_equal(pooled, np.stack([one.pooled for one in expected if one.pooled is not None]))
+        assert run(capsys, "encode", embedder, "--file", tmp_path / "texts", "--out", tmp_path / "a.npz")[0] == 0
+        with np.load(tmp_path / "a.npz") as arrays:
+            assert set(arrays) == {"lengths", "last_hidden_state", "pooled"}
+            assert arrays["lengths"].tolist() == [2, 1, 4]
+            rows = np.split(arrays["last_hidden_state"], np.cumsum(arrays["lengths"])[:-1])
+            np.testing.assert_array_equal(rows[2], expected[2].last_hidden_state)
+
+    def test_arrays_in(self, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        np.savez(tmp_path / "in.npz", input_ids=np.array([[1, 2], [3, 4]]))
+        code, out, _ = run(capsys, "encode", embedder, "--file", tmp_path / "in.npz", "--json")
+        expected = iceformer.load(embedder).encode("of records").pooled
+        assert code == 0
+        assert expected is not None
+        np.testing.assert_allclose(json_encodings(out)[1]["pooled"], expected, rtol=1e-6)
+
+    def test_classes_and_pairs(
+        self, classifier: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoding = iceformer.load(classifier).encode(("the line", "of records"))
+        assert encoding.logits is not None
+        shares = np.exp(encoding.logits) / np.exp(encoding.logits).sum()
+        code, out, _ = run(capsys, "encode", classifier, "the line\tof records", "--pairs")
+        lines = out.splitlines()
+        assert code == 0
+        assert len(lines) == 3
+        assert lines[0] == f"{shares.max():8.4f}  {encoding.label}"
+        monkeypatch.setattr("sys.stdin", io.StringIO("the line\nof records\n"))
+        code, out, _ = run(capsys, "encode", classifier, "-", "--json")
+        first, second = json_encodings(out)
+        assert sum(first["scores"].values()) == pytest.approx(1)
+        assert second["label"] == max(second["scores"], key=second["scores"].__getitem__)
+
+    def test_classes_of_tokens(self, make_encoder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        artifact = make_encoder("AutoModelForTokenClassification", id2label={0: "name", 1: "other"})
+        labels = iceformer.load(artifact).encode("the line").label
+        code, out, _ = run(capsys, "encode", artifact, "the line")
+        assert code == 0
+        assert [line.split()[1:] for line in out.splitlines()] == [
+            [label, word] for label, word in zip(labels or [], ["the", "line"], strict=True)
+        ]
+
+    def test_inspect(self, classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        _, out, _ = run(capsys, "inspect", classifier)
+        text = " ".join(out.split())
+        for found in ("bert (encoder)", "calm, glad, sad", "attention of encoding", "native/16/encode.bin"):
+            assert found in text
+        assert "a text ends at" not in text
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "give the text either as an argument"),
+            (["the", "--file", "x"], "give the text either as an argument"),
+            (["the", "--pairs"], "text 0 has 0 tabs, but --pairs expects two texts"),
+            (["the", "--out", "a.txt"], "--out is a.txt, expected a file that ends in .npy or .npz"),
+            (["the", "--out", "a.npy", "--json"], "--json does not go with --out"),
+            (["the " * 17], "input 0 has 17 tokens and the largest bucket takes 16"),
+        ],
+    )
+    def test_errors(
+        self, embedder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    ) -> None:
+        code, out, err = run(capsys, "encode", embedder, *arguments)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert message in err
+
+    def test_the_wrong_kind(
+        self, artifact: Path, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert "holds a decoder (llama): it can only score and generate" in run(capsys, "encode", artifact, "the")[2]
+        (tmp_path / "text").write_text("the line")
+        for command in (["generate", embedder, "the"], ["score", embedder, tmp_path / "text"]):
+            assert "holds an encoder (bert): it can only encode" in run(capsys, *command)[2]
 
 
 @pytest.mark.parametrize(

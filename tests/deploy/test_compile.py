@@ -16,9 +16,10 @@ import iceformer
 from iceformer import kernels
 from iceformer.attention import LowRank
 from iceformer.deploy.calibration import calibration_ids
-from iceformer.deploy.compile import eos_token_ids
+from iceformer.deploy.compile import check_options, default_buckets, eos_token_ids
 from iceformer.deploy.entries import score_block
 from iceformer.deploy.lowering import check_custom_calls, portable_code
+from iceformer.model.registry import build
 
 from .conftest import TEXT, VOCABULARY
 
@@ -132,6 +133,22 @@ def test_eos_token_ids(tmp_path: Path, config: dict, generation: dict | None, ex
     if generation is not None:
         path.write_text(json.dumps(generation))
     assert eos_token_ids(config, path) == expected
+
+
+@pytest.mark.parametrize(
+    ("positions", "chunk", "expected"),
+    [
+        (512, 2048, (512,)),
+        (8192, 2048, (4096, 8192)),
+        (5000, 2048, (4096,)),
+        (3000, 2048, (2048,)),
+        (131072, 2048, (4096, 16384)),
+    ],
+)
+def test_default_buckets_end_where_the_model_does(positions: int, chunk: int, expected: tuple[int, ...]) -> None:
+    _, config = build({"model_type": "llama", "max_position_embeddings": positions})
+    assert default_buckets(config, chunk) == expected
+    check_options(config, buckets=expected, dtype="float32", weights="same", batch=1, chunk=chunk)
 
 
 class TestCalibrationIds:

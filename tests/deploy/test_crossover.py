@@ -74,7 +74,7 @@ LARGE = iceformer.TwoStage(budget=500, query_block=8, sink=0, local=0)
 @pytest.mark.parametrize(
     ("table", "capacity", "chosen", "reason"),
     [
-        (None, 500, None, "exact: a prompt here has no more keys than the budget, 500"),
+        (None, 500, None, "exact: a row here has no more keys than the budget, 500"),
         (TABLE, 2830, None, "exact: two-stage is faster only from 2830 keys on"),
         (TABLE, 3000, 2830, "two-stage from 2830 keys on: at 4000 it took 0.50 of exact attention's time"),
         (TABLE, 32000, 2830, "two-stage from 2830 keys on: at 8000 it took 0.25 of exact attention's time"),
@@ -117,7 +117,7 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
     choices, measured = decide(iceformer.Auto(LARGE), (256, 500), SHAPE, fail)
     assert [choice.attention for choice in choices] == [iceformer.Dense()] * 2
     assert measured == ()
-    assert needs_measurement(iceformer.Auto(LARGE), (256, 501))
+    assert needs_measurement(iceformer.Auto(LARGE), (256, 501), SHAPE)
     with pytest.raises(AssertionError, match="measured"):
         decide(iceformer.Auto(LARGE), (256, 501), SHAPE, lambda line: None)
 
@@ -213,3 +213,43 @@ def test_auto_measures_and_compiles(checkpoint: Path, tmp_path: Path) -> None:
     assert info.buckets[0].attention["kind"] == ("two_stage" if two_stage else "dense")
     assert info.buckets[0].attention_reason.startswith("two-stage from" if two_stage else "exact:")
     assert len(session.score(np.arange(4, 300)).argmax) == 296
+
+
+def test_bidirectional_attention_is_measured_over_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every query sees every key: a call takes a row from its first token on, whatever the chunk, and has no cache."""
+    race, seen = crossover._race, []
+
+    def watched(calls: Any, offset: int, length: int) -> list[float]:
+        assert all(second > 0 for second in race(calls, offset, length))
+        seen.append((offset, length))
+        return [1.0, 2.0]
+
+    monkeypatch.setattr(crossover, "_race", watched)
+    shape = dataclasses.replace(SHAPE, causal=False)
+    table = crossover.measure(TWO_STAGE, shape, 300)
+    assert seen == [(0, 64), (0, 128), (0, 256), (0, 300)]
+    assert [row.keys for row in table.rows] == [64, 128, 256, 300]
+    assert table.crossover is None
+
+
+def test_a_timed_call_is_bidirectional_if_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is told to be causal sees half of it; the timed function is told what the shape says."""
+    told: list[bool] = []
+
+    def attend(*_: Any, causal: bool, **__: Any) -> jax.Array:
+        told.append(causal)
+        return jax.numpy.zeros(1)
+
+    monkeypatch.setattr(crossover, "attend", attend)
+    for causal in (True, False):
+        crossover.measure(TWO_STAGE, dataclasses.replace(SHAPE, causal=causal), 64)
+    assert set(told[: len(told) // 2]) == {True}
+    assert set(told[len(told) // 2 :]) == {False}
+
+
+def test_a_model_of_windows_only_is_not_measured() -> None:
+    shape = dataclasses.replace(SHAPE, selects=False)
+    choices, measured = decide(iceformer.Auto(LARGE), (256, 1024), shape, lambda line: None)
+    assert choices == (Choice(iceformer.Dense(), "exact: every layer has a sliding window"),) * 2
+    assert measured == ()
+    assert not needs_measurement(iceformer.Auto(LARGE), (256, 1024), shape)

@@ -18,7 +18,7 @@ import iceformer
 from iceformer import kernels
 from iceformer.cli import app
 from iceformer.deploy import artifact as layout
-from iceformer.deploy.calibration import calibration_ids
+from iceformer.deploy.calibration import CalibrationInputs, calibration_ids
 from iceformer.deploy.executables import PortableTierWarning
 from iceformer.deploy.manifest import parse_manifest
 from iceformer.deploy.session import Session
@@ -137,8 +137,11 @@ def test_reported_loss_is_that_of_the_sessions(session: Session, dense_session: 
     assert (weights.format, loss.text, loss.tokens) == ("int8", info.kind, len(ids))
     ids = ids[:128]  # What fits a session's bucket.
     model = iceformer.load_model(checkpoint)
-    loss = weight_loss(model, quantize(model), ids, info)
+    loss = weight_loss(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
     before, after = dense_session.score(ids), session.score(ids)
+    assert loss.nll is not None
+    assert loss.rounded_nll is not None
+    assert loss.greedy_agreement is not None
     assert loss.nll == pytest.approx(-before.logprobs.mean(), abs=1e-4)
     assert loss.rounded_nll == pytest.approx(-after.logprobs.mean(), abs=1e-4)
     assert loss.greedy_agreement == pytest.approx(np.mean(before.argmax == after.argmax))
@@ -151,7 +154,7 @@ def test_loss_of_any_number_of_tokens(checkpoint: Path, length: int) -> None:
     model = iceformer.load_model(checkpoint)
     ids = random_ids(length).astype(np.int32)
     _, info = calibration_ids(ids, checkpoint / "tokenizer.json", VOCABULARY, 512)
-    loss = weight_loss(model, model, ids, info)
+    loss = weight_loss(model, model, CalibrationInputs(ids[None], ids.size, info))
     logprobs = logprobs_of(model, ids)
     expected = -logprobs[np.arange(length - 1), ids[1:]].mean() if length > 1 else 0.0
     assert (loss.tokens, loss.greedy_agreement) == (length, 1.0)

@@ -14,10 +14,11 @@ def save_random(
     seed: int = 0,
     dtype: str = "float32",
     max_shard_size: str = "1GB",
+    save_original_format: bool = True,
     auto_class: Any = AutoModelForCausalLM,
     **config: Any,
 ) -> PreTrainedModel:
-    """Saves a random model in `dtype` and returns it as a torch model in float32.
+    """Saves a random model in `dtype`, under the hub's names or transformers' own; returns it in float32.
 
     Every parameter is random, biases and norms too, and large enough that a mistake shows in the logits.
     """
@@ -26,6 +27,11 @@ def save_random(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
-    # Loaded again, because a cast of the model would round its rotary frequencies too.
-    return auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=max_shard_size, save_original_format=save_original_format
+    )
+    # Loaded again, because a cast of the model would round its rotary frequencies too. Eager, because torch's grouped
+    # product takes only multiples of 16 bytes.
+    return auto_class.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )

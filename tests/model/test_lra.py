@@ -61,7 +61,9 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.W_q, self.W_k, self.W_v))
+        q, k, v = (
+            getattr(self, name)(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("W_q", "W_k", "W_v")
+        )
         return self.ff(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -29,7 +29,7 @@ def difference(model: CausalLM, reference: Any, lengths: tuple[int, ...] = LENGT
     import torch
 
     ids = np.random.default_rng(0).integers(
-        0, reference.config.vocab_size, (len(lengths), max(lengths)), dtype=np.int32
+        0, reference.config.get_text_config().vocab_size, (len(lengths), max(lengths)), dtype=np.int32
     )
     logits = forward(model, ids, np.array(lengths, np.int32))
     assert np.isfinite(logits).all()
@@ -106,7 +106,7 @@ def test_half_precision_is_as_near_as_torch_is(model_type: str, dtype: str, tmp_
 
     reference = save_random(tmp_path / "source", model_type, dtype=dtype, **CASES[model_type].tiny)
     model = load_decoder(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"), dtype)
-    ids = np.random.default_rng(1).integers(0, reference.config.vocab_size, (1, 64), dtype=np.int32)
+    ids = np.random.default_rng(1).integers(0, reference.config.get_text_config().vocab_size, (1, 64), dtype=np.int32)
     logits = forward(model, ids, np.array([64], np.int32))
     with torch.no_grad():
         exact = reference(torch.from_numpy(ids).long()).logits.numpy()

@@ -14,8 +14,8 @@ class Cases:
     Attributes:
         tiny: config fields that make a model of a few thousand parameters, in transformers' names.
         options: further fields by the name of the case; together they exercise every option of the config class.
-            `dtype` and `max_shard_size` say how the checkpoint is saved; `task`, of an encoder, for which auto class if
-            not the last of `tasks`.
+            `dtype`, `max_shard_size` and `save_original_format` say how the checkpoint is saved; `task`, of an encoder,
+            for which auto class if not the last of `tasks`.
         draw: a random config from a seed.
         tasks: of an encoder, the names of transformers' auto classes to try; none for a decoder.
     """

@@ -1,0 +1,101 @@
+"""Gemma 1: Llama's layers with scaled embeddings and norms whose weights count from 1.
+
+Source: transformers' `modeling_gemma.py`, whose logits these equal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from .config import read_boolean, read_choice, read_number, require
+from .decoder import CausalLM, DecoderConfig, DecoderLayer, read_sizes
+from .layers import ACTIVATIONS, GatedMLP, RMSNorm
+from .rope import rope_from_config
+from .self_attention import SelfAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig(DecoderConfig):
+    """Configuration of a Gemma 1 model; fields are named as in the Hugging Face config."""
+
+    model_type: ClassVar[str] = "gemma"
+
+    hidden_act: str
+    rms_norm_eps: float
+    attention_bias: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "GemmaConfig":
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
+
+        Raises:
+            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
+        """
+        sizes = read_sizes(
+            config,
+            vocab_size=256000,
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=256,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        )
+        layers = sizes["num_hidden_layers"]
+        hidden_act = read_choice(config, "hidden_act", ACTIVATIONS, "gelu_pytorch_tanh")
+        if hidden_act == "gelu":
+            # The first published configs name the exact function, but the models were trained with the tanh form.
+            hidden_act = "gelu_pytorch_tanh"
+        require(config, "hidden_activation", hidden_act)
+        require(config, "use_bidirectional_attention", False)
+        return cls(
+            **sizes,
+            hidden_act=hidden_act,
+            rms_norm_eps=read_number(config, "rms_norm_eps", 1e-6),
+            attention_bias=read_boolean(config, "attention_bias", False),
+            ropes=(rope_from_config(config, sizes["max_position_embeddings"]),) * layers,
+            windows=(None,) * layers,
+        )
+
+
+class GemmaForCausalLM(CausalLM):
+    """A Gemma 1 language model."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32) -> None:
+        make_norm = partial(RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps, unit=1.0, param_dtype=param_dtype)
+        super().__init__(
+            config,
+            [_layer(config, make_norm, rngs, param_dtype) for _ in range(config.num_hidden_layers)],
+            make_norm(),
+            embedding_multiplier=config.hidden_size**0.5,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+
+
+def _layer(config: GemmaConfig, make_norm: partial[RMSNorm], rngs: nnx.Rngs, param_dtype: DTypeLike) -> DecoderLayer:
+    self_attn = SelfAttention(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        use_bias=config.attention_bias,
+        rngs=rngs,
+        param_dtype=param_dtype,
+    )
+    mlp = GatedMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        hidden_act=config.hidden_act,
+        use_bias=False,
+        rngs=rngs,
+        param_dtype=param_dtype,
+    )
+    return DecoderLayer(self_attn, mlp, make_norm)
