@@ -135,11 +135,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "partial rotary embedding, parallel residual, a norm for every head",
     ),
     "bert": Architecture("BERT", BertConfig, BertEncoder, "bert", "two segments"),
-    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segments"),
-    "dinov2": Architecture("DINOv2", Dinov2Config, Dinov2Encoder, "dinov2", "images of the config's size"),
-    "dinov2_with_registers": Architecture(
-        "DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2", "as DINOv2"
+    "dinov2": Architecture(
+        "DINOv2", Dinov2Config, Dinov2Encoder, "dinov2", "layers' outputs scaled, images of any one size"
     ),
+    "dinov2_with_registers": Architecture(
+        "DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2", "as DINOv2, with registers"
+    ),
+    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segments"),
     "lra": Architecture(
         "Long Range Arena's Transformer", LraConfig, LraEncoder, "lra", "the sizes and names of the published code"
     ),
@@ -150,16 +152,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "modernbert",
         "8192 tokens, rotary embeddings, local and global layers",
     ),
+    "mt5": Architecture("mT5", MT5Config, T5Encoder, "t5", "its encoder only, as T5"),
     "nomic_bert": Architecture(
         "Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert", "rotary embeddings, gated MLP"
     ),
     "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "positions from the padding id on"),
+    "t5": Architecture("T5, Flan-T5", T5Config, T5Encoder, "t5", "its encoder only; a bias by distance, in XLA"),
+    "umt5": Architecture("umT5", UMT5Config, T5Encoder, "t5", "its encoder only, as T5 with a bias for every layer"),
+    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of any one size"),
+    "whisper": Architecture(
+        "Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; two convolutions, no bias of keys"
+    ),
     "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
-    "t5": Architecture("T5", T5Config, T5Encoder, "t5", "its encoder only; bias by distance"),
-    "mt5": Architecture("mT5", MT5Config, T5Encoder, "t5", "as T5"),
-    "umt5": Architecture("umT5", UMT5Config, T5Encoder, "t5", "as T5, with a bias in every layer"),
-    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of the config's size"),
-    "whisper": Architecture("Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; sound"),
 }
 
 

@@ -54,6 +54,7 @@ class WhisperConfig(EncoderConfig):
             max_source_positions=positions,
             max_tokens=positions,
             fixed_tokens=positions,
+            max_source_positions=positions,
             num_mel_bins=read_integer(config, "num_mel_bins", 80),
             activation_function=read_choice(config, "activation_function", ACTIVATIONS, "gelu"),
             ropes=(None,) * layers,
