@@ -51,7 +51,6 @@ class WhisperConfig(EncoderConfig):
             intermediate_size=read_integer(config, "encoder_ffn_dim", 1536),
             num_hidden_layers=layers,
             num_attention_heads=read_integer(config, "encoder_attention_heads", 6),
-            max_source_positions=positions,
             max_tokens=positions,
             fixed_tokens=positions,
             max_source_positions=positions,

@@ -259,12 +259,13 @@ def assert_read_as_transformers_does(fields: dict[str, Any]) -> None:
     reference: Any = AutoConfig.for_model(**copy.deepcopy(fields))
     _, config = build(fields)
     assert isinstance(config, DecoderConfig)
-    for name in {each.name for each in dataclasses.fields(config)} - {
+    others = {
         "ropes",
         "windows",
         "head_dim",
         "mlp_only_layers",
-    }:
+    }
+    for name in {each.name for each in dataclasses.fields(config)} - others:
         assert getattr(config, name) == getattr(reference, name), name
     heads = reference.num_attention_heads
     assert config.head_dim == (getattr(reference, "head_dim", None) or reference.hidden_size // heads)

@@ -30,12 +30,13 @@ def test_defaults_are_those_of_transformers(config_class: Any, name: str, share:
     import transformers
 
     config, reference = config_class.from_hf({}), getattr(transformers, name)()
-    for field in {each.name for each in dataclasses.fields(config_class)} - {
+    others = {
         "ropes",
         "windows",
         "head_dim",
         "num_key_value_heads",
-    }:
+    }
+    for field in {each.name for each in dataclasses.fields(config_class)} - others:
         assert getattr(config, field) == getattr(reference, field), field
     assert config.head_dim == reference.hidden_size // reference.num_attention_heads
     assert config.num_key_value_heads == reference.num_attention_heads
