@@ -11,4 +11,5 @@ ln -sfn ../.. .venv/typing/iceformer
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright --pythonpath .venv/bin/python
-.venv/bin/python -m pytest "$@"
+# Two processes at a time; -n 0 for one.
+.venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -47,7 +47,8 @@ def convert(folder: Path) -> CausalLM:
 
 
 def test_cases_cover_every_architecture() -> None:
-    assert CASES.keys() == ARCHITECTURES.keys()
+    # transformers has no auto class for the encoder of Whisper and no Long Range Arena: test_whisper.py, test_lra.py.
+    assert CASES.keys() | {"whisper", "lra"} == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(
