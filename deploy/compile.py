@@ -244,8 +244,14 @@ def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) ->
         batch,
         chunk,
         causal=config.causal,
-        selects=None in config.windows,
+        only_exact=_only_exact(config),
     )
+
+
+def _only_exact(config: ModelConfig) -> str:
+    if None not in config.windows:
+        return "every layer has a sliding window"
+    return "two-stage attention would rank keys without the bias by distance" if config.distance_bias else ""
 
 
 def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:

@@ -40,7 +40,7 @@ class AttentionShape:
         batch: rows of a call.
         chunk: tokens of a row that one call takes.
         causal: whether a query sees only keys up to its own; else a call takes a whole row, whatever `chunk` says.
-        selects: whether any layer sees whole rows; two-stage attention is for no other.
+        only_exact: why two-stage attention is out of the question, in words; empty if it is not.
     """
 
     query_heads: int
@@ -50,7 +50,7 @@ class AttentionShape:
     batch: int
     chunk: int
     causal: bool = True
-    selects: bool = True
+    only_exact: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def decide(
     """
     if not isinstance(asked, Auto):
         return (Choice(asked, "as asked"),) * len(buckets), ()
-    if not shape.selects:
-        return (Choice(Dense(), "exact: every layer has a sliding window"),) * len(buckets), ()
+    if shape.only_exact:
+        return (Choice(Dense(), f"exact: {shape.only_exact}"),) * len(buckets), ()
     table = None
     if needs_measurement(asked, buckets, shape):
         report("measuring the crossover")
@@ -99,7 +99,7 @@ def decide(
 
 def needs_measurement(asked: AttentionConfig | Auto, buckets: Sequence[int], shape: AttentionShape) -> bool:
     """Whether a layer may see more keys than the budget, so that what is faster there is a question."""
-    return isinstance(asked, Auto) and shape.selects and buckets[-1] > asked.two_stage.budget
+    return isinstance(asked, Auto) and not shape.only_exact and buckets[-1] > asked.two_stage.budget
 
 
 def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:

@@ -30,6 +30,7 @@ class DecoderConfig:
         kind: "decoder", as the encoders' is "encoder".
         task: what the model is for.
         causal: whether a token sees only those before it.
+        distance_bias: whether attention logits have a bias by distance.
         fixed_tokens: None: rows may be of any length.
         ropes: each layer's rotary embedding; None for a layer without.
         windows: each layer's sliding window in tokens, as `SelfAttention` has it; None for a layer that sees all.
@@ -39,6 +40,7 @@ class DecoderConfig:
     kind: ClassVar[str] = "decoder"
     task: ClassVar[str] = "text_generation"
     causal: ClassVar[bool] = True
+    distance_bias: ClassVar[bool] = False
     fixed_tokens: ClassVar[int | None] = None
 
     vocab_size: int

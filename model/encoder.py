@@ -48,6 +48,7 @@ class EncoderConfig:
     Attributes:
         kind: "encoder", as the decoders' is "decoder".
         causal: whether a token sees only those before it.
+        distance_bias: whether attention logits have a bias by distance.
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
         pooler: whether there is one, `Encoder.pooler`.
@@ -60,6 +61,7 @@ class EncoderConfig:
     model_type: ClassVar[str]
     kind: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
+    distance_bias: ClassVar[bool] = False
 
     task: str
     num_labels: int

@@ -37,6 +37,7 @@ class T5Config(EncoderConfig):
 
     model_type: ClassVar[str] = "t5"
     class_prefix: ClassVar[str] = "T5"
+    distance_bias: ClassVar[bool] = True
     shared_bias: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 32128,

@@ -248,7 +248,7 @@ def test_a_timed_call_is_bidirectional_if_the_model_is(monkeypatch: pytest.Monke
 
 
 def test_a_model_of_windows_only_is_not_measured() -> None:
-    shape = dataclasses.replace(SHAPE, selects=False)
+    shape = dataclasses.replace(SHAPE, only_exact="every layer has a sliding window")
     choices, measured = decide(iceformer.Auto(LARGE), (256, 1024), shape, lambda line: None)
     assert choices == (Choice(iceformer.Dense(), "exact: every layer has a sliding window"),) * 2
     assert measured == ()
