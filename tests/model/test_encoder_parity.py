@@ -1,5 +1,6 @@
 """Every encoder with every task head, converted and loaded, against transformers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from iceformer.model.encoder import Encoder
 from .cases import ENCODERS
 from .reference import save_random
 
+Record = Callable[[str, object], None]
+"""Puts a figure into the report of the test run (--junitxml)."""
 LENGTHS = (57, 1, 36)
 TOLERANCE = 1e-4
 """Of float32 outputs."""
@@ -111,27 +114,33 @@ def save(folder: Path, model_type: str, task: str, **config: Any) -> Any:
 @pytest.mark.parametrize(
     ("model_type", "task"), [(model_type, task) for model_type, cases in ENCODERS.items() for task in cases.tasks]
 )
-def test_tasks_equal_transformers(model_type: str, task: str, tmp_path: Path) -> None:
+def test_tasks_equal_transformers(model_type: str, task: str, tmp_path: Path, record_property: Record) -> None:
     reference = save(tmp_path, model_type, task)
-    assert difference(convert(tmp_path), reference) < TOLERANCE
+    worst = difference(convert(tmp_path), reference)
+    record_property("difference", worst)
+    assert worst < TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("model_type", "case"), [(model_type, case) for model_type, cases in ENCODERS.items() for case in cases.options]
 )
-def test_options_equal_transformers(model_type: str, case: str, tmp_path: Path) -> None:
+def test_options_equal_transformers(model_type: str, case: str, tmp_path: Path, record_property: Record) -> None:
     cases = ENCODERS[model_type]
     options = {"task": cases.tasks[-1], **cases.options[case]}
     reference = save(tmp_path, model_type, **options)
-    assert difference(convert(tmp_path), reference) < TOLERANCE
+    worst = difference(convert(tmp_path), reference)
+    record_property("difference", worst)
+    assert worst < TOLERANCE
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @pytest.mark.parametrize("model_type", ENCODERS)
-def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path) -> None:
+def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path, record_property: Record) -> None:
     cases = ENCODERS[model_type]
     reference = save(tmp_path, model_type, cases.tasks[seed % len(cases.tasks)], seed=seed, **cases.draw(seed))
-    assert difference(convert(tmp_path), reference) < TOLERANCE
+    worst = difference(convert(tmp_path), reference)
+    record_property("difference", worst)
+    assert worst < TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)

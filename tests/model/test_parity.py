@@ -1,6 +1,7 @@
 """Every decoder, converted and loaded, against transformers: one test over chosen and random configs."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from .cases import CASES, DECODERS
 from .forward import forward, load_decoder
 from .reference import save_random
 
+Record = Callable[[str, object], None]
+"""Puts a figure into the report of the test run (--junitxml)."""
 LENGTHS = (57, 1, 36)
 TOLERANCE = 1e-4
 """Of float32 logits."""
@@ -54,18 +57,22 @@ def test_cases_cover_every_architecture() -> None:
 @pytest.mark.parametrize(
     ("model_type", "case"), [(model_type, case) for model_type, cases in DECODERS.items() for case in cases.options]
 )
-def test_logits_equal_transformers(model_type: str, case: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(model_type: str, case: str, tmp_path: Path, record_property: Record) -> None:
     cases = CASES[model_type]
     reference = save_random(tmp_path / "source", model_type, **{**cases.tiny, **cases.options[case]})
-    assert difference(convert(tmp_path), reference) < TOLERANCE
+    worst = difference(convert(tmp_path), reference)
+    record_property("difference", worst)
+    assert worst < TOLERANCE
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @pytest.mark.parametrize("model_type", DECODERS)
-def test_logits_of_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path) -> None:
+def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path, record_property: Record) -> None:
     cases = CASES[model_type]
     reference = save_random(tmp_path / "source", model_type, seed=seed, **{**cases.tiny, **cases.draw(seed)})
-    assert difference(convert(tmp_path), reference) < TOLERANCE
+    worst = difference(convert(tmp_path), reference)
+    record_property("difference", worst)
+    assert worst < TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", DECODERS)
