@@ -21,7 +21,7 @@ WINDOWS = [1, 5, 16, 33, 70, 1000]
 """Of one key; below, at and above the blocks of keys and of queries; above the length."""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
     heads=st.sampled_from([(1, 1), (4, 2)]),
@@ -130,7 +130,7 @@ def test_a_row_whose_window_lies_behind_the_length_is_zero() -> None:
     first=st.integers(0, 60),
     length=st.integers(0, 40),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_start_and_end_enclose_the_visible_keys(queries, window, causal, first, length) -> None:
     visibility = Visibility(first + jnp.arange(queries), jnp.asarray(length), causal, window)
     seen = [

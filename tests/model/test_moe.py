@@ -87,7 +87,7 @@ def random_tokens(*shape: int) -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, 67), (2, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 67), (2, 700)], ids=str)
 @pytest.mark.parametrize(
     ("make", "experts", "chosen", "norm_topk_prob"),
     [
@@ -106,7 +106,7 @@ def test_equals_transformers(
     np.testing.assert_allclose(result, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 9, 256, 257, 600])
+@pytest.mark.parametrize("tokens", [1, 9, 257])
 def test_all_tokens_to_the_same_experts(tokens: int) -> None:
     import torch
 
