@@ -33,8 +33,8 @@ SMALL: dict[str, Any] = DENSE | {"buckets": (64,)}
 
 
 @pytest.fixture(scope="module")
-def artifact(checkpoint: Path) -> Path:
-    return iceformer.compile(checkpoint, checkpoint.parent / "int8", weights="int8", **DENSE)
+def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return iceformer.compile(checkpoint, tmp_path_factory.mktemp("int8") / "artifact", weights="int8", **DENSE)
 
 
 @pytest.fixture(scope="module")
