@@ -155,12 +155,8 @@ def bert_layer(
 ) -> PostNormLayer:
     """A layer of BERT and of the models that share it."""
     self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=True,
-        causal=False,
         rngs=rngs,
         param_dtype=param_dtype,
     )

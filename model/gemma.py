@@ -5,29 +5,25 @@ Source: transformers' `modeling_gemma.py`, whose logits these equal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_number, require
-from .decoder import CausalLM, DecoderConfig, read_sizes
-from .layers import ACTIVATIONS, GatedMLP, RMSNorm
+from .decoder import read_sizes
+from .layers import ACTIVATIONS
+from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
-from .self_attention import SelfAttention
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemmaConfig(DecoderConfig):
+class GemmaConfig(PreNormConfig):
     """Configuration of a Gemma 1 model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "gemma"
 
-    hidden_act: str
-    rms_norm_eps: float
     attention_bias: bool
 
     @classmethod
@@ -66,37 +62,15 @@ class GemmaConfig(DecoderConfig):
         )
 
 
-class GemmaForCausalLM(CausalLM):
+class GemmaForCausalLM(PreNormCausalLM):
     """A Gemma 1 language model."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32) -> None:
-        make_norm = partial(RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps, unit=1.0, param_dtype=param_dtype)
         super().__init__(
             config,
-            [_layer(config, make_norm, rngs, param_dtype) for _ in range(config.num_hidden_layers)],
-            make_norm(),
+            attention_bias=config.attention_bias,
+            norm_unit=1.0,
             embedding_multiplier=config.hidden_size**0.5,
             rngs=rngs,
             param_dtype=param_dtype,
         )
-
-
-def _layer(config: GemmaConfig, make_norm: partial[RMSNorm], rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNormLayer:
-    self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        use_bias=config.attention_bias,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
-    mlp = GatedMLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.hidden_act,
-        use_bias=False,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
-    return PreNormLayer(self_attn, mlp, make_norm)

@@ -95,10 +95,7 @@ def _layer(
     config: GPT2Config, index: int, make_norm: partial[LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
 ) -> PreNormLayer:
     self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=True,
         scale=config.attention_scale(index),
         rngs=rngs,

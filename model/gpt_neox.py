@@ -81,10 +81,7 @@ def _layer(
     config: GPTNeoXConfig, make_norm: partial[LayerNorm], rngs: nnx.Rngs, param_dtype: DTypeLike
 ) -> PreNormLayer | ParallelLayer:
     self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=config.attention_bias,
         rngs=rngs,
         param_dtype=param_dtype,

@@ -178,13 +178,9 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
 def image_attention(config: ImageConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> SelfAttention:
     """The attention of these models' layers: over all tokens, with a bias in the output projection."""
     return SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=config.qkv_bias,
         use_output_bias=True,
-        causal=False,
         rngs=rngs,
         param_dtype=param_dtype,
     )

@@ -172,12 +172,8 @@ class LraEncoder(Encoder):
 
 def _layer(config: LraConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNormLayer:
     self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=config.attention_bias,
-        causal=False,
         rngs=rngs,
         param_dtype=param_dtype,
     )

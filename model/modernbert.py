@@ -138,13 +138,9 @@ def _self_attention(
     config: ModernBertConfig, window: int | None, rngs: nnx.Rngs, param_dtype: DTypeLike
 ) -> SelfAttention:
     return SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=config.attention_bias,
         window=window,
-        causal=False,
         rngs=rngs,
         param_dtype=param_dtype,
     )

@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from ..attention.ops import matmul
 from .layers import ACTIVATIONS, Linear
 
 # More rows pad more, fewer read an expert's weights more often; XLA wants at least 8 for its bfloat16 product.
@@ -104,8 +105,8 @@ class SparseMoE(nnx.Module):
     ) -> Float32[Array, "rows hidden_size"]:
         stacks = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
         gate, up, down = (_one_of(stack, expert) for stack in stacks)
-        activated = ACTIVATIONS[self.hidden_act](_multiply(x, gate)) * _multiply(x, up)
-        return _multiply(activated.astype(x.dtype), down)
+        activated = ACTIVATIONS[self.hidden_act](matmul(x, gate)) * matmul(x, up)
+        return matmul(activated.astype(x.dtype), down)
 
 
 def _block_rows(pairs: int, num_experts: int) -> int:
@@ -119,7 +120,3 @@ def _one_of(stack: Float[Array, "experts m n"], expert: Int[Array, ""]) -> Float
     # loop, the stack as a whole: every expert would be read and written at each call.
     stack, expert = lax.optimization_barrier((stack, expert))
     return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
-
-
-def _multiply(x: Float[Array, "rows k"], weight: Float[Array, "k n"]) -> Float32[Array, "rows n"]:
-    return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -154,11 +154,7 @@ class NomicBertEncoder(Encoder):
 def _layer(config: NomicBertConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> PostNormLayer:
     return PostNormLayer(
         SelfAttention(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            causal=False,
+            config,
             rngs=rngs,
             param_dtype=param_dtype,
         ),

@@ -64,10 +64,7 @@ class Olmo2Layer(nnx.Module):
     def __init__(self, config: Olmo2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
         make_norm = partial(RMSNorm, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
         self.self_attn = SelfAttention(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            config,
             use_bias=config.attention_bias,
             q_norm=make_norm(config.num_attention_heads * config.head_dim),
             k_norm=make_norm(config.num_key_value_heads * config.head_dim),

@@ -51,10 +51,7 @@ class SandwichLayer(nnx.Module):
         make_norm = partial(RMSNorm, epsilon=config.rms_norm_eps, unit=1.0, param_dtype=param_dtype)
         self.input_layernorm = make_norm(config.hidden_size)
         self.self_attn = SelfAttention(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            config,
             use_bias=config.attention_bias,
             q_norm=make_norm(config.head_dim) if norm_queries_and_keys else None,
             k_norm=make_norm(config.head_dim) if norm_queries_and_keys else None,

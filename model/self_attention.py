@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -43,8 +43,27 @@ class LayerCall:
     observe: Callable[[Array, Array], None] | None = None
 
 
+@runtime_checkable
+class AttentionSizes(Protocol):
+    """What attention takes from a model's configuration, a `DecoderConfig` or an `EncoderConfig`."""
+
+    causal: ClassVar[bool]
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention with grouped key and value heads.
+    """Multi-head self-attention with grouped key and value heads, of the sizes that a model's configuration has.
 
     Attributes:
         q_norm, k_norm: norms of queries and keys before the rotary embedding, or None.
@@ -60,11 +79,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(
         self,
+        config: AttentionSizes,
         *,
-        hidden_size: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
         use_bias: bool = False,
         use_output_bias: bool | None = None,
         use_key_bias: bool | None = None,
@@ -74,13 +90,13 @@ class SelfAttention(nnx.Module):
         scale: float | None = None,
         softcap: float | None = None,
         window: int | None = None,
-        causal: bool = True,
         distance_bias: nnx.Module | None = None,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ) -> None:
         linear = partial(Linear, rngs=rngs, param_dtype=param_dtype)
-        query_features, key_features = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        hidden_size, head_dim = config.hidden_size, config.head_dim
+        query_features, key_features = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         self.q_proj = linear(hidden_size, query_features, use_bias=use_bias)
         self.k_proj = linear(hidden_size, key_features, use_bias=use_bias if use_key_bias is None else use_key_bias)
         self.v_proj = linear(hidden_size, key_features, use_bias=use_bias)
@@ -89,7 +105,8 @@ class SelfAttention(nnx.Module):
         )
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
         self.distance_bias: Any = distance_bias
-        self.head_dim, self.scale, self.softcap, self.window, self.causal = head_dim, scale, softcap, window, causal
+        self.head_dim, self.causal = head_dim, config.causal
+        self.scale, self.softcap, self.window = scale, softcap, window
 
     def __call__(
         self, hidden: Float[Array, "batch tokens hidden_size"], call: LayerCall

@@ -86,10 +86,7 @@ def _layer(
         return make_norm((heads, config.head_dim), use_bias=False) if config.qk_layernorm else None
 
     self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=config.use_qkv_bias,
         use_output_bias=False,
         q_norm=make_head_norms(config.num_attention_heads),

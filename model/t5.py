@@ -144,12 +144,8 @@ class T5Encoder(Encoder):
 
         def make_layer(bias: DistanceBias) -> PreNormLayer:
             self_attn = SelfAttention(
-                hidden_size=config.hidden_size,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.num_attention_heads,
-                head_dim=config.head_dim,
+                config,
                 scale=1.0,
-                causal=False,
                 distance_bias=bias,
                 rngs=rngs,
                 param_dtype=param_dtype,

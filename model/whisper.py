@@ -111,13 +111,9 @@ def windows_of_three(
 
 def _layer(config: WhisperConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNormLayer:
     self_attn = SelfAttention(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        config,
         use_bias=True,
         use_key_bias=False,
-        causal=False,
         rngs=rngs,
         param_dtype=param_dtype,
     )

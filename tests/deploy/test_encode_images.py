@@ -71,10 +71,9 @@ class PatchEncoder(Encoder):
         size = config.hidden_size
         made: dict[str, Any] = {"use_bias": True, "rngs": rngs, "param_dtype": param_dtype}
         norm = partial(LayerNorm, size, epsilon=1e-6, param_dtype=param_dtype)
-        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": config.head_dim}
         layers = [
             PostNormLayer(
-                SelfAttention(hidden_size=size, causal=False, **heads, **made),
+                SelfAttention(config, **made),
                 MLP(size, config.intermediate_size, hidden_act="gelu", **made),
                 norm,
             )
