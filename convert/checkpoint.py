@@ -17,6 +17,7 @@ from ..model.encoder import Encoder
 from ..model.pooling import MODULES, Pooling, read_pooling
 from ..model.registry import Model, abstract_module, build
 from .companions import CONFIG
+from .problems import listed
 from .reader import parse_json, read_json
 from .rules import dotted
 
@@ -102,7 +103,7 @@ def _restore(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
         for name in sorted(stored.keys() | expected.keys())
         if stored.get(name) != expected.get(name)
     ]
-    raise ValueError(f"{folder} does not fit {CONFIG} beside it:\n  " + "\n  ".join(differing))
+    raise ValueError(f"{folder} does not fit {CONFIG} beside it:{listed(differing)}")
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, pooling_of, save_par
 from .companions import CONFIG, check_companions, copy_companions
 from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
+from .problems import listed
 from .reader import Weights, check_dtypes, open_weights, read_json
 from .rules import Path as ParameterPath
 from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
@@ -122,7 +123,7 @@ def _fill(
                 else:
                     _stack(stacks, slot, shapes[slot.path], piece)
     if broken:
-        raise ValueError("NaN or infinite values in: " + ", ".join(sorted(broken)))
+        raise ValueError(f"NaN or infinite values in:{listed(sorted(broken))}")
     while stacks:
         path, stack = stacks.popitem()
         params[path] = _put(stack)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .problems import listed
 from .safetensors_reader import SafetensorsFile
 from .tensor_file import TensorInfo
 from .torch_reader import TorchFile
@@ -116,7 +117,7 @@ def check_dtypes(weights: Weights, names: Iterable[str]) -> None:
         if (info := weights.tensors[name]).dtype not in DTYPES
     ]
     if wrong:
-        raise ValueError(f"parameters are read from {', '.join(DTYPES)} only, but:\n  " + "\n  ".join(sorted(wrong)))
+        raise ValueError(f"parameters are read from {', '.join(DTYPES)} only, but:{listed(sorted(wrong))}")
 
 
 def shard_names(index: Path) -> list[str]:
@@ -186,7 +187,7 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
         if name not in tensors or tensors[name].file.name != file
     ]
     if absent:
-        raise ValueError(f"{folder}: the index places tensors where they are not:\n  " + "\n  ".join(absent))
+        raise ValueError(f"{folder}: the index places tensors where they are not:{listed(absent)}")
 
 
 def _refuse_quantized(folder: Path, tensors: dict[str, TensorInfo]) -> None:

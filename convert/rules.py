@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .layouts import SAME, Layout, Shape
+from .problems import listed
 from .reader import TensorInfo
 
 Path = tuple[str | int, ...]
@@ -104,7 +105,7 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
             problems.append(f"unexpected: {name} {list(tensor.shape)}, the config has no place for it")
     problems += [f"missing: {slot} {list(slot.shape(parameters))}" for slot in _unfilled(parameters, filled)]
     if problems:
-        raise ValueError("the tensors do not fit the config:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the tensors do not fit the config:{listed(problems)}")
     return plan
 
 

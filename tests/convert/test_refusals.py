@@ -90,7 +90,7 @@ def test_weights_that_are_not_finite_are_named(source: Path) -> None:
         model__norm__weight=np.full(48, np.nan, np.float32),
         lm_head__weight=np.full((288, 48), -np.inf, np.float32),
     )
-    assert refused(source, ValueError).endswith("NaN or infinite values in: lm_head.weight, model.norm.weight")
+    assert refused(source, ValueError).endswith("NaN or infinite values in:\n  lm_head.weight\n  model.norm.weight")
 
 
 def test_a_tied_output_layer_of_its_own_is_refused(source: Path) -> None:
