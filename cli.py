@@ -103,6 +103,9 @@ def convert(
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter that PEFT saved, to merge into the weights.")
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default="main")
     ] = None,
@@ -110,7 +113,7 @@ def convert(
     """Convert a Hugging Face folder or a model of the hub to a checkpoint (Flax parameters, config, tokenizer)."""
     from . import convert_checkpoint
 
-    checkpoint = convert_checkpoint(source, target, revision=revision, progress=True)
+    checkpoint = convert_checkpoint(source, target, adapter=adapter, revision=revision, progress=True)
     stdout.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 

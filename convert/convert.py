@@ -18,6 +18,7 @@ from .. import __version__
 from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module, build
+from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
 from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, pooling_of, save_params
 from .companions import CONFIG, check_companions, copy_companions
 from .folder import check_absent, new_folder
@@ -30,7 +31,12 @@ from .tables import rules_of
 
 
 def convert_checkpoint(
-    source: str | Path, target: str | Path, *, revision: str | None = None, progress: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    progress: bool = False,
 ) -> Path:
     """Converts a Hugging Face folder, or a model of the hub, to a checkpoint; parameters keep their dtype.
 
@@ -39,6 +45,8 @@ def convert_checkpoint(
             index, or one other file of torch's), tokenizer files if it has them; or the name of a model on the hub,
             `organisation/name`, which is fetched first.
         target: the checkpoint to make; its parents are made too.
+        adapter: the folder of a LoRA adapter that PEFT saved, to merge into the weights. One beside the weights in
+            `source` is merged without being named.
         revision: branch, tag or commit hash of a model on the hub.
         progress: whether to show progress bars on stderr.
 
@@ -57,17 +65,22 @@ def convert_checkpoint(
     target = Path(target)
     check_absent(target)
     source, origin = _resolve(str(source), revision, progress)
+    if has_adapter(source) and not (source / CONFIG).is_file():
+        raise FileNotFoundError(adapter_alone(source))
     companions = check_companions(source)
     fields = read_json(source / CONFIG)
     architecture, config = build(fields)
     if isinstance(config, EncoderConfig):
         pooling_of(source)
-    weights, rules = open_weights(source), rules_of(architecture.table, config)
+    weights, rules = _open_weights(source), rules_of(architecture.table, config)
     if without_pooler := _lacks_pooler(config, rules, weights.tensors):
         fields["add_pooling_layer"] = False
         config = architecture.config.from_hf(fields)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
+    opened = _open_adapter(source, adapter)
+    if opened is not None:
+        weights = adapt(weights, opened, rules, shapes)
     plan = make_plan(rules, weights.tensors, shapes)
     check_dtypes(weights, [*plan.fills, *plan.ties])
     params = _fill(weights, plan, shapes, progress)
@@ -94,6 +107,24 @@ def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, d
         )
     snapshot = download(source, revision, progress=progress)
     return snapshot.folder, {"source": snapshot.name, "commit": snapshot.commit}
+
+
+def _open_weights(source: Path) -> Weights:
+    try:
+        return open_weights(source)
+    except FileNotFoundError:
+        if has_adapter(source):
+            raise FileNotFoundError(adapter_alone(source)) from None
+        raise
+
+
+def _open_adapter(source: Path, given: str | Path | None) -> Adapter | None:
+    """The adapter that was given, or the one that lies beside the weights."""
+    if given is None:
+        return open_adapter(source) if has_adapter(source) else None
+    if has_adapter(source):
+        raise ValueError(f"adapter is {given}, but {source} has an adapter of its own: remove one of them")
+    return open_adapter(Path(given))
 
 
 def _lacks_pooler(config: DecoderConfig | EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:

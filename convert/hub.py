@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .adapter import FILES as ADAPTER_FILES
 from .companions import COMPANIONS, CONFIG, TOKENIZER_SOURCES
 from .reader import SINGLE_FILES, shard_names
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
-_BESIDE = (CONFIG, *COMPANIONS, *TOKENIZER_SOURCES)
+_BESIDE = (CONFIG, *COMPANIONS, *TOKENIZER_SOURCES, *ADAPTER_FILES)
 # Shards carry any name that their index gives them; in a cache that nothing can be asked of, these.
 _CACHED = (
     *_BESIDE,

@@ -23,7 +23,7 @@ SINGLE_FILES = (SAFETENSORS, PICKLE)
 DTYPES = ("BF16", "F16", "F32")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What trainers leave beside the weights.
-_TRAINING = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state\w*)\.\w+")
+_TRAINING = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state\w*|adapter_model)\.\w+")
 _FOREIGN = ("*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx", "*.ot")
 # Names and dtypes by which weights are known as quantised, whatever the config says.
 _QUANTIZED_NAMES = {
@@ -54,11 +54,11 @@ class Weights:
             ValueError: a file is no longer readable.
         """
         for file in self.files:
-            yield from _tensor_file(file).read()
+            yield from open_file(file).read()
 
     def read_one(self, name: str) -> np.ndarray:
         """One tensor by name; ValueError if its file is no longer readable."""
-        return _tensor_file(self.tensors[name].file).read_one(name)
+        return open_file(self.tensors[name].file).read_one(name)
 
 
 def parse_json(path: Path) -> Any:
@@ -100,7 +100,7 @@ def open_weights(folder: Path) -> Weights:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download what is missing")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in _tensor_file(file).infos().items():
+        for name, info in open_file(file).infos().items():
             if name in tensors:
                 raise ValueError(f"{name} is both in {tensors[name].file.name} and in {file.name} of {folder}")
             tensors[name] = info
@@ -130,7 +130,8 @@ def shard_names(index: Path) -> list[str]:
     return sorted(set(_weight_map(index).values()))
 
 
-def _tensor_file(path: Path) -> SafetensorsFile | TorchFile:
+def open_file(path: Path) -> SafetensorsFile | TorchFile:
+    """The reader of one file of weights, by its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 

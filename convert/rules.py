@@ -85,7 +85,7 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
     plan, problems = Plan(), []
     filled: dict[Slot, str] = {}
     for name, tensor in sorted(tensors.items()):
-        rule, slots = _match(rules, name, parameters)
+        rule, slots = match(rules, name, parameters)
         if rule is None:
             problems.append(f"unexpected: {name} {list(tensor.shape)}")
         elif not slots and rule.tied_to is not None:
@@ -111,7 +111,7 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
 
 def reaches(rules: tuple[Rule, ...], name: str, module: str) -> bool:
     """Whether a source tensor of that name is one of a module's, such as "pooler"."""
-    return any(slot.path[0] == module for slot in _match(rules, name, {})[1])
+    return any(slot.path[0] == module for slot in match(rules, name, {})[1])
 
 
 def dotted(path: Path) -> str:
@@ -124,15 +124,13 @@ def parse(name: str) -> Path:
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
-def _match(
-    rules: tuple[Rule, ...], name: str, parameters: Mapping[Path, Shape]
-) -> tuple[Rule | None, tuple[Slot, ...]]:
+def match(rules: tuple[Rule, ...], name: str, parameters: Mapping[Path, Shape]) -> tuple[Rule | None, tuple[Slot, ...]]:
     """The first rule for a tensor whose target the model has, or else the first one."""
     first: tuple[Rule | None, tuple[Slot, ...]] = None, ()
     for rule in rules:
-        if match := re.fullmatch(rule.pattern, name):
+        if found := re.fullmatch(rule.pattern, name):
             targets = (rule.target,) if isinstance(rule.target, str) else rule.target or ()
-            slots = tuple(_parse_slot(match.expand(target)) for target in targets)
+            slots = tuple(_parse_slot(found.expand(target)) for target in targets)
             if all(_exists(slot, parameters) for slot in slots):
                 return rule, slots
             first = first if first[0] else (rule, slots)
