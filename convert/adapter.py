@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from .json_file import read_json
 from .layouts import JOINED_UNTRANSPOSED, SAME, Shape
 from .problems import listed
-from .reader import Weights, check_dtypes, open_file, read_json
+from .reader import Weights, check_dtypes, open_file
 from .rules import Path as ParameterPath
 from .rules import Rule, Slot, match, parse
 from .tensor_file import TensorInfo

@@ -3,29 +3,31 @@
 params/   config.json   tokenizer.json, ... (where the source has them)   iceformer.json
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from ..model.encoder import Encoder
 from ..model.pooling import MODULES, Pooling, read_pooling
-from ..model.registry import Model, abstract_module, build
+from ..model.registry import Architecture, Model, ModelConfig, abstract_module, build
 from .companions import CONFIG
-from .problems import listed
-from .reader import parse_json, read_json
+from .finite import all_finite
+from .json_file import parse_json, read_json
+from .parameters import restore_params, stored_params
+from .problems import listed, shown
 from .rules import dotted
 
 PARAMS = "params"
 PROVENANCE = "iceformer.json"
 FORMAT_VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16")
-_FILE_BYTES = 2**26
 
 
 def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
@@ -46,12 +48,32 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     if (name := jnp.dtype(dtype).name) not in _DTYPES:
         raise ValueError(f"dtype is {name}, expected one of: {', '.join(_DTYPES)}")
     _check(checkpoint)
-    module = abstract_module(*build(read_json(checkpoint / CONFIG)), dtype)
+    architecture, config = read_config(read_json(checkpoint / CONFIG))
+    stored = stored_params(checkpoint / PARAMS)
+    check_layers(config, len(stored), checkpoint)
+    module = abstract_module(architecture, config, dtype)
     if isinstance(module, Encoder):
         module.pooling = pooling_of(checkpoint)
     graph, state = nnx.split(module)
-    nnx.replace_by_pure_dict(state, _restore(checkpoint / PARAMS, nnx.to_pure_dict(state)))
+    nnx.replace_by_pure_dict(state, _restore(checkpoint / PARAMS, stored, nnx.to_pure_dict(state)))
     return nnx.merge(graph, state)
+
+
+def read_config(fields: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
+    """As `build`, with errors of one line, whatever the fields hold."""
+    try:
+        return build(fields)
+    except ValueError as error:
+        raise ValueError(shown(error)) from error
+
+
+def check_layers(config: ModelConfig, tensors: int, folder: Path) -> None:
+    """ValueError if a config asks for layers that cannot be there: a layer takes a tensor at least."""
+    if config.num_hidden_layers > tensors:
+        raise ValueError(
+            f"config: the number of layers is {config.num_hidden_layers}, but {shown(folder)} holds only {tensors} "
+            "tensors in all: the config is not the one of these weights"
+        )
 
 
 def pooling_of(folder: Path) -> Pooling | None:
@@ -66,50 +88,61 @@ def pooling_of(folder: Path) -> Pooling | None:
     return read_pooling(parse_json(folder / MODULES), lambda module: read_json(folder / module / CONFIG))
 
 
-def save_params(folder: Path, params: dict[str, Any]) -> None:
-    """Writes a tree of jax arrays with Orbax to a folder that does not exist yet."""
-    # Small files and a small window keep what Orbax holds beside the parameters to some hundred megabytes.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES))
-
-
 def _check(checkpoint: Path) -> None:
     if not (checkpoint / PROVENANCE).is_file():
         raise FileNotFoundError(
-            f"{checkpoint} is not an iceformer checkpoint ({PROVENANCE} is missing): make one with `iceformer convert`"
+            f"{shown(checkpoint)} is not an iceformer checkpoint ({PROVENANCE} is missing): make one with "
+            "`iceformer convert`"
         )
     version = read_json(checkpoint / PROVENANCE).get("format")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{checkpoint} has format {version!r}, expected {FORMAT_VERSION}: convert the source again")
+        raise ValueError(
+            f"{shown(checkpoint)} has format {version!r}, expected {FORMAT_VERSION}: convert the source again"
+        )
     if not (checkpoint / PARAMS).is_dir():
-        raise FileNotFoundError(f"{checkpoint} lacks {PARAMS}/: convert the source again")
+        raise FileNotFoundError(f"{shown(checkpoint)} lacks {PARAMS}/: convert the source again")
 
 
-def _restore(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
+def _restore(folder: Path, stored: Mapping[str, jax.ShapeDtypeStruct], tree: dict[str, Any]) -> dict[str, Any]:
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree)
-    expected = _shapes(wanted)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata: Any = checkpointer.metadata(folder.absolute())
-            stored = _shapes(metadata.item_metadata.tree)
-            if stored == expected:
-                return checkpointer.restore(folder.absolute(), wanted)
-    except Exception as error:
-        # Orbax and TensorStore raise errors of many kinds for files that are missing or damaged.
-        raise ValueError(f"{folder} cannot be read ({_first_line(error)}): convert the source again") from error
+    _check_fit(folder, stored, _by_name(wanted))
+    params = restore_params(folder, wanted)
+    _check_finite(folder, stored, _by_name(params))
+    return params
+
+
+def _check_fit(folder: Path, stored: Mapping[str, jax.ShapeDtypeStruct], wanted: Mapping[str, Any]) -> None:
+    found = {name: list(leaf.shape) for name, leaf in stored.items()}
+    expected = {name: list(leaf.shape) for name, leaf in wanted.items()}
     differing = [
-        f"{name} is {stored.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-        for name in sorted(stored.keys() | expected.keys())
-        if stored.get(name) != expected.get(name)
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
     ]
-    raise ValueError(f"{folder} does not fit {CONFIG} beside it:{listed(differing)}")
+    differing += [
+        f"{name} is in {leaf.dtype}, expected {', '.join(_DTYPES)}"
+        for name, leaf in sorted(stored.items())
+        if leaf.dtype.name not in _DTYPES
+    ]
+    if differing:
+        raise ValueError(f"{shown(folder)} does not fit {CONFIG} beside it:{listed(differing)}")
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
+def _check_finite(folder: Path, stored: Mapping[str, jax.ShapeDtypeStruct], params: Mapping[str, Any]) -> None:
+    """ValueError that lists the parameters which a cast to a smaller range made infinite."""
+    overflowed = [
+        f"{name}: {stored[name].dtype} in the checkpoint, {array.dtype} asked for"
+        for name, array in sorted(params.items())
+        if jnp.finfo(array.dtype).max < jnp.finfo(stored[name].dtype).max and not all_finite(np.asarray(array))
+    ]
+    if overflowed:
+        raise ValueError(
+            f"{shown(folder)} has values that are too large for the dtype asked for, ask for float32 or for the one "
+            f"that it is in:{listed(overflowed)}"
+        )
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
     flat: Any = flatten_dict(tree)
-    return {dotted(path): list(leaf.shape) for path, leaf in flat.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return {dotted(path): leaf for path, leaf in flat.items()}

@@ -4,7 +4,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from .reader import parse_json, read_json
+from .json_file import parse_json, read_json
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

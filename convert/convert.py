@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from rich.progress import track
 from .. import __version__
 from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
-from ..model.registry import abstract_module, build
+from ..model.registry import abstract_module
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
-from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, pooling_of, save_params
+from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers, pooling_of, read_config
 from .companions import CONFIG, check_companions, copy_companions
+from .finite import all_finite
 from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
+from .json_file import read_json
+from .parameters import save_params
 from .problems import listed
-from .reader import Weights, check_dtypes, open_weights, read_json
+from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath
 from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
 from .tables import rules_of
@@ -69,10 +73,11 @@ def convert_checkpoint(
         raise FileNotFoundError(adapter_alone(source))
     companions = check_companions(source)
     fields = read_json(source / CONFIG)
-    architecture, config = build(fields)
+    architecture, config = read_config(fields)
     if isinstance(config, EncoderConfig):
         pooling_of(source)
     weights, rules = _open_weights(source), rules_of(architecture.table, config)
+    check_layers(config, len(weights.tensors), source)
     if without_pooler := _lacks_pooler(config, rules, weights.tensors):
         fields["add_pooling_layer"] = False
         config = architecture.config.from_hf(fields)
@@ -81,6 +86,7 @@ def convert_checkpoint(
     opened = _open_adapter(source, adapter)
     if opened is not None:
         weights = adapt(weights, opened, rules, shapes)
+    _check_sizes(shapes, weights)
     plan = make_plan(rules, weights.tensors, shapes)
     check_dtypes(weights, [*plan.fills, *plan.ties])
     params = _fill(weights, plan, shapes, progress)
@@ -134,6 +140,16 @@ def _lacks_pooler(config: DecoderConfig | EncoderConfig, rules: tuple[Rule, ...]
     return not any(reaches(rules, name, "pooler") for name in tensors)
 
 
+def _check_sizes(shapes: Mapping[ParameterPath, tuple[int, ...]], weights: Weights) -> None:
+    """ValueError that lists the parameters which are larger than all that the files hold."""
+    numbers = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
+    if large := [f"{dotted(path)} {list(shape)}" for path, shape in shapes.items() if math.prod(shape) > numbers]:
+        raise ValueError(
+            f"the config asks for parameters that are larger than all tensors together, which hold {numbers} numbers:"
+            f"{listed(large)}"
+        )
+
+
 def _fill(
     weights: Weights, plan: Plan, shapes: Mapping[ParameterPath, tuple[int, ...]], progress: bool
 ) -> dict[str, Any]:
@@ -144,7 +160,7 @@ def _fill(
     for name, tensor in _tracked(weights, progress):
         destination = plan.fills.get(name)
         # Constants that are left out may be infinite: masks, in half precision.
-        if (destination or name in plan.ties) and not np.isfinite(tensor).all():
+        if (destination or name in plan.ties) and not all_finite(tensor):
             broken.append(name)
         if destination:
             pieces = destination.layout.pieces(tensor, [slot.shape(shapes) for slot in destination.slots])
@@ -174,6 +190,8 @@ def _stack(stacks: dict[ParameterPath, np.ndarray], slot: Slot, shape: tuple[int
     """Writes one row of a parameter that several tensors fill."""
     if slot.path not in stacks:
         stacks[slot.path] = np.empty(shape, piece.dtype)
+    elif (dtype := jnp.promote_types(stacks[slot.path].dtype, piece.dtype)) != stacks[slot.path].dtype:
+        stacks[slot.path] = stacks[slot.path].astype(dtype)  # Rows of several dtypes go into one that holds them all.
     stacks[slot.path][slot.row] = piece
 
 

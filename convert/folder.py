@@ -1,6 +1,8 @@
 """A folder that is there whole or not at all."""
 
+import errno
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -8,11 +10,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .problems import shown
+
+# Beside it, the name of a temporary folder has up to 30 bytes, of the 255 that there are.
+_LONGEST = 200
+
 
 def check_absent(target: Path) -> None:
-    """FileExistsError if anything stands at `target`."""
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists: remove it first or give another path")
+    """Raises unless a folder can be made at `target`.
+
+    Raises:
+        FileExistsError: anything stands there.
+        OSError: a parent is a file or must not be written, or the name is too long.
+    """
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        _check_writable(next(parent for parent in target.absolute().parents if os.path.lexists(parent)))
+    else:
+        raise FileExistsError(f"{shown(target)} exists: remove it first or give another path")
+
+
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
 
 
 @contextmanager
@@ -24,17 +49,20 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: anything stands at `target`.
+        OSError: it cannot be made there.
     """
     check_absent(target)
     _sweep(target)
     made = [parent for parent in target.parents if not parent.exists()]
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = target.parent / f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
         yield partial
         check_absent(target)
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and str(error.filename).startswith(str(partial)):
+            error.filename = str(target)
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
             for parent in made:
@@ -42,9 +70,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def _partial_prefix(target: Path) -> str:
+    """What the names of temporary folders for a target begin with, short enough for any file system."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}.partial-"
+
+
 def _sweep(target: Path) -> None:
     """Removes what processes that were killed left of earlier attempts."""
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*-*"):
+    for partial in target.parent.glob(f"{glob.escape(_partial_prefix(target))}*-*"):
         pid = partial.name.rsplit("-", 2)[1]
         if pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(partial, ignore_errors=True)

@@ -3,15 +3,14 @@
 Opening reads names, shapes and dtypes only; `read` gives tensors one at a time.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from .json_file import read_json
 from .problems import listed
 from .safetensors_reader import SafetensorsFile
 from .tensor_file import TensorInfo
@@ -59,29 +58,6 @@ class Weights:
     def read_one(self, name: str) -> np.ndarray:
         """One tensor by name; ValueError if its file is no longer readable."""
         return open_file(self.tensors[name].file).read_one(name)
-
-
-def parse_json(path: Path) -> Any:
-    """What a JSON file holds; FileNotFoundError if there is none, ValueError if it is not JSON."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not an object.
-    """
-    content = parse_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def open_weights(folder: Path) -> Weights:

@@ -22,7 +22,7 @@ from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
-from ..convert.reader import read_json
+from ..convert.json_file import read_json
 from ..model.encoder import read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build

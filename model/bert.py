@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .blocks import PostNormLayer
-from .config import read_boolean, read_choice, read_integer, read_number, require
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require
 from .encoder import (
     Encoder,
     EncoderConfig,
@@ -68,7 +68,7 @@ def read_bert(config: Mapping[str, Any], vocab_size: int = 30522) -> dict[str, A
     for name in ("is_decoder", "add_cross_attention"):
         require(config, name, False)
     require(config, "position_embedding_type", "absolute")
-    layers = read_integer(config, "num_hidden_layers", 12)
+    layers = read_layers(config, "num_hidden_layers", 12)
     return {
         "task": read_task(config),
         "num_labels": read_num_labels(config),

@@ -7,24 +7,37 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MAX_INTEGER = 2**31 - 1
+MAX_LAYERS = 10_000
 
-def read_integer(config: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
-    """A whole number of at least `least`; ValueError if it is something else, or absent without a default."""
+
+def read_integer(
+    config: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1, most: int = MAX_INTEGER
+) -> int:
+    """A whole number from `least` to `most`; ValueError if it is something else, or absent without a default."""
     value = _value(config, name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"config: {name} is {value!r}, expected a whole number of at least {least}")
+    if value > most:
+        raise ValueError(f"config: {name} is {value}, expected a whole number of at most {most}")
     return value
+
+
+def read_layers(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A number of layers, for each of which a config holds a few things; ValueError as `read_integer`."""
+    return read_integer(config, name, default, most=MAX_LAYERS)
 
 
 def read_pair(config: Mapping[str, Any], name: str, default: int | tuple[int, int] | None = None) -> tuple[int, int]:
     """Height and width, from a whole number of at least 1 for both or a list of two; ValueError for something else."""
     value = _value(config, name, default)
     pair = value if isinstance(value, list | tuple) else [value] * 2
-    if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in pair):
+    if len(pair) != 2:
         raise ValueError(
             f"config: {name} is {value!r}, expected a whole number of at least 1, or two for height and width"
         )
-    return pair[0], pair[1]
+    height, width = (read_integer({name: size}, name) for size in pair)
+    return height, width
 
 
 def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:

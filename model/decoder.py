@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ..attention import AttentionConfig, Dense
 from ..attention.cache import KVCache, LayerCache
 from ..attention.ops import cap
-from .config import read_boolean, read_integer
+from .config import read_boolean, read_integer, read_layers
 from .layers import Embedding, Linear
 from .rope import Rope, rotary_tables
 from .self_attention import Bases, LayerCall
@@ -107,7 +107,7 @@ def read_sizes(
         "vocab_size": read_integer(config, "vocab_size", vocab_size),
         "hidden_size": hidden,
         "intermediate_size": read_integer(config, "intermediate_size", intermediate_size or 4 * hidden),
-        "num_hidden_layers": read_integer(config, "num_hidden_layers", num_hidden_layers),
+        "num_hidden_layers": read_layers(config, "num_hidden_layers", num_hidden_layers),
         "num_attention_heads": heads,
         "num_key_value_heads": read_integer(config, "num_key_value_heads", num_key_value_heads),
         "head_dim": read_integer(config, "head_dim", head_dim or max(hidden // heads, 1)),

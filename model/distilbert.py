@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .bert import BertConfig, BertEncoder
-from .config import read_boolean, read_choice, read_integer
+from .config import read_boolean, read_choice, read_integer, read_layers
 from .encoder import read_num_labels, read_task
 from .layers import ACTIVATIONS
 
@@ -28,7 +28,7 @@ class DistilBertConfig(BertConfig):
         Raises:
             ValueError: a field out of range.
         """
-        layers = read_integer(config, "n_layers", 6)
+        layers = read_layers(config, "n_layers", 6)
         positions = read_integer(config, "max_position_embeddings", 512)
         return cls(
             task=read_task(config),

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .blocks import PreNormLayer
-from .config import read_boolean, read_choice, read_integer, read_number, require
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require
 from .decoder import CausalLM, DecoderConfig
 from .layers import ACTIVATIONS, MLP, LayerNorm
 from .self_attention import SelfAttention
@@ -57,7 +57,7 @@ class GPT2Config(DecoderConfig):
         hidden, heads = read_integer(config, "n_embd", 768), read_integer(config, "n_head", 12)
         if hidden % heads:
             raise ValueError(f"config: n_embd is {hidden}, expected a multiple of n_head, {heads}")
-        layers = read_integer(config, "n_layer", 12)
+        layers = read_layers(config, "n_layer", 12)
         return cls(
             vocab_size=read_integer(config, "vocab_size", 50257),
             hidden_size=hidden,

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from .config import read_boolean, read_choice, read_integer, read_number, read_pair, require
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number, read_pair, require
 from .encoder import EncoderConfig, InputInfo, read_num_labels, read_task
 from .layers import ACTIVATIONS, Convolution
 from .self_attention import SelfAttention
@@ -60,7 +60,7 @@ def read_image_config(
     """
     hidden, heads = read_integer(config, "hidden_size", 768), read_integer(config, "num_attention_heads", 12)
     require(config, "head_dim", hidden // heads)
-    layers = read_integer(config, "num_hidden_layers", 12)
+    layers = read_layers(config, "num_hidden_layers", 12)
     image, patch = read_pair(config, "image_size", 224), read_pair(config, "patch_size", patch_size)
     given = read_pair(config, "input_image_size", image)
     rows, columns = patch_grid(given, patch)

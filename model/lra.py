@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .blocks import PreNormLayer
-from .config import read_boolean, read_choice, read_integer, read_number
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number
 from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, read_num_labels, read_task
 from .layers import ACTIVATIONS, MLP, LayerNorm, Linear
 from .self_attention import SelfAttention
@@ -96,7 +96,7 @@ class LraConfig(EncoderConfig):
             ValueError: a field that is missing or out of range.
         """
         hidden = read_integer(config, "hidden_size")
-        layers = read_integer(config, "num_hidden_layers")
+        layers = read_layers(config, "num_hidden_layers")
         positions = read_integer(config, "max_position_embeddings")
         return cls(
             task=read_task({"architectures": config.get("architectures") or ["LraForSequenceClassification"]}),

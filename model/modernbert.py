@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .blocks import PreNormLayer
-from .config import read_boolean, read_choice, read_integer, read_number
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number
 from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, masked_lm_head, read_num_labels, read_task
 from .layers import ACTIVATIONS, GatedMLP, LayerNorm, Linear
 from .rope import ropes_from_config
@@ -130,7 +130,7 @@ class ModernBertEncoder(Encoder):
 def _read_layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Each layer's type; older configs say after how many layers a global one comes again."""
     period = read_integer(config, "global_attn_every_n_layers", 3)
-    layers = read_integer(config, "num_hidden_layers", 22)
+    layers = read_layers(config, "num_hidden_layers", 22)
     return read_layer_types(config, [SLIDING if index % period else FULL for index in range(layers)])
 
 

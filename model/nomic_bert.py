@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .blocks import PostNormLayer
-from .config import read_boolean, read_choice, read_integer, read_number, require
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require
 from .encoder import (
     Encoder,
     EncoderConfig,
@@ -90,7 +90,7 @@ class NomicBertConfig(EncoderConfig):
             return AUTHORS_NAMES[name] if config.get(name) is None and "n_embd" in config else name
 
         positions = read_integer(config, "max_position_embeddings", 2048)
-        layers = read_integer(config, field("num_hidden_layers"), 12)
+        layers = read_layers(config, field("num_hidden_layers"), 12)
         hidden = read_integer(config, field("hidden_size"), 768)
         heads = read_integer(config, field("num_attention_heads"), 12)
         require(config, "head_dim", hidden // heads)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .blocks import PreNormLayer
-from .config import read_choice, read_integer, read_number, require
+from .config import read_choice, read_integer, read_layers, read_number, require
 from .encoder import Encoder, EncoderConfig, TextEmbeddings, require_class
 from .layers import ACTIVATIONS, MLP, Embedding, GatedMLP, RMSNorm
 from .self_attention import SelfAttention
@@ -78,7 +78,7 @@ class T5Config(EncoderConfig):
         require_class(config, [cls.class_prefix + end for end in ("EncoderModel", "ForConditionalGeneration", "Model")])
         require(config, "is_decoder", False)
         fields = cls.defaults | {name: value for name, value in config.items() if value is not None}
-        layers = read_integer(fields, "num_layers")
+        layers = read_layers(fields, "num_layers")
         gated, act = _PROJECTIONS[read_choice(fields, "feed_forward_proj", _PROJECTIONS, "relu")]
         return cls(
             task="features",

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .blocks import PreNormLayer
-from .config import read_choice, read_integer
+from .config import read_choice, read_integer, read_layers
 from .encoder import Encoder, EncoderConfig, InputInfo, require_class
 from .layers import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
 from .self_attention import SelfAttention
@@ -42,7 +42,7 @@ class WhisperConfig(EncoderConfig):
             ValueError: a field out of range, or a class that has more than an encoder and a decoder.
         """
         require_class(config, CLASSES)
-        layers = read_integer(config, "encoder_layers", 4)
+        layers = read_layers(config, "encoder_layers", 4)
         positions = read_integer(config, "max_source_positions", 1500)
         return cls(
             task="features",
