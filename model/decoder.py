@@ -27,22 +27,26 @@ class DecoderConfig:
     """The fields that every decoder has, named as in the Hugging Face config, and what follows from others per layer.
 
     Attributes:
-        kind: "decoder", as the encoders' is "encoder".
-        task: what the model is for.
-        causal: whether a token sees only those before it.
         distance_bias: whether attention logits have a bias by distance.
         fixed_tokens: None: rows may be of any length.
+        default_pad_token_id: what `pad_token_id` is in transformers where a config does not give it.
+        task: what the model is for: "text_generation", or a task of encoders, as `model/decoder_encoder.py` has them.
+        num_labels: classes of an encoder's head.
+        pad_token_id: id that a classifier of whole rows does not read at a row's end; None if there is none.
+        causal: whether a token sees only those before it; else the model can only encode.
         ropes: each layer's rotary embedding; None for a layer without.
         windows: each layer's sliding window in tokens, as `SelfAttention` has it; None for a layer that sees all.
     """
 
     model_type: ClassVar[str]
-    kind: ClassVar[str] = "decoder"
-    task: ClassVar[str] = "text_generation"
-    causal: ClassVar[bool] = True
     distance_bias: ClassVar[bool] = False
     fixed_tokens: ClassVar[int | None] = None
+    default_pad_token_id: ClassVar[int | None] = None
 
+    task: str = "text_generation"
+    num_labels: int = 0
+    pad_token_id: int | None = None
+    causal: bool = True
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -64,6 +68,11 @@ class DecoderConfig:
         for rope in set(self.ropes):
             if rope is not None:
                 rope.check(self.head_dim)
+
+    @property
+    def kind(self) -> str:
+        """ "decoder" or "encoder", by the task."""
+        return "decoder" if self.task == "text_generation" else "encoder"
 
     @property
     def max_tokens(self) -> int | None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ..attention import AttentionConfig, Dense
 from .config import read_boolean, read_integer
+from .decoder import DecoderConfig
 from .layers import ACTIVATIONS, Embedding, Linear
 from .pooling import Pooling
 from .rope import Rope, rotary_tables
@@ -159,6 +160,7 @@ class TextEmbeddings(nnx.Module):
         token_types: segments; if there is only one, it is no input.
         padding_id: id whose tokens have no position of their own, while others count from `padding_id + 1` (RoBERTa);
             None where positions count from 0.
+        multiplier: factor of the embedded tokens.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class TextEmbeddings(nnx.Module):
         token_types: int,
         norm: nnx.Module | None,
         padding_id: int | None = None,
+        multiplier: float = 1.0,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ) -> None:
@@ -180,11 +183,14 @@ class TextEmbeddings(nnx.Module):
         self.position_embeddings: Any = embedding(positions) if isinstance(positions, int) else positions
         self.token_type_embeddings = embedding(token_types)
         self.norm: Any = norm
-        self.token_types, self.padding_id = token_types, padding_id
+        self.token_types, self.padding_id, self.multiplier = token_types, padding_id, multiplier
 
     def __call__(self, inputs: Mapping[str, Array]) -> Float[Array, "batch tokens hidden_size"]:
         ids = inputs["input_ids"]
         hidden = self.word_embeddings(ids)
+        if self.multiplier != 1:
+            # Rounded to the activations' dtype first, as transformers does.
+            hidden = hidden * jnp.asarray(self.multiplier, hidden.dtype)
         if self.position_embeddings is not None:
             hidden = hidden + self.position_embeddings(self._positions(ids))
         if self.token_type_embeddings is not None:
@@ -267,13 +273,14 @@ class Encoder(nnx.Module):
         pooler: makes one vector of a row's first token, or None.
         head: the task's, or None for "features".
         head_pooling: what a head for whole rows reads: "pooler", "first", "mean", "padded_mean" (the sum over a row's
-            tokens divided by the model's `max_tokens`), or "tokens" for a head that pools by itself.
+            tokens divided by the model's `max_tokens`), "last" (the last token that is not the configuration's
+            `pad_token_id`), or "tokens" for a head that pools by itself.
         pooling: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as `pooled`.
     """
 
     def __init__(
         self,
-        config: EncoderConfig,
+        config: EncoderConfig | DecoderConfig,
         embeddings: nnx.Module,
         layers: Sequence[nnx.Module],
         *,
@@ -340,7 +347,7 @@ class Encoder(nnx.Module):
         outputs = {"last_hidden_state": hidden}
         pooled = None if self.pooler is None else self.pooler(hidden[:, 0])
         if self.head is not None:
-            outputs["logits"] = self._logits(self.head, hidden, pooled, lengths)
+            outputs["logits"] = self._logits(self.head, inputs, hidden, pooled, lengths)
         if self.pooling is not None:
             pooled = self.pooling(hidden, lengths)
         return outputs if pooled is None else outputs | {"pooled": pooled}
@@ -356,13 +363,14 @@ class Encoder(nnx.Module):
     def _logits(
         self,
         head: Head,
+        inputs: Mapping[str, Array],
         hidden: Float[Array, "batch tokens hidden_size"],
         pooled: Float[Array, "batch hidden_size"] | None,
         lengths: Int[Array, " batch"],
     ) -> Float[Array, "..."]:
         x = hidden
         if self.config.task == "sequence_classification":
-            x = self._whole_rows(hidden, pooled, lengths)
+            x = self._whole_rows(inputs, hidden, pooled, lengths)
         x = head(x)
         if isinstance(head, TiedHead):
             logits = self.embeddings.word_embeddings.logits(x)
@@ -372,11 +380,15 @@ class Encoder(nnx.Module):
 
     def _whole_rows(
         self,
+        inputs: Mapping[str, Array],
         hidden: Float[Array, "batch tokens hidden_size"],
         pooled: Float[Array, "batch hidden_size"] | None,
         lengths: Int[Array, " batch"],
     ) -> Float[Array, "batch ..."]:
         """What a head for whole rows reads."""
+        if self.head_pooling == "last":
+            assert isinstance(self.config, DecoderConfig)
+            return last_token(hidden, inputs["input_ids"], lengths, self.config.pad_token_id)
         mean = mean_over_tokens(hidden, lengths)
         if self.head_pooling == "padded_mean":
             assert self.config.max_tokens is not None
@@ -384,6 +396,24 @@ class Encoder(nnx.Module):
         rows = {"pooler": pooled, "first": hidden[:, 0], "mean": mean, "tokens": hidden}[self.head_pooling]
         assert rows is not None
         return rows
+
+
+def last_token(
+    hidden: Float[Array, "batch tokens hidden_size"],
+    ids: Int[Array, "batch tokens"],
+    lengths: Int[Array, " batch"],
+    pad_token_id: int | None,
+) -> Float[Array, "batch hidden_size"]:
+    """The last of each row's first `lengths` tokens that is not `pad_token_id`; the first one if all of them are.
+
+    transformers finds a row's end by that id alone, so that a text which itself ends with it is read before.
+    """
+    position = jnp.arange(hidden.shape[1])
+    inside = position < lengths[:, None]
+    if pad_token_id is not None:
+        inside &= ids != pad_token_id
+    last = jnp.max(jnp.where(inside, position, 0), axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def mean_over_tokens(

@@ -23,6 +23,7 @@ class GemmaConfig(PreNormConfig):
     """Configuration of a Gemma 1 model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "gemma"
+    default_pad_token_id: ClassVar[int | None] = 0
 
     attention_bias: bool
 

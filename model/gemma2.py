@@ -24,6 +24,7 @@ class Gemma2Config(SandwichConfig):
     """Configuration of a Gemma 2 model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "gemma2"
+    default_pad_token_id: ClassVar[int | None] = 0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Gemma2Config":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .config import read_integer, read_optional_number, require
+from .config import read_boolean, read_integer, read_optional_number, require
 from .gemma2 import read_gemma_layer, read_gemma_sizes
 from .rope import ropes_from_config
 from .sandwich_norm import SandwichCausalLM, SandwichConfig
@@ -23,6 +23,7 @@ class Gemma3TextConfig(SandwichConfig):
     """Configuration of a Gemma 3 language model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "gemma3_text"
+    default_pad_token_id: ClassVar[int | None] = 0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Gemma3TextConfig":
@@ -31,7 +32,6 @@ class Gemma3TextConfig(SandwichConfig):
         Raises:
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
-        require(config, "use_bidirectional_attention", False)
         # Read into transformers' config, but not used by its model.
         require(config, "attn_logit_softcapping", None)
         sizes = read_gemma_sizes(config, vocab_size=262208, max_position_embeddings=131072)
@@ -47,13 +47,18 @@ class Gemma3TextConfig(SandwichConfig):
             default_thetas={FULL: 1e6, SLIDING: 1e4},
             scaled=(FULL,),
         )
+        window, causal = read_window(config, 4096), not read_boolean(config, "use_bidirectional_attention", False)
+        if window is not None and not causal:
+            # The field counts the keys of both sides together (EmbeddingGemma).
+            window = window // 2 + 1
         return cls(
             **sizes,
             **read_gemma_layer(config),
+            causal=causal,
             attn_logit_softcapping=None,
             final_logit_softcapping=read_optional_number(config, "final_logit_softcapping", None),
             ropes=tuple(ropes[layer_type] for layer_type in types),
-            windows=windows_by_type(types, read_window(config, 4096)),
+            windows=windows_by_type(types, window),
         )
 
 

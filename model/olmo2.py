@@ -26,6 +26,7 @@ class Olmo2Config(DecoderConfig):
     """Configuration of an OLMo 2 model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "olmo2"
+    default_pad_token_id: ClassVar[int | None] = 1
 
     hidden_act: str
     rms_norm_eps: float

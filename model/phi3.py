@@ -20,6 +20,7 @@ class Phi3Config(PreNormConfig):
     """Configuration of a Phi-3 model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "phi3"
+    default_pad_token_id: ClassVar[int | None] = 32000
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Phi3Config":

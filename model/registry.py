@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from .bert import BertConfig, BertEncoder
 from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
+from .decoder_encoder import base_class, encoder_of, with_task
 from .dinov2 import Dinov2Config, Dinov2Encoder, Dinov2WithRegistersConfig
 from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
@@ -185,16 +186,30 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
             f"{remote}, supported model types are: {', '.join(sorted(ARCHITECTURES))}"
         )
     refuse_quantized(config)
-    return architecture, architecture.config.from_hf(config)
+    checked = architecture.config.from_hf(config)
+    return architecture, with_task(checked, config) if isinstance(checked, DecoderConfig) else checked
 
 
 def abstract_module(architecture: Architecture, config: ModelConfig, dtype: DTypeLike) -> Model:
     """The module with shapes and dtypes in place of parameters."""
-    return nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+
+    def make() -> Model:
+        rngs = nnx.Rngs(0)
+        module = architecture.module(config, rngs=rngs, param_dtype=dtype)
+        encodes = config.kind == "encoder" and isinstance(module, CausalLM)
+        return encoder_of(module, rngs=rngs, param_dtype=dtype) if encodes else module
+
+    return nnx.eval_shape(make)
 
 
 def _by_class_name(config: Mapping[str, Any]) -> Architecture | None:
     names = config.get("architectures")
     if config.get("model_type") is not None or not isinstance(names, list):
         return None
-    return next((known for known in ARCHITECTURES.values() if known.module.__name__ in names), None)
+    return next((known for known in ARCHITECTURES.values() if not set(names).isdisjoint(_classes(known))), None)
+
+
+def _classes(architecture: Architecture) -> set[str]:
+    """The classes of transformers that a config may name for it."""
+    name = architecture.module.__name__
+    return {name, base_class(name)} if issubclass(architecture.module, CausalLM) else {name}

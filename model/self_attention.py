@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -47,7 +47,8 @@ class LayerCall:
 class AttentionSizes(Protocol):
     """What attention takes from a model's configuration, a `DecoderConfig` or an `EncoderConfig`."""
 
-    causal: ClassVar[bool]
+    @property
+    def causal(self) -> bool: ...
 
     @property
     def hidden_size(self) -> int: ...

@@ -24,6 +24,7 @@ class SmolLM3Config(PreNormConfig):
     """Configuration of a SmolLM3 model; fields are named as in the Hugging Face config."""
 
     model_type: ClassVar[str] = "smollm3"
+    default_pad_token_id: ClassVar[int | None] = 128004
 
     attention_bias: bool
     mlp_bias: bool

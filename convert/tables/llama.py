@@ -3,9 +3,10 @@
 from ..layouts import TRANSPOSED
 from ..rules import Rule
 
-# What wrappers and a bare LlamaModel leave in front of, or take away from, the usual names.
+# What wrappers and a bare LlamaModel leave in front of, or take away from, the usual names; models that answer questions
+# have "transformer." there.
 WRAPPER = r"(?:_orig_mod\.|module\.)?"
-PREFIX = WRAPPER + r"(?:model\.)?"
+PREFIX = WRAPPER + r"(?:(?:model|transformer)\.)?"
 LAYER = PREFIX + r"layers\.(\d+)\."
 
 HEAD = Rule(WRAPPER + r"lm_head\.weight", "lm_head.kernel", TRANSPOSED, tied_to="model.embed_tokens.embedding")
