@@ -22,6 +22,7 @@ from ..model.registry import abstract_module
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
 from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers, pooling_of, read_config
 from .companions import CONFIG, check_companions, copy_companions
+from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
 from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
@@ -72,15 +73,18 @@ def convert_checkpoint(
     if has_adapter(source) and not (source / CONFIG).is_file():
         raise FileNotFoundError(adapter_alone(source))
     companions = check_companions(source)
-    fields = read_json(source / CONFIG)
+    given = read_json(source / CONFIG)
+    pooled = pooling_of(source) is not None
+    fields = as_embedder(given) if pooled else given
     architecture, config = read_config(fields)
-    if isinstance(config, EncoderConfig):
-        pooling_of(source)
-    weights, rules = _open_weights(source), rules_of(architecture.table, config)
+    weights = _open_weights(source)
     check_layers(config, len(weights.tensors), source)
-    if without_pooler := _lacks_pooler(config, rules, weights.tensors):
-        fields["add_pooling_layer"] = False
-        config = architecture.config.from_hf(fields)
+    if isinstance(config, DecoderConfig):
+        fields = settle_task(fields, architecture, config, weights.tensors, pooled=pooled)
+    elif _lacks_pooler(config, rules_of(architecture.table, config), weights.tensors):
+        fields = {**fields, "add_pooling_layer": False}
+    _, config = read_config(fields)
+    rules = rules_of(architecture.table, config)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
     opened = _open_adapter(source, adapter)
@@ -93,7 +97,7 @@ def convert_checkpoint(
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
         copy_companions(source, folder, companions)
-        if without_pooler:
+        if fields != given:
             (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         (folder / PROVENANCE).write_text(json.dumps(_provenance(origin, weights), indent=2) + "\n")
     return target
@@ -133,9 +137,9 @@ def _open_adapter(source: Path, given: str | Path | None) -> Adapter | None:
     return open_adapter(Path(given))
 
 
-def _lacks_pooler(config: DecoderConfig | EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
+def _lacks_pooler(config: EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
     """Whether a model without a task head would have a pooler, of which the checkpoint has no tensor."""
-    if not isinstance(config, EncoderConfig) or not config.pooler or config.task != "features":
+    if not config.pooler or config.task != "features":
         return False
     return not any(reaches(rules, name, "pooler") for name in tensors)
 

@@ -54,6 +54,8 @@ DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("same", "int8")
 BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
 """The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
+_TIMED_QUERIES = 2048
+"""Of an encoder whose tokens see only those before them, when attention is timed at a length."""
 _CLASSIFYING = ("sequence_classification", "token_classification")
 
 
@@ -132,7 +134,7 @@ def compile(
                     folder,
                     entries,
                     capacity=capacity,
-                    chunk=min(chunk, capacity) if config.causal else capacity,
+                    chunk=min(chunk, capacity) if config.kind == "decoder" else capacity,
                     batch=batch,
                     choice=choice,
                     dtype=dtype,
@@ -168,7 +170,7 @@ def default_buckets(config: ModelConfig, chunk: int) -> tuple[int, ...]:
         return (config.fixed_tokens,)
     limit = config.max_tokens
     capped = {capacity if limit is None else min(capacity, limit) for capacity in BUCKETS[config.kind]}
-    if config.causal:
+    if config.kind == "decoder":
         capped = {capacity - (capacity % chunk if capacity > chunk else 0) for capacity in capped}
     return tuple(sorted(capped))
 
@@ -193,7 +195,7 @@ def check_options(
     if not buckets or min(buckets) < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
         raise ValueError(f"buckets are {tuple(buckets)}, expected rising numbers of tokens, each once")
     for capacity in buckets:
-        if config.causal and capacity % min(chunk, capacity):
+        if config.kind == "decoder" and capacity % min(chunk, capacity):
             raise ValueError(f"bucket {capacity} is not a multiple of chunk {chunk}: change one of them")
     limit = config.max_tokens
     if limit is not None and buckets[-1] > limit:
@@ -242,7 +244,7 @@ def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) ->
         config.head_dim,
         dtype,
         batch,
-        chunk,
+        chunk if config.kind == "decoder" else _TIMED_QUERIES,
         causal=config.causal,
         only_exact=_only_exact(config),
     )

@@ -38,8 +38,8 @@ class AttentionShape:
         query_heads, kv_heads, head_dim: sizes.
         dtype: of queries, keys and values.
         batch: rows of a call.
-        chunk: tokens of a row that one call takes.
-        causal: whether a query sees only keys up to its own; else a call takes a whole row, whatever `chunk` says.
+        chunk: tokens of a row that one call takes, or as many as are timed at once.
+        causal: whether a query sees only keys up to its own; else the whole row is timed, whatever `chunk` says.
         only_exact: why two-stage attention is out of the question, in words; empty if it is not.
     """
 

@@ -171,10 +171,22 @@ ARCHITECTURES: dict[str, Architecture] = {
 def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
+    Raises:
+        ValueError: an unknown architecture, quantised weights, or a field that the architecture refuses.
+    """
+    architecture = find(config)
+    refuse_quantized(config)
+    checked = architecture.config.from_hf(config)
+    return architecture, with_task(checked, config) if isinstance(checked, DecoderConfig) else checked
+
+
+def find(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a Hugging Face config asks for.
+
     A config without `model_type` is known by the class name under `architectures`.
 
     Raises:
-        ValueError: an unknown architecture, quantised weights, or a field that the architecture refuses.
+        ValueError: an unknown architecture.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type"))) or _by_class_name(config)
     if architecture is None:
@@ -185,9 +197,7 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
             f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}"
             f"{remote}, supported model types are: {', '.join(sorted(ARCHITECTURES))}"
         )
-    refuse_quantized(config)
-    checked = architecture.config.from_hf(config)
-    return architecture, with_task(checked, config) if isinstance(checked, DecoderConfig) else checked
+    return architecture
 
 
 def abstract_module(architecture: Architecture, config: ModelConfig, dtype: DTypeLike) -> Model:

@@ -3,8 +3,8 @@
 from ..layouts import TRANSPOSED
 from ..rules import Rule
 
-# What wrappers and a bare LlamaModel leave in front of, or take away from, the usual names; models that answer questions
-# have "transformer." there.
+# What wrappers and a bare LlamaModel leave in front of, or take away from, the usual names; "transformer." is that of
+# models which answer questions.
 WRAPPER = r"(?:_orig_mod\.|module\.)?"
 PREFIX = WRAPPER + r"(?:(?:model|transformer)\.)?"
 LAYER = PREFIX + r"layers\.(\d+)\."

@@ -26,7 +26,10 @@ def write(folder: Path, name: str, content: Any) -> None:
 
 def test_files_of_a_sentence_embedder_keep_their_places(source: Path, tmp_path: Path) -> None:
     files: dict[str, Any] = {
-        "modules.json": [{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}],
+        "modules.json": [
+            {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ],
         "sentence_bert_config.json": {"max_seq_length": 128},
         "config_sentence_transformers.json": {"prompts": {}},
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
@@ -37,6 +40,8 @@ def test_files_of_a_sentence_embedder_keep_their_places(source: Path, tmp_path: 
     write(source, "2_Dense/config.json", {"in_features": 3})
     (source / "modeling.py").write_text("raise RuntimeError")
     target = iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
+    # A decoder becomes an encoder, and the checkpoint's config says so.
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["LlamaModel"]
     for name in files:
         assert (target / name).read_bytes() == (source / name).read_bytes()
     copied = {str(file.relative_to(target)) for file in target.rglob("*.*") if "params" not in file.parts}

@@ -1,10 +1,17 @@
 """The independent reference of the models: transformers in torch, with random weights."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+def shared_fields(config: Any) -> set[str]:
+    """Fields of our configuration that transformers' has too, by the same name."""
+    ours = {"ropes", "windows", "task", "num_labels", "pad_token_id", "causal"}
+    return {each.name for each in dataclasses.fields(config)} - ours
 
 
 def save_random(

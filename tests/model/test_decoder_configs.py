@@ -9,6 +9,8 @@ import pytest
 from iceformer.model.decoder import DecoderConfig
 from iceformer.model.registry import ARCHITECTURES, build
 
+from .reference import shared_fields
+
 # The fields that matter of published files, with some that do not.
 HUB: dict[str, dict[str, Any]] = {
     "vicuna-7b-v1.5-16k": {
@@ -259,13 +261,7 @@ def assert_read_as_transformers_does(fields: dict[str, Any]) -> None:
     reference: Any = AutoConfig.for_model(**copy.deepcopy(fields))
     _, config = build(fields)
     assert isinstance(config, DecoderConfig)
-    others = {
-        "ropes",
-        "windows",
-        "head_dim",
-        "mlp_only_layers",
-    }
-    for name in {each.name for each in dataclasses.fields(config)} - others:
+    for name in shared_fields(config) - {"head_dim", "mlp_only_layers"}:
         assert getattr(config, name) == getattr(reference, name), name
     heads = reference.num_attention_heads
     assert config.head_dim == (getattr(reference, "head_dim", None) or reference.hidden_size // heads)

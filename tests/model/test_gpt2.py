@@ -1,6 +1,5 @@
 """GPT-2's config, the names in its checkpoints, and its table of positions."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from iceformer.model.gpt2 import GPT2Config
 
 from .cases.gpt2 import TINY
 from .forward import forward, load_decoder
-from .reference import save_random
+from .reference import save_random, shared_fields
 from .test_parity import convert, difference
 
 
@@ -22,9 +21,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import GPT2Config as Reference
 
     config, reference = GPT2Config.from_hf({"n_inner": None, "task_specific_params": {}, "n_ctx": 1024}), Reference()
-    names = {each.name for each in dataclasses.fields(GPT2Config)} - {
-        *("ropes", "windows", "head_dim", "num_key_value_heads", "intermediate_size")
-    }
+    names = shared_fields(GPT2Config) - {"head_dim", "num_key_value_heads", "intermediate_size"}
     for name in names:
         assert getattr(config, name) == getattr(reference, name), name
     assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (64, 12, 3072)

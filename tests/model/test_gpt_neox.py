@@ -1,6 +1,5 @@
 """GPT-NeoX's and StableLM's configs and the names in their checkpoints; the configs of OLMo 2."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from iceformer.model.rope import Rope
 from iceformer.model.stablelm import StableLmConfig
 
 from .cases import CASES
-from .reference import save_random
+from .reference import save_random, shared_fields
 from .test_parity import convert, difference
 
 
@@ -30,13 +29,7 @@ def test_defaults_are_those_of_transformers(config_class: Any, name: str, share:
     import transformers
 
     config, reference = config_class.from_hf({}), getattr(transformers, name)()
-    others = {
-        "ropes",
-        "windows",
-        "head_dim",
-        "num_key_value_heads",
-    }
-    for field in {each.name for each in dataclasses.fields(config_class)} - others:
+    for field in shared_fields(config_class) - {"head_dim", "num_key_value_heads"}:
         assert getattr(config, field) == getattr(reference, field), field
     assert config.head_dim == reference.hidden_size // reference.num_attention_heads
     assert config.num_key_value_heads == reference.num_attention_heads

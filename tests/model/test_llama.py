@@ -19,6 +19,7 @@ from iceformer.model.registry import build
 from iceformer.model.rope import Rope
 
 from .forward import forward, load_decoder
+from .reference import shared_fields
 
 
 def token_ids(model: CausalLM, *shape: int) -> jax.Array:
@@ -29,7 +30,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import LlamaConfig as Reference
 
     config, reference = LlamaConfig.from_hf({}), Reference()
-    for name in {each.name for each in dataclasses.fields(LlamaConfig)} - {"ropes", "windows"}:
+    for name in shared_fields(LlamaConfig):
         assert getattr(config, name) == getattr(reference, name), name
     assert config.ropes == (Rope("default", 10000.0),) * 32
     assert config.windows == (None,) * 32
