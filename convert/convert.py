@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .folder import check_absent, new_folder
 from .hub import download, is_hub_id
 from .json_file import read_json
 from .parameters import save_params
-from .problems import listed
+from .problems import joined, listed, shown
 from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath
 from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
@@ -93,6 +94,8 @@ def convert_checkpoint(
     _check_sizes(shapes, weights)
     plan = make_plan(rules, weights.tensors, shapes)
     check_dtypes(weights, [*plan.fills, *plan.ties])
+    if plan.spare:
+        _warn_of_spare(source, config.task, plan.spare)
     params = _fill(weights, plan, shapes, progress)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, params)
@@ -137,6 +140,15 @@ def _open_adapter(source: Path, given: str | Path | None) -> Adapter | None:
     return open_adapter(Path(given))
 
 
+def _warn_of_spare(source: Path, task: str, names: list[str]) -> None:
+    modules = sorted({name.rpartition(".")[0] or name for name in names})
+    warnings.warn(
+        f"{shown(source)} holds heads that a model for {task.replace('_', ' ')} does not use, and they are left out: "
+        f"{joined(modules)}",
+        stacklevel=3,
+    )
+
+
 def _lacks_pooler(config: EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
     """Whether a model without a task head would have a pooler, of which the checkpoint has no tensor."""
     if not config.pooler or config.task != "features":
@@ -160,12 +172,15 @@ def _fill(
     """The parameters as a nested tree of arrays on the CPU device."""
     params: dict[ParameterPath, Any] = {}
     stacks: dict[ParameterPath, np.ndarray] = {}
-    broken = []
-    for name, tensor in _tracked(weights, progress):
+    broken, overflowed = [], []
+    for name, stored in _tracked(weights, progress):
         destination = plan.fills.get(name)
         # Constants that are left out may be infinite: masks, in half precision.
-        if (destination or name in plan.ties) and not all_finite(tensor):
-            broken.append(name)
+        if destination is None and name not in plan.ties:
+            continue
+        tensor = _narrowed(stored)
+        if not all_finite(tensor):
+            (overflowed if all_finite(stored) else broken).append(name)
         if destination:
             pieces = destination.layout.pieces(tensor, [slot.shape(shapes) for slot in destination.slots])
             for slot, piece in zip(destination.slots, pieces, strict=True):
@@ -175,15 +190,24 @@ def _fill(
                     _stack(stacks, slot, shapes[slot.path], piece)
     if broken:
         raise ValueError(f"NaN or infinite values in:{listed(sorted(broken))}")
+    if overflowed:
+        raise ValueError(f"values of float64 that are beyond the range of float32 in:{listed(sorted(overflowed))}")
     while stacks:
         path, stack = stacks.popitem()
         params[path] = _put(stack)
     for name, path in plan.ties.items():
-        if not np.array_equal(weights.read_one(name), params[path]):
+        if not np.array_equal(_narrowed(weights.read_one(name)), params[path]):
             raise ValueError(
-                f"{name} differs from the tensor of {dotted(path)}, but tie_word_embeddings is true: set it to false"
+                f"{name} differs from the tensor of {dotted(path)}, but the model has one for both: keep the right "
+                "one, or set tie_word_embeddings to false if it is an output layer of its own"
             )
     return unflatten_dict(params)
+
+
+def _narrowed(tensor: np.ndarray) -> np.ndarray:
+    """The tensor, in float32 if it is in float64; what is beyond its range is infinite then."""
+    with np.errstate(over="ignore"):
+        return tensor.astype(np.float32) if tensor.dtype == np.float64 else tensor
 
 
 def _put(array: np.ndarray) -> jax.Array:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .adapter import FILES as ADAPTER_FILES
 from .companions import COMPANIONS, CONFIG, TOKENIZER_SOURCES
-from .reader import SINGLE_FILES, shard_names
+from .reader import shard_names
+from .weight_files import SINGLE_FILES, is_index, weight_source
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _BESIDE = (CONFIG, *COMPANIONS, *TOKENIZER_SOURCES, *ADAPTER_FILES)
@@ -72,16 +73,13 @@ def _fetch(name: str, revision: str | None) -> str:
         return snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(_CACHED))
     # By the name of the revision, not its commit: the cache then knows the commit where the hub cannot be asked.
     files = {file.rfilename for file in info.siblings or ()}
-    single = next((file for file in SINGLE_FILES if {file, f"{file}.index.json"} & files), None)
-    if single is None:
-        raise FileNotFoundError(
-            f"{name} has no weights that are read, expected {' or '.join(SINGLE_FILES)}, or the index of either, "
-            f"but it holds: {', '.join(sorted(files))}"
-        )
-    weights = [single]
-    if single not in files:
-        index = hf_hub_download(name, f"{single}.index.json", revision=revision)
-        weights = [f"{single}.index.json", *shard_names(Path(index))]
+    try:
+        source = weight_source(files)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} {error}; it holds: {', '.join(sorted(files))}") from None
+    weights = [source]
+    if is_index(source):
+        weights += shard_names(Path(hf_hub_download(name, source, revision=revision)))
     return snapshot_download(name, revision=revision, allow_patterns=[*_BESIDE, *weights])
 
 

@@ -5,7 +5,7 @@ Opening reads names, shapes and dtypes only; `read` gives tensors one at a time.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,10 @@ from .problems import listed
 from .safetensors_reader import SafetensorsFile
 from .tensor_file import TensorInfo
 from .torch_reader import TorchFile
+from .weight_files import index_suffix, is_index, weight_source
 
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-SINGLE_FILES = (SAFETENSORS, PICKLE)
-"""Files that hold a whole model, in order of preference; the name and `.index.json` is that of the index of shards."""
-DTYPES = ("BF16", "F16", "F32")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What trainers leave beside the weights.
-_TRAINING = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state\w*|adapter_model)\.\w+")
-_FOREIGN = ("*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx", "*.ot")
+DTYPES = ("BF16", "F16", "F32", "F64")
+"""Of tensors that fill parameters; F64 is narrowed to F32."""
 # Names and dtypes by which weights are known as quantised, whatever the config says.
 _QUANTIZED_NAMES = {
     "GPTQ or AWQ": r".*\.(?:qweight|qzeros)",
@@ -31,6 +26,9 @@ _QUANTIZED_NAMES = {
     "compressed-tensors": r".*\.weight_packed",
     "MXFP4": r".*proj_blocks",
 }
+# Modules of torch that hold a model, or a part of one, and show in the names: of data parallelism, of torch.compile, of
+# sharded data parallelism and of activation checkpoints. No model has parts of these names.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _QUANTIZED_DTYPES = re.compile(r"F8_\w+|F6_\w+|F4|I4|U4|q\w+|u?int[1-7]|float[48]_\w+")
 
 
@@ -40,7 +38,7 @@ class Weights:
 
     Attributes:
         files: the files that hold them, in order.
-        tensors: what they hold, by name.
+        tensors: what they hold, by name; names are without the words that wrappers put in.
     """
 
     files: tuple[Path, ...]
@@ -53,18 +51,18 @@ class Weights:
             ValueError: a file is no longer readable.
         """
         for file in self.files:
-            yield from open_file(file).read()
+            names = {info.stored: name for name, info in self.tensors.items() if info.stored and info.file == file}
+            for stored, tensor in open_file(file).read():
+                yield names.get(stored, stored), tensor
 
     def read_one(self, name: str) -> np.ndarray:
         """One tensor by name; ValueError if its file is no longer readable."""
-        return open_file(self.tensors[name].file).read_one(name)
+        info = self.tensors[name]
+        return open_file(info.file).read_one(info.stored or name)
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights of a Hugging Face folder: names, shapes and dtypes, no data yet.
-
-    Taken is the first of model.safetensors, its shards, pytorch_model.bin, its shards, and a lone file of torch's with
-    another name.
+    """The weights of a Hugging Face folder: names, shapes and dtypes, no data yet. `weight_source` chooses the files.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
@@ -82,7 +80,7 @@ def open_weights(folder: Path) -> Weights:
             tensors[name] = info
     _check_index(folder, weight_map, tensors)
     _refuse_quantized(folder, tensors)
-    return Weights(tuple(files), tensors)
+    return Weights(tuple(files), _without_wrappers(folder, tensors))
 
 
 def check_dtypes(weights: Weights, names: Iterable[str]) -> None:
@@ -113,43 +111,20 @@ def open_file(path: Path) -> SafetensorsFile | TorchFile:
 
 def _find(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of the weights, and where their index, if they have one, places each tensor."""
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name], {}
-        if (index := folder / f"{name}.index.json").is_file():
-            return [folder / shard for shard in shard_names(index)], _weight_map(index)
-    pickles = [file for file in sorted(folder.iterdir()) if _may_hold_a_model(file)]
-    if any(folder.glob("*.safetensors")) or len(pickles) != 1:
-        raise FileNotFoundError(_nothing_to_read(folder, pickles))
-    return pickles, {}
-
-
-def _may_hold_a_model(file: Path) -> bool:
-    return file.is_file() and file.suffix in _PICKLE_SUFFIXES and not _TRAINING.fullmatch(file.name)
-
-
-def _nothing_to_read(folder: Path, pickles: list[Path]) -> str:
-    if others := sorted(path.name for path in folder.glob("*.safetensors")):
-        return (
-            f"{folder} has {', '.join(others)}, but neither {SAFETENSORS} nor {SAFETENSORS}.index.json: "
-            "download the index too"
-        )
-    if pickles:
-        return (
-            f"{folder} has {', '.join(file.name for file in pickles)}, expected one file, {PICKLE}, or "
-            f"{PICKLE}.index.json with its shards: download the index too, or keep the one to convert"
-        )
-    expected = f"expected {SAFETENSORS} or {PICKLE}, or the index of either with its shards"
-    if foreign := sorted(path.name for pattern in _FOREIGN for path in folder.glob(pattern)):
-        return f"{folder} has its weights only in {', '.join(foreign)}, {expected}: download those"
-    return f"{folder} has no weights, {expected}"
+    try:
+        source = folder / weight_source({file.name for file in folder.iterdir() if file.is_file()})
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} {error}") from None
+    if not is_index(source.name):
+        return [source], {}
+    return [folder / shard for shard in shard_names(source)], _weight_map(source)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: it is not the index of a sharded checkpoint")
-    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    suffix = index_suffix(index.name)
     for name, file in weight_map.items():
         # A plain name, so that an index cannot point out of its folder.
         if not isinstance(file, str) or not re.fullmatch(rf"[^/\\:\0]+{re.escape(suffix)}", file):
@@ -165,6 +140,17 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
     ]
     if absent:
         raise ValueError(f"{folder}: the index places tensors where they are not:{listed(absent)}")
+
+
+def _without_wrappers(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the names that they have in the model itself, without those of what it was wrapped in."""
+    plain: dict[str, TensorInfo] = {}
+    for stored, info in tensors.items():
+        name = _WRAPPERS.sub("", stored)
+        if name in plain:
+            raise ValueError(f"{folder} holds {name} twice: as {plain[name].stored or name} and as {stored}")
+        plain[name] = info if name == stored else replace(info, stored=stored)
+    return plain
 
 
 def _refuse_quantized(folder: Path, tensors: dict[str, TensorInfo]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .layouts import SAME, Layout, Shape
+from .names import strange_names
 from .problems import listed
 from .reader import TensorInfo
 
@@ -23,7 +24,9 @@ class Rule:
             None ignores the tensor.
         layout: how the tensor lies in what it fills.
         tied_to: the parameter that the tensor must equal where `target` is None or one that the model does not have.
-        optional: a model that has no `target` does without the tensor, as without a pooler that its task does not use.
+        optional: a model that has no `target` does without the tensor.
+        spare: the same, and the plan says so: the tensor is part of a head that the model's task does not use.
+        copy: the tensor must equal what fills `target`, where another tensor of the checkpoint does.
     """
 
     pattern: str
@@ -31,6 +34,8 @@ class Rule:
     layout: Layout = SAME
     tied_to: str | None = None
     optional: bool = False
+    spare: bool = False
+    copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,12 @@ class Plan:
     Attributes:
         fills: tensors that fill parameters.
         ties: tensors that must equal a parameter which another tensor fills.
+        spare: tensors of heads that the model's task does not use.
     """
 
     fills: dict[str, Destination] = field(default_factory=dict)
     ties: dict[str, Path] = field(default_factory=dict)
+    spare: list[str] = field(default_factory=list)
 
 
 def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parameters: Mapping[Path, Shape]) -> Plan:
@@ -82,27 +89,31 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
         ValueError: lists every tensor that is unexpected, of the wrong shape or there twice, and every parameter that
             nothing fills.
     """
+    matches = {name: match(rules, name, parameters) for name in tensors}
+    if problem := strange_names(list(tensors), lambda name: match(rules, name, parameters)[0] is not None):
+        raise ValueError(problem)
     plan, problems = Plan(), []
     filled: dict[Slot, str] = {}
-    for name, tensor in sorted(tensors.items()):
-        rule, slots = match(rules, name, parameters)
+    for name in sorted(tensors, key=lambda name: (_is_copy(matches[name][0]), name)):
+        (rule, slots), shape = matches[name], tensors[name].shape
         if rule is None:
-            problems.append(f"unexpected: {name} {list(tensor.shape)}")
-        elif not slots and rule.tied_to is not None:
-            plan.ties[name] = parse(rule.tied_to)
-        elif not slots:
-            continue
-        elif all(_exists(slot, parameters) for slot in slots):
+            problems.append(f"unexpected: {name} {list(shape)}")
+        elif slots and all(_exists(slot, parameters) for slot in slots):
+            if rule.copy and slots[0] in filled:
+                plan.ties[name] = slots[0].path
+                continue
             expected = rule.layout.source_shape([slot.shape(parameters) for slot in slots])
-            if tensor.shape != expected:
-                problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(expected)}")
+            if shape != expected:
+                problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(expected)}")
             problems += [f"there twice: {name} and {filled[slot]}" for slot in slots if slot in filled]
             filled |= dict.fromkeys(slots, name)
             plan.fills[name] = Destination(slots, rule.layout)
         elif rule.tied_to is not None:
             plan.ties[name] = parse(rule.tied_to)
-        elif not rule.optional:
-            problems.append(f"unexpected: {name} {list(tensor.shape)}, the config has no place for it")
+        elif rule.spare:
+            plan.spare.append(name)
+        elif slots and not rule.optional:
+            problems.append(f"unexpected: {name} {list(shape)}, the config has no place for it")
     problems += [f"missing: {slot} {list(slot.shape(parameters))}" for slot in _unfilled(parameters, filled)]
     if problems:
         raise ValueError(f"the tensors do not fit the config:{listed(problems)}")
@@ -135,6 +146,10 @@ def match(rules: tuple[Rule, ...], name: str, parameters: Mapping[Path, Shape]) 
                 return rule, slots
             first = first if first[0] else (rule, slots)
     return first
+
+
+def _is_copy(rule: Rule | None) -> bool:
+    return rule is not None and rule.copy
 
 
 def _parse_slot(text: str) -> Slot:

@@ -13,11 +13,16 @@ _MAPPED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of a tensor; `dtype` is named as in safetensors, e.g. BF16, I64, BOOL."""
+    """What a file says of a tensor; `dtype` is named as in safetensors, e.g. BF16, I64, BOOL.
+
+    Attributes:
+        stored: the tensor's name in the file, where it goes by another; else empty.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    stored: str = ""
 
 
 def read_mapped(

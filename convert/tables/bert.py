@@ -7,11 +7,11 @@ from ..rules import Rule
 SCALE, SHIFT = r"\.(?:weight|gamma)", r"\.(?:bias|beta)"
 
 
-def linear(pattern: str, target: str, *, optional: bool = False) -> tuple[Rule, Rule]:
+def linear(pattern: str, target: str, *, spare: bool = False) -> tuple[Rule, Rule]:
     """Weight and bias of a torch `Linear`."""
     return (
-        Rule(rf"{pattern}\.weight", f"{target}.kernel", TRANSPOSED, optional=optional),
-        Rule(rf"{pattern}\.bias", f"{target}.bias", optional=optional),
+        Rule(rf"{pattern}\.weight", f"{target}.kernel", TRANSPOSED, spare=spare),
+        Rule(rf"{pattern}\.bias", f"{target}.bias", spare=spare),
     )
 
 
@@ -54,18 +54,25 @@ def body(prefix: str) -> tuple[Rule, ...]:
         *linear(layer + r"intermediate\.dense", r"layers.\1.mlp.up_proj"),
         *linear(layer + r"output\.dense", r"layers.\1.mlp.down_proj"),
         *norm(layer + r"output\.LayerNorm", r"layers.\1.output_norm"),
-        *linear(prefix + r"pooler\.dense", "pooler.dense", optional=True),
+        *linear(prefix + r"pooler\.dense", "pooler.dense", spare=True),
         # A constant.
         Rule(prefix + r"embeddings\.position_ids", None),
     )
 
 
-RULES = (
-    *body(r"(?:bert\.)?"),
-    *linear(r"cls\.predictions\.transform\.dense", "head.dense"),
-    *norm(r"cls\.predictions\.transform\.LayerNorm", "head.norm"),
-    *shared_output_layer(r"cls\.predictions\.decoder", r"cls\.predictions\.bias"),
-    *linear(r"(?:classifier|qa_outputs)", "head.out"),
-    # The head of next-sentence prediction, which pre-training leaves behind.
-    Rule(r"cls\.seq_relationship\.(?:weight|bias)", None),
-)
+CLASSIFIER = linear("classifier", "head.out")
+QUESTION_ANSWERING = linear("qa_outputs", "head.out")
+
+RULES = body(r"(?:bert\.)?")
+HEADS = {
+    "masked_lm": (
+        *linear(r"cls\.predictions\.transform\.dense", "head.dense"),
+        *norm(r"cls\.predictions\.transform\.LayerNorm", "head.norm"),
+        *shared_output_layer(r"cls\.predictions\.decoder", r"cls\.predictions\.bias"),
+    ),
+    "sequence_classification": CLASSIFIER,
+    "token_classification": CLASSIFIER,
+    "question_answering": QUESTION_ANSWERING,
+}
+# The head of next-sentence prediction.
+SPARE = (r"cls\.seq_relationship\.(?:weight|bias)",)

@@ -2,7 +2,7 @@
 
 from ..layouts import JOINED
 from ..rules import Rule
-from .bert import linear, norm
+from .bert import CLASSIFIER, linear, norm
 from .vit import attention, embeddings
 
 DINO = r"(?:dinov2(?:_with_registers)?\.)?"
@@ -23,5 +23,5 @@ RULES = (
     *linear(LAYER + r"mlp\.(?:weights_out|down_proj)", r"layers.\1.mlp.down_proj"),
     Rule(LAYER + r"layer_scale2\.lambda1", r"layers.\1.mlp_scale"),
     *norm(DINO + r"layernorm", "norm"),
-    *linear(r"classifier", "head.out"),
 )
+HEADS = {"sequence_classification": CLASSIFIER}

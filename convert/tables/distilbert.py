@@ -1,7 +1,7 @@
 """Names in DistilBERT checkpoints."""
 
 from ..rules import Rule
-from .bert import linear, norm, output_layer
+from .bert import CLASSIFIER, QUESTION_ANSWERING, linear, norm, output_layer
 
 PREFIX = r"(?:distilbert\.)?"
 LAYER = PREFIX + r"transformer\.layer\.(\d+)\."
@@ -15,10 +15,16 @@ RULES = (
     *linear(LAYER + r"ffn\.lin1", r"layers.\1.mlp.up_proj"),
     *linear(LAYER + r"ffn\.lin2", r"layers.\1.mlp.down_proj"),
     *norm(LAYER + r"output_layer_norm", r"layers.\1.output_norm"),
-    *linear(r"(?:vocab_transform|pre_classifier)", "head.dense"),
-    *norm(r"vocab_layer_norm", "head.norm"),
-    *output_layer("vocab_projector"),
-    *linear(r"(?:classifier|qa_outputs)", "head.out"),
     # A constant.
     Rule(PREFIX + r"embeddings\.position_ids", None),
 )
+HEADS = {
+    "masked_lm": (
+        *linear("vocab_transform", "head.dense"),
+        *norm("vocab_layer_norm", "head.norm"),
+        *output_layer("vocab_projector"),
+    ),
+    "sequence_classification": (*linear("pre_classifier", "head.dense"), *CLASSIFIER),
+    "token_classification": CLASSIFIER,
+    "question_answering": QUESTION_ANSWERING,
+}

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from ..rules import Rule
 from .gemma2 import RULES as GEMMA2
-from .llama import WRAPPER, norms
+from .llama import norms
 
-_LANGUAGE = WRAPPER + r"(?:model\.(?=language_model\.))?(?:language_model\.)?"
+_LANGUAGE = r"(?:model\.(?=language_model\.))?(?:language_model\.)?"
 
 RULES = (
     *(replace(rule, pattern=_LANGUAGE + rule.pattern) for rule in (*GEMMA2, norms(r"self_attn\.[qk]_norm"))),
-    Rule(WRAPPER + r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*", None),
+    Rule(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*", None),
 )

@@ -2,9 +2,9 @@
 
 from ..layouts import JOINED_UNTRANSPOSED
 from ..rules import Rule
-from .llama import HEAD, WRAPPER
+from .llama import HEAD
 
-_PREFIX = WRAPPER + r"(?:transformer\.)?"
+_PREFIX = r"(?:transformer\.)?"
 _LAYER = _PREFIX + r"h\.(\d+)\."
 
 

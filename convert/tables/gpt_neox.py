@@ -3,9 +3,8 @@
 from ...model.decoder import DecoderConfig
 from ..layouts import TRANSPOSED, JoinedByHead
 from ..rules import Rule
-from .llama import WRAPPER
 
-_PREFIX = WRAPPER + r"(?:gpt_neox\.)?"
+_PREFIX = r"(?:gpt_neox\.)?"
 _LAYER = _PREFIX + r"layers\.(\d+)\."
 
 
@@ -24,7 +23,7 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
         Rule(_PREFIX + r"final_layer_norm\.weight", "model.norm.scale"),
         Rule(_PREFIX + r"final_layer_norm\.bias", "model.norm.bias"),
         Rule(
-            WRAPPER + r"(?:embed_out|lm_head)\.weight",
+            r"(?:embed_out|lm_head)\.weight",
             "lm_head.kernel",
             TRANSPOSED,
             tied_to="model.embed_tokens.embedding",

@@ -3,13 +3,11 @@
 from ..layouts import TRANSPOSED
 from ..rules import Rule
 
-# What wrappers and a bare LlamaModel leave in front of, or take away from, the usual names; "transformer." is that of
-# models which answer questions.
-WRAPPER = r"(?:_orig_mod\.|module\.)?"
-PREFIX = WRAPPER + r"(?:(?:model|transformer)\.)?"
+# A bare LlamaModel has no prefix; "transformer." is that of models which answer questions.
+PREFIX = r"(?:(?:model|transformer)\.)?"
 LAYER = PREFIX + r"layers\.(\d+)\."
 
-HEAD = Rule(WRAPPER + r"lm_head\.weight", "lm_head.kernel", TRANSPOSED, tied_to="model.embed_tokens.embedding")
+HEAD = Rule(r"lm_head\.weight", "lm_head.kernel", TRANSPOSED, tied_to="model.embed_tokens.embedding")
 EMBEDDING = Rule(PREFIX + r"embed_tokens\.weight", "model.embed_tokens.embedding")
 NORM = Rule(PREFIX + r"norm\.weight", "model.norm.scale")
 # Constants that transformers stored until 4.31; they follow from the config.

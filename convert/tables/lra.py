@@ -3,9 +3,8 @@
 from ..rules import Rule
 from .bert import linear, norm
 
-MODULE = r"(?:module\.)?"
-PREFIX = MODULE + r"(?:model\.)?"
-HEAD = MODULE + r"seq_classifer\.mlpblock\."  # spelled so
+PREFIX = r"(?:model\.)?"
+HEAD = r"seq_classifer\.mlpblock\."  # spelled so
 
 
 def layer(pattern: str, index: str) -> tuple[Rule, ...]:
@@ -30,6 +29,5 @@ RULES = (
     *layer(PREFIX + r"transformer_(\d+)\.", r"\1"),
     *layer(PREFIX + r"transformer\.", "0"),
     *norm(PREFIX + r"norm", "norm"),
-    *linear(HEAD + "0", "head.dense"),
-    *linear(HEAD + "2", "head.out"),
 )
+HEADS = {"sequence_classification": (*linear(HEAD + "0", "head.dense"), *linear(HEAD + "2", "head.out"))}

@@ -2,7 +2,7 @@
 
 from ..layouts import JOINED
 from ..rules import Rule
-from .bert import linear, norm, output_layer
+from .bert import CLASSIFIER, linear, norm, output_layer
 
 PREFIX = r"(?:model\.)?"
 LAYER = PREFIX + r"layers\.(\d+)\."
@@ -29,8 +29,11 @@ RULES = (
     *joined(LAYER + r"mlp\.Wi", GATE_UP),
     *linear(LAYER + r"mlp\.Wo", r"layers.\1.mlp.down_proj"),
     *norm(PREFIX + r"final_norm", "norm"),
-    *linear(r"head\.dense", "head.dense"),
-    *norm(r"head\.norm", "head.norm"),
-    *output_layer("decoder"),
-    *linear("classifier", "head.out"),
 )
+TRANSFORM = (*linear(r"head\.dense", "head.dense"), *norm(r"head\.norm", "head.norm"))
+HEADS = {
+    "masked_lm": (*TRANSFORM, *output_layer("decoder")),
+    "sequence_classification": (*TRANSFORM, *CLASSIFIER),
+    "token_classification": (*TRANSFORM, *CLASSIFIER),
+    "question_answering": (*TRANSFORM, *CLASSIFIER),
+}

@@ -2,7 +2,8 @@
 
 from ..layouts import JOINED
 from ..rules import Rule
-from .bert import linear, norm, shared_output_layer
+from . import bert
+from .bert import CLASSIFIER, QUESTION_ANSWERING, linear, norm, shared_output_layer
 
 PREFIX = r"(?:(?:nomic_)?bert\.)?"
 LAYER = PREFIX + r"(?:encoder\.)?layers\.(\d+)\."
@@ -20,12 +21,19 @@ RULES = (
     *linear(LAYER + r"mlp\.fc12", r"layers.\1.mlp.gate_proj"),
     *linear(LAYER + r"mlp\.fc2", r"layers.\1.mlp.down_proj"),
     *norm(LAYER + r"(?:post_mlp_layernorm|norm2)", r"layers.\1.output_norm"),
-    *linear(PREFIX + r"pooler\.dense", "pooler.dense", optional=True),
-    *linear(r"cls\.predictions\.transform\.dense", "head.dense"),
-    *norm(r"cls\.predictions\.transform\.layer_norm", "head.norm"),
-    *shared_output_layer(r"cls\.predictions\.decoder", r"cls\.predictions\.bias"),
-    *linear("classifier", "head.out"),
+    *linear(PREFIX + r"pooler\.dense", "pooler.dense", spare=True),
     # Constants.
     Rule(LAYER + r"attn\.rotary_emb\.inv_freq", None),
     Rule(PREFIX + r"embeddings\.position_ids", None),
 )
+HEADS = {
+    "masked_lm": (
+        *linear(r"cls\.predictions\.transform\.dense", "head.dense"),
+        *norm(r"cls\.predictions\.transform\.layer_norm", "head.norm"),
+        *shared_output_layer(r"cls\.predictions\.decoder", r"cls\.predictions\.bias"),
+    ),
+    "sequence_classification": CLASSIFIER,
+    "token_classification": CLASSIFIER,
+    "question_answering": QUESTION_ANSWERING,
+}
+SPARE = bert.SPARE

@@ -9,7 +9,8 @@ EMBEDDING = "embeddings.word_embeddings.embedding"
 
 RULES = (
     Rule(r"shared\.weight", EMBEDDING),
-    Rule(r"encoder\.embed_tokens\.weight", None, tied_to=EMBEDDING),
+    # The same table under the names of its users, of which a checkpoint may have any.
+    Rule(r"(?:en|de)coder\.embed_tokens\.weight", EMBEDDING, copy=True),
     Rule(BLOCK + r"layer\.0\.layer_norm\.weight", r"layers.\1.input_layernorm.scale"),
     Rule(BLOCK + r"layer\.0\.SelfAttention\.([qkvo])\.weight", r"layers.\1.self_attn.\2_proj.kernel", TRANSPOSED),
     Rule(
@@ -23,3 +24,5 @@ RULES = (
     Rule(r"encoder\.final_layer_norm\.weight", "norm.scale"),
     Rule(r"decoder\..*|lm_head\.weight", None),
 )
+# Of classifiers that read the decoder or the encoder.
+SPARE = (r"(?:classification_head\.(?:dense|out_proj)|classifier|qa_outputs)\.(?:weight|bias)",)

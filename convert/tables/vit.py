@@ -2,7 +2,7 @@
 
 from ..layouts import OUTPUT_FIRST
 from ..rules import Rule
-from .bert import linear, norm
+from .bert import CLASSIFIER, linear, norm
 
 
 def embeddings(prefix: str) -> tuple[Rule, ...]:
@@ -37,6 +37,8 @@ RULES = (
     *linear(LAYER + r"(?:intermediate\.dense|mlp\.fc1)", r"layers.\1.mlp.up_proj"),
     *linear(LAYER + r"(?:output\.dense|mlp\.fc2)", r"layers.\1.mlp.down_proj"),
     *norm(VIT + r"layernorm", "norm"),
-    *linear(VIT + r"pooler\.dense", "pooler.dense", optional=True),
-    *linear(r"classifier", "head.out"),
+    *linear(VIT + r"pooler\.dense", "pooler.dense", spare=True),
 )
+HEADS = {"sequence_classification": CLASSIFIER}
+# The head of masked image modelling.
+SPARE = (r"decoder\.0\.(?:weight|bias)",)

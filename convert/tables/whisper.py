@@ -20,3 +20,5 @@ RULES = (
     *norm(ENCODER + r"layer_norm", "norm"),
     Rule(r"(?:model\.)?decoder\..*|proj_out\.weight", None),
 )
+# Of a classifier of sound.
+SPARE = (r"(?:projector|classifier)\.(?:weight|bias)", "layer_weights")
