@@ -32,7 +32,7 @@ from .parameters import save_params
 from .problems import joined, listed, shown
 from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath
-from .rules import Plan, Rule, Slot, dotted, make_plan, reaches
+from .rules import Plan, Rule, Slot, check_names, dotted, make_plan, reaches
 from .tables import rules_of
 
 
@@ -80,9 +80,11 @@ def convert_checkpoint(
     architecture, config = read_config(fields)
     weights = _open_weights(source)
     check_layers(config, len(weights.tensors), source)
+    rules = rules_of(architecture.table, config)
+    check_names(rules, weights.tensors)
     if isinstance(config, DecoderConfig):
         fields = settle_task(fields, architecture, config, weights.tensors, pooled=pooled)
-    elif _lacks_pooler(config, rules_of(architecture.table, config), weights.tensors):
+    elif _lacks_pooler(config, rules, weights.tensors):
         fields = {**fields, "add_pooling_layer": False}
     _, config = read_config(fields)
     rules = rules_of(architecture.table, config)

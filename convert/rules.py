@@ -1,7 +1,7 @@
 """Rules of names, and the plan that they make of a checkpoint: which tensor fills which parameter of the module."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .layouts import SAME, Layout, Shape
@@ -82,6 +82,12 @@ class Plan:
     spare: list[str] = field(default_factory=list)
 
 
+def check_names(rules: tuple[Rule, ...], names: Iterable[str]) -> None:
+    """ValueError of one sentence for names that are another architecture's, or that all begin with a prefix."""
+    if problem := strange_names(list(names), lambda name: match(rules, name, {})[0] is not None):
+        raise ValueError(problem)
+
+
 def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parameters: Mapping[Path, Shape]) -> Plan:
     """Matches source tensors with the parameters' shapes.
 
@@ -90,8 +96,6 @@ def make_plan(rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo], parame
             nothing fills.
     """
     matches = {name: match(rules, name, parameters) for name in tensors}
-    if problem := strange_names(list(tensors), lambda name: match(rules, name, parameters)[0] is not None):
-        raise ValueError(problem)
     plan, problems = Plan(), []
     filled: dict[Slot, str] = {}
     for name in sorted(tensors, key=lambda name: (_is_copy(matches[name][0]), name)):

@@ -132,7 +132,9 @@ def test_only_what_fills_a_parameter_must_be_a_float() -> None:
     file = Path("model.safetensors")
     tensors = {name: TensorInfo(file, (1,), dtype) for name, dtype in {"a": "F32", "ids": "I64", "b": "BOOL"}.items()}
     check_dtypes(Weights((file,), tensors), ["a"])
-    with pytest.raises(ValueError, match=r"BF16, F16, F32, F64 only, but:\n  b is BOOL, in model.safetensors\n  ids is I64"):
+    with pytest.raises(
+        ValueError, match=r"BF16, F16, F32, F64 only, but:\n  b is BOOL, in model.safetensors\n  ids is I64"
+    ):
         check_dtypes(Weights((file,), tensors), ["a", "ids", "b"])
 
 
