@@ -59,7 +59,7 @@ def _in_an_encoder(rule: Rule) -> Rule:
     """A decoder's rule for the tree of an encoder, which leaves the output layer out."""
     targets = (rule.target,) if isinstance(rule.target, str) else rule.target or ()
     kept = tuple(_place_in_an_encoder(target) for target in targets if not target.startswith("lm_head."))
-    return replace(rule, target=kept or None, tied_to=None, spare=bool(targets) and not kept)
+    return replace(rule, target=kept or None, tied_to=None)
 
 
 def _place_in_an_encoder(target: str) -> str:
