@@ -26,6 +26,7 @@ from .companions import CONFIG, check_companions, copy_companions
 from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
 from .folder import check_absent, new_folder
+from .foreign import not_a_folder, without_config
 from .hub import download, is_hub_id
 from .json_file import read_json
 from .parameters import save_params
@@ -73,6 +74,8 @@ def convert_checkpoint(
     source, origin = _resolve(str(source), revision, progress)
     if has_adapter(source) and not (source / CONFIG).is_file():
         raise FileNotFoundError(adapter_alone(source))
+    if not (source / CONFIG).exists():
+        raise FileNotFoundError(without_config(source))
     companions = check_companions(source)
     given = read_json(source / CONFIG)
     pooled = pooling_of(source) is not None
@@ -115,6 +118,8 @@ def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, d
         if revision is not None:
             raise ValueError(f"revision is {revision!r}, but {source} is a folder: it is for models of the hub")
         return folder, {"source": folder.resolve().name}
+    if folder.is_file():
+        raise FileNotFoundError(not_a_folder(folder))
     if folder.exists() or not is_hub_id(source):
         raise FileNotFoundError(
             f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights, or a model's name on "

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .problems import shown
+from .readable import check_readable
 from .tensor_file import TensorInfo, read_mapped
 
 
@@ -42,7 +44,10 @@ class SafetensorsFile:
             yield opened.get_tensor
 
     def _open(self) -> Any:
+        check_readable(self.path)
         try:
             return safe_open(self.path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is truncated or corrupt ({error}): download it again") from error
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shown(self.path)} is truncated or corrupt ({shown(error)}): download it again"
+            ) from error

@@ -81,12 +81,13 @@ def require(config: Mapping[str, Any], name: str, supported: object) -> None:
 
 def refuse_quantized(config: Mapping[str, Any]) -> None:
     """ValueError, with the method that it names, if the config says that the weights are quantised."""
-    for name in ("quantization_config", "compression_config"):
+    for name in ("quantization", "quantization_config", "compression_config"):
         if not (value := config.get(name)):
             continue
         method, width = value, None
         if isinstance(value, Mapping):
-            method = value.get("quant_method", "unnamed")
+            # Only MLX names a method by its mode at most, and calls the field so.
+            method = value.get("quant_method", "MLX" if name == "quantization" else "unnamed")
             widths = {"load_in_4bit": 4, "load_in_8bit": 8}
             width = (
                 value.get("bits") or value.get("w_bit") or next((widths[key] for key in widths if value.get(key)), None)

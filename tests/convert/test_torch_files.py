@@ -178,7 +178,7 @@ def test_a_whole_module_is_refused(source: Path) -> None:
         ({"model": {"a": 1}, "ema": {"b": 2}}, "holds 'model', 'ema', of which 2 are state dicts: 'model', 'ema'"),
         ({"epoch": None}, "holds 'epoch', of which 0 are state dicts"),
         ({}, "holds nothing"),
-        ({"a": 1, "step": None}, "holds more than tensors: step is a NoneType"),
+        ({"a": 1, "step": None}, "holds more than tensors: 'step' is a NoneType"),
         ([1], "holds a list, expected a state dict"),
     ],
 )
