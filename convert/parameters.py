@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 def save_params(folder: Path, params: dict[str, Any]) -> None:
-    """Writes a tree of jax arrays to a folder that does not exist yet, whose parent does.
+    """Writes a tree of jax arrays to a folder that does not exist yet, whose parent does, and has any name.
 
     Raises:
         OSError: it cannot be written, as on a full disk.
@@ -63,6 +63,9 @@ def stored_params(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.metadata(path)
 
+    for path in (folder, *folder.rglob("*")):
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     metadata = _read(read, folder)
     tree = getattr(getattr(metadata, "item_metadata", None), "tree", None)
     if not isinstance(tree, Mapping) or not tree:
@@ -126,7 +129,7 @@ def _plain_path(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     if not _DESCRIPTORS.is_dir():
         yield folder.absolute(), lambda: None
         return
-    descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder.parent, os.O_PATH | os.O_DIRECTORY)
 
     def cut_off() -> None:
         nothing = os.open(os.devnull, os.O_RDONLY)

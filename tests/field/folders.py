@@ -1,7 +1,10 @@
 """Building and spoiling Hugging Face folders: tiny random models of every type, and changes to their files."""
 
+import ctypes
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,27 @@ def refused(source: Path, error: type[Exception] = ValueError, **options: Any) -
         iceformer.convert_checkpoint(source, source.parent / "new" / "checkpoint", **options)
     assert sorted(source.parent.iterdir()) == before
     return str(caught.value)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Holds this thread, and those that it starts, to the permissions of files, as root is not otherwise."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # linux/capability.h: _LINUX_CAPABILITY_VERSION_3, this thread
+    held = (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
+
+    def apply(call: Any, sets: Any) -> None:
+        if call(header, sets) != 0:
+            raise OSError(ctypes.get_errno(), "capabilities")
+
+    apply(libc.capget, held)
+    lowered = (ctypes.c_uint32 * 6)(*held)
+    lowered[0] &= ~0b1111  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+    apply(libc.capset, lowered)
+    try:
+        yield
+    finally:
+        apply(libc.capset, held)
