@@ -1,6 +1,6 @@
 """The files of a source that go to the checkpoint beside the parameters: config, tokenizer, how to pool."""
 
-import shutil
+import codecs
 import warnings
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def copy_companions(source: Path, target: Path, names: list[str]) -> None:
     """Copies the config and the companions of a source, and makes tokenizer.json if it has a tokenizer without."""
     for name in (CONFIG, *names):
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        (target / name).write_bytes((source / name).read_bytes().removeprefix(codecs.BOM_UTF8))
     if TOKENIZER not in names:
         _make_tokenizer(source, target / TOKENIZER)
 

@@ -109,7 +109,7 @@ def _run(work: Callable[[Path], _Result], folder: Path) -> _Result:
     with (
         _ONE_AT_A_TIME,
         _plain_path(folder) as (path, cut_off),
-        _quiet_orbax(cut_off),
+        _quiet_orbax(),
         ThreadPoolExecutor(1, thread_name_prefix=_THREAD) as pool,
     ):
         try:
@@ -143,7 +143,7 @@ def _plain_path(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 
 @contextmanager
-def _quiet_orbax(cut_off: Callable[[], None]) -> Iterator[None]:
+def _quiet_orbax() -> Iterator[None]:
     """Keeps Orbax's tracebacks from stderr: what they say is in the error that it raises."""
     others, logger = asyncio.get_event_loop_policy(), logging.getLogger("absl")
 
@@ -152,7 +152,6 @@ def _quiet_orbax(cut_off: Callable[[], None]) -> Iterator[None]:
 
         def close(self) -> None:
             if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-                cut_off()
                 for task in tasks:
                     task.cancel()
                 self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
