@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import kernels
+from .agreement import check_agreement
 from .cpu import cpu_features, cpu_model, machine
 from .manifest import ArtifactError, Environment, FileInfo, Manifest, parse_manifest
 
@@ -126,8 +127,13 @@ def write_file(folder: Path, name: str, data: bytes) -> FileInfo:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json, and its sha256 beside it, as the last files of an artifact."""
-    info = write_file(folder, MANIFEST, manifest.to_json().encode())
+    """Writes manifest.json, and its sha256 beside it, as the last files of an artifact.
+
+    Raises:
+        ArtifactError: loading would refuse it.
+    """
+    check_agreement(parse_manifest(text := manifest.to_json()))
+    info = write_file(folder, MANIFEST, text.encode())
     write_file(folder, MANIFEST_HASH, f"{info.sha256}  {MANIFEST}\n".encode())
 
 
@@ -142,7 +148,9 @@ def _read_manifest(folder: Path) -> Manifest:
             f"{folder / MANIFEST} does not match {MANIFEST_HASH}: one of them was changed after compiling; "
             "copy the artifact again or compile it again"
         )
-    return parse_manifest(data)
+    manifest = parse_manifest(data)
+    check_agreement(manifest)
+    return manifest
 
 
 def _problem(folder: Path, file: FileInfo) -> str | None:

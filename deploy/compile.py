@@ -48,7 +48,7 @@ from .manifest import (
     WeightsInfo,
 )
 from .weight_loss import weight_loss
-from .weights import write_weights
+from .weights import described, write_weights
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("same", "int8")
@@ -151,7 +151,7 @@ def compile(
                 crossover=measured,
                 dtype=dtype,
                 batch=batch,
-                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), entries.names, weights, loss),
+                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, loss),
                 buckets=compiled,
                 files=_copy_files(checkpoint, folder),
                 provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),

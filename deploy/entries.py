@@ -21,6 +21,7 @@ from ..attention.cache import KVCache, LayerCache
 from ..attention.methods import padded_rank
 from ..model.encoder import Encoder
 from ..model.self_attention import Bases
+from .agreement import decoder_arguments
 from .manifest import ArrayInfo, CacheInfo
 
 PlainCache = tuple[tuple[Array, ...], ...]
@@ -113,15 +114,11 @@ class DecoderEntries(Entries):
         )
 
     def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
-        row, piece, offset = ArrayInfo((batch,), "int32"), ArrayInfo((batch, chunk), "int32"), ArrayInfo((), "int32")
+        arguments = decoder_arguments(chunk, batch)
         return {
-            "prefill": Entry(self.prefill, {"tokens": piece, "offset": offset, "lengths": row}, ("logits",)),
-            "decode": Entry(self.decode, {"tokens": row, "positions": row}, ("logits",)),
-            "score": Entry(
-                self.score,
-                {"tokens": piece, "targets": piece, "offset": offset, "lengths": row},
-                ("logprobs", "argmax"),
-            ),
+            "prefill": Entry(self.prefill, arguments["prefill"], ("logits",)),
+            "decode": Entry(self.decode, arguments["decode"], ("logits",)),
+            "score": Entry(self.score, arguments["score"], ("logprobs", "argmax")),
         }
 
     def prefill(

@@ -3,15 +3,17 @@
 Argument trees are rebuilt from the manifest (plain tuples), never from a pickled tree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.experimental import serialize_executable
 
-from .artifact import Artifact
-from .manifest import ArtifactError, BucketInfo, EntryInfo
+from .artifact import MANIFEST, Artifact
+from .manifest import ArrayInfo, ArtifactError, BucketInfo, EntryInfo, FileInfo
+from .weights import cpu_device
 
 Executable = Callable[..., tuple[Any, ...]]
 
@@ -28,47 +30,93 @@ def load_native(artifact: Artifact, bucket: BucketInfo, entry: EntryInfo) -> Exe
     """An entry's machine code, ready to call; nothing is traced or compiled.
 
     Raises:
+        ArtifactError: it takes or gives other arrays than the manifest says.
         MachineCodeError: XLA refuses the code although versions and CPU features fit.
     """
-    device = jax.devices("cpu")[0]
-    arguments = (artifact.manifest.weights.names, bucket.cache.layers, *entry.arguments.values())
-    results = (bucket.cache.layers, *entry.results.values())
+    device = cpu_device()
+    arguments, results = _signature(artifact, bucket, entry)
     try:
-        return serialize_executable.deserialize_and_load(
+        compiled = serialize_executable.deserialize_and_load(
             artifact.read(entry.native),
             jax.tree.structure((_leaves(arguments), {})),
             jax.tree.structure(_leaves(results)),
             backend=device.client,
             execution_devices=[device],
         )
+        found = jax.tree.leaves(compiled.in_avals), jax.tree.leaves(compiled.out_info)
+    except ArtifactError:
+        raise  # of a file that changed meanwhile
     except Exception as error:
         # The bytes are those that were compiled, so whatever XLA or unpickling says, the portable tier may still do.
         raise MachineCodeError(f"XLA cannot load {entry.native.path}: {error}") from error
+    _check_signature(entry.native, found, (arguments, results))
+    return compiled
 
 
 class PortableEntry:
-    """An entry's StableHLO, compiled when it is first called."""
+    """An entry's StableHLO, compiled when it is first called.
 
-    def __init__(self, artifact: Artifact, entry: EntryInfo) -> None:
+    Raises:
+        ArtifactError: jax cannot read it, or it takes or gives other arrays than the manifest says.
+    """
+
+    def __init__(self, artifact: Artifact, bucket: BucketInfo, entry: EntryInfo) -> None:
         self._artifact = artifact
         self._file = entry.portable
         self._compiled: Executable | None = None
+        exported = self._read()
+        _check_signature(self._file, (exported.in_avals, exported.out_avals), _signature(artifact, bucket, entry))
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         if self._compiled is None:
             self._compiled = self._compile(arguments)
         return self._compiled(*arguments)
 
-    def _compile(self, arguments: tuple[Any, ...]) -> Executable:
+    def _read(self) -> export.Exported:
         data = bytearray(self._artifact.read(self._file))
         try:
-            return jax.jit(export.deserialize(data).call, donate_argnums=1).lower(*arguments).compile()
+            return export.deserialize(data)
         except Exception as error:
-            raise ArtifactError(
-                f"jax {jax.__version__} cannot compile {self._file.path} ({error}): compile the artifact again here"
-            ) from error
+            raise ArtifactError(self._cannot("read", error)) from error
+
+    def _compile(self, arguments: tuple[Any, ...]) -> Executable:
+        exported = self._read()
+        try:
+            return jax.jit(exported.call, donate_argnums=1).lower(*arguments).compile()
+        except Exception as error:
+            raise ArtifactError(self._cannot("compile", error)) from error
+
+    def _cannot(self, do: str, error: Exception) -> str:
+        return f"jax {jax.__version__} cannot {do} {self._file.path} ({error}): compile the artifact again here"
+
+
+Signature = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""Nested arguments and results, records of arrays at the leaves."""
+
+
+def _signature(artifact: Artifact, bucket: BucketInfo, entry: EntryInfo) -> Signature:
+    """What the manifest says that an entry takes and gives."""
+    weights, cache = tuple(artifact.manifest.weights.tensors.values()), bucket.cache.layers
+    return (weights, cache, *entry.arguments.values()), (cache, *entry.results.values())
+
+
+def _check_signature(file: FileInfo, found: tuple[Sequence[Any], Sequence[Any]], expected: Signature) -> None:
+    for what, code, manifest in zip(("takes", "gives"), found, expected, strict=True):
+        described = [ArrayInfo(tuple(array.shape), str(np.dtype(array.dtype))) for array in code]
+        named = jax.tree.leaves(manifest)
+        if described == named:
+            continue
+        if len(described) != len(named):
+            difference = f"{len(described)} arrays, where {MANIFEST} says {len(named)}"
+        else:
+            difference = next(
+                f"{ours} as array {index}, where {MANIFEST} says {theirs}"
+                for index, (ours, theirs) in enumerate(zip(described, named, strict=True))
+                if ours != theirs
+            )
+        raise ArtifactError(f"{file.path} {what} {difference}: copy the artifact again or compile it again")
 
 
 def _leaves(tree: Any) -> Any:
-    """The same nesting of tuples with 0 for every leaf (a manifest's records and names are leaves)."""
+    """The same nesting of tuples with 0 for every leaf (a manifest's records are leaves)."""
     return tuple(_leaves(item) for item in tree) if isinstance(tree, tuple) else 0

@@ -1,14 +1,15 @@
 """What callers give to a session, checked: token ids of any model, and the rows of an encoder in all their forms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import ArrayInfo, Manifest
+from .tokenization import Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ def check_ids(ids: Any, what: str, info: Manifest) -> NDArray[np.int32]:
     Raises:
         ValueError: no ids, not a 1-D array of integers, an id outside the vocabulary, or more than a bucket takes.
     """
-    array = np.asarray(ids)
+    array = _array(ids, what)
     if array.size == 0:
         raise ValueError(f"{what} is empty, expected at least one token")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -53,13 +54,27 @@ def check_ids(ids: Any, what: str, info: Manifest) -> NDArray[np.int32]:
     return array.astype(np.int32)
 
 
-def read_rows(inputs: Any, info: Manifest, tokenizer: Callable[[], Any]) -> tuple[list[Row], bool]:
+def is_nested(ids: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a list of several texts or sequences of ids, rather than one."""
+    if not isinstance(ids, list | tuple) or not ids:
+        return False
+    return isinstance(ids[0], str | list | tuple) or getattr(ids[0], "ndim", 0) > 0
+
+
+def check_count(value: Any, name: str, least: int) -> int:
+    """An integer that is at least so large; ValueError for others and for what is no integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+    return int(value)
+
+
+def read_rows(inputs: Any, info: Manifest, tokenize: Callable[..., Tokens]) -> tuple[list[Row], bool]:
     """The rows of what an encoder is given, and whether it was a list of several.
 
     Args:
         inputs: as `Session.encode` takes them.
         info: of the artifact.
-        tokenizer: gives the model's tokenizer, or raises ValueError.
+        tokenize: gives the tokens of a text or of a pair of texts, or raises ValueError.
 
     Raises:
         ValueError: what does not fit the model; it names the row.
@@ -67,7 +82,7 @@ def read_rows(inputs: Any, info: Manifest, tokenizer: Callable[[], Any]) -> tupl
     expected = {
         name: array for name, array in info.buckets[-1].entries["encode"].arguments.items() if name != "lengths"
     }
-    reader = _Reader(info, expected, tokenizer)
+    reader = _Reader(info, expected, tokenize)
     if isinstance(inputs, Mapping) and reader.holds_many(inputs):
         return [reader.row(one, f"input {index}") for index, one in enumerate(reader.split(inputs))], True
     if isinstance(inputs, list) and inputs and not isinstance(inputs[0], Integral):
@@ -81,7 +96,7 @@ class _Reader:
 
     info: Manifest
     expected: dict[str, ArrayInfo]
-    tokenizer: Callable[[], Any]
+    tokenize: Callable[..., Tokens]
 
     def row(self, given: Any, what: str) -> Row:
         """One text, pair of texts, array of ids, or mapping of arrays."""
@@ -110,11 +125,10 @@ class _Reader:
         return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
 
     def _text(self, texts: tuple[str, ...], what: str) -> Row:
-        encoded = self.tokenizer().encode(*texts)
-        tokens = {"input_ids": encoded.ids, "token_type_ids": encoded.type_ids}
-        row = self._arrays({name: tokens[name] for name in self.expected}, what)
-        sequence = [-1 if of is None else of for of in encoded.sequence_ids]
-        return Row(row.arrays, row.tokens, np.asarray(encoded.offsets, np.int32), np.asarray(sequence, np.int32))
+        tokens = self.tokenize(*texts)
+        arrays = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
+        row = self._arrays({name: arrays[name] for name in self.expected}, what)
+        return Row(row.arrays, row.tokens, tokens.offsets, tokens.sequence)
 
     def _arrays(self, given: Mapping[str, Any], what: str) -> Row:
         optional = {"token_type_ids"}
@@ -166,6 +180,21 @@ def _check_range(array: NDArray[Any], limit: int, what: str, name: str, plural: 
         raise ValueError(
             f"{what} has {name} {array[first]} at position {first}, expected {plural} from 0 to {limit - 1}"
         )
+
+
+def _array(given: Any, what: str) -> NDArray[Any]:
+    """As an array; ValueError, with its type, for what is none."""
+    if isinstance(given, bytes | bytearray):
+        raise ValueError(f"{what} is bytes, expected text or token ids: decode it first")
+    if isinstance(given, list | tuple) and any(isinstance(item, str) for item in given):
+        raise ValueError(f"{what} is a {type(given).__name__} with texts, expected one text, or token ids")
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, OverflowError):
+        array = np.empty((), object)
+    if array.dtype.kind in "OUS":
+        raise ValueError(f"{what} is a {type(given).__name__}, expected text, or token ids as a 1-D array or list")
+    return array
 
 
 def _depth(array: Any) -> int:

@@ -7,6 +7,7 @@ running an artifact needs.
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -16,9 +17,16 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-SCHEMA = 3
+from ..host import strict_json
+
+SCHEMA = 4
+DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
+"""Of weights, caches, arguments and results."""
 ENTRIES = {"decoder": ("prefill", "decode", "score"), "encoder": ("encode",)}
 """The compiled functions of a bucket, by the kind of model."""
+
+_MAX_INTEGER = 2**63 - 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Record = TypeVar("Record")
 
@@ -39,6 +47,10 @@ class FileInfo:
         path = PurePosixPath(self.path)
         if not self.path or path.is_absolute() or ".." in path.parts or "\\" in self.path:
             raise ArtifactError(f"manifest.json names the file {self.path!r}, which is not a path inside the artifact")
+        if not _SHA256.fullmatch(self.sha256):
+            raise ArtifactError(
+                f"manifest.json has sha256 {self.sha256[:80]!r} of {self.path!r}, expected 64 hex digits"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,13 @@ class ArrayInfo:
 
     shape: tuple[int, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ArtifactError(f"manifest.json has dtype {self.dtype!r}, expected one of: {', '.join(DTYPES)}")
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
 
     @property
     def size_in_bytes(self) -> int:
@@ -136,15 +155,19 @@ class WeightsInfo:
 
     Attributes:
         file: that holds them.
-        names: of its tensors in the order in which every entry takes them.
+        tensors: that it holds, by name, in the order in which every entry takes them, which is that of their names.
         format: "int8" if the kernels of linear layers are rounded to it; "same" if they have the artifact's dtype.
         loss: what rounding them cost; None if they are not rounded.
     """
 
     file: FileInfo
-    names: tuple[str, ...]
+    tensors: dict[str, ArrayInfo]
     format: str
     loss: WeightLoss | None
+
+    def __post_init__(self) -> None:
+        if list(self.tensors) != sorted(self.tensors):
+            raise ArtifactError("manifest.json has weights.tensors in another order than that of their names")
 
 
 @dataclass(frozen=True)
@@ -311,7 +334,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
@@ -321,9 +344,9 @@ def parse_manifest(text: str | bytes) -> Manifest:
         ArtifactError: not JSON, another schema version, or a field that is missing, unknown or of the wrong type.
     """
     try:
-        value = json.loads(text)
+        value = strict_json.parse(text, "manifest.json")
     except ValueError as error:
-        raise ArtifactError(f"manifest.json is not JSON ({error}): compile the artifact again") from error
+        raise ArtifactError(f"{error}: compile the artifact again") from None
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema != SCHEMA:
         raise ArtifactError(
@@ -368,8 +391,8 @@ def _parse(hint: Any, value: object, where: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise _mismatch(where, value, {int: "an integer", float: "a number", str: "a string"}[hint])
-    if hint is int and typing.cast(int, value) < 0:
-        raise _mismatch(where, value, "an integer that is not negative")
+    if hint is int and not 0 <= typing.cast(int, value) <= _MAX_INTEGER:
+        raise _mismatch(where, value, "an integer that is not negative and below 2^63")
     return value
 
 

@@ -4,26 +4,30 @@ Imports only jax, numpy and (when text comes in) tokenizers. Everything on the h
 under XLA are the artifact's own entries.
 """
 
-import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, overload
+from types import TracebackType
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from .artifact import TOKENIZER, WEIGHTS, Artifact, Tier, open_artifact
+from ..host.environment import check_platforms
+from .artifact import TOKENIZER, Artifact, Tier, open_artifact
 from .encoding import Encoding, bucket_for, check_outputs, encode_rows
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
-from .inputs import check_ids, read_rows
-from .manifest import ENTRIES, ArrayInfo, ArtifactError, BucketInfo, FileInfo, Manifest
+from .inputs import check_count, check_ids, is_nested, read_rows
+from .manifest import ENTRIES, ArrayInfo, BucketInfo, FileInfo, Manifest
 from .sampling import check_temperature, sample
-from .weights import put_weights, read_weights
+from .tokenization import TextTokenizer, Tokens
+from .weights import cpu_device, put_weights, read_weights
 
 FinishReason = Literal["stop", "length", "capacity"]
 Progress = Callable[[int, int], None]
@@ -75,26 +79,41 @@ class Generation:
     prompt_tokens: int
 
 
+_NO_FORK = 'start it with the method "spawn" or "forkserver" of multiprocessing instead, and load the artifact there'
+_process_of_jax: int | None = None
+
+
 def load(artifact: str | Path) -> "Session":
     """Opens an artifact written by `iceformer.compile`.
 
-    Every file is checked against the manifest first. The folder holds machine code: load only artifacts from people you
-    trust.
+    Every file is checked against the manifest first, and the manifest against the entries and the weights. The folder
+    holds machine code: load only artifacts from people you trust. What the hashes cannot tell is an artifact that
+    somebody made anew, with hashes that fit: there is no signature.
+
+    The weights stay in their file, which is mapped into memory. While a session is open, none of the artifact's files
+    may be overwritten or cut short in place, which would change its results or end the process (SIGBUS): write a new
+    folder and rename it, or remove the old one, which is safe.
 
     Raises:
         FileNotFoundError: no such folder.
+        PermissionError: a file that may not be read.
         ArtifactError: a file is missing or was changed, or the artifact cannot be used here at all.
+        ValueError: an environment variable keeps jax from the CPU.
+        RuntimeError: this process was forked from one that had a session.
 
     Warns:
         PortableTierWarning: the machine code does not fit this host; its StableHLO is compiled here on first use.
     """
+    check_platforms()
     return Session(open_artifact(artifact))
 
 
 class Session:
     """An open artifact: machine code and weights in memory, and one KV cache for each bucket that was used.
 
-    Calls from several threads are taken one after the other.
+    Calls from several threads are taken one after the other. A call that raises or is interrupted leaves the session as
+    it was. `close`, or the end of a `with` block, gives its memory back. Of a process with a session, no child may use
+    one that was forked: start it with the method "spawn" or "forkserver" of multiprocessing, and load there.
 
     Attributes:
         info: the manifest.
@@ -104,22 +123,60 @@ class Session:
     def __init__(self, artifact: Artifact) -> None:
         self.info: Manifest = artifact.manifest
         self._artifact = artifact
+        self._process = _first_process()
         self._entries, self.tier = self._load_entries()
         self._weights = self._load_weights()
         self._caches: dict[int, Any] = {}
+        self._text_tokenizer: TextTokenizer | None = None
         self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Gives back the memory of weights, caches and machine code, after the call that is running, if one is.
+
+        Doing so twice does nothing. Afterwards every call raises RuntimeError.
+        """
+        if os.getpid() != self._process or self._closed:
+            return
+        with self._turn():
+            self._closed = True
+            for array in jax.tree.leaves((self._weights, self._caches)):
+                array.delete()
+            self._weights, self._text_tokenizer = (), None
+            self._caches.clear()
+            self._entries.clear()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     @overload
-    def score(self, ids: Sequence[Ids], *, progress: Progress | None = None) -> Scores: ...
+    def score(
+        self,
+        ids: list[str] | Sequence[Ids],
+        *,
+        add_special_tokens: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Scores: ...
 
     @overload
-    def score(self, ids: Ids, *, progress: Progress | None = None) -> Score: ...
+    def score(
+        self, ids: str | Ids, *, add_special_tokens: bool | None = None, progress: Progress | None = None
+    ) -> Score: ...
 
-    def score(self, ids: Any, *, progress: Progress | None = None) -> Score | Scores:
+    def score(
+        self, ids: Any, *, add_special_tokens: bool | None = None, progress: Progress | None = None
+    ) -> Score | Scores:
         """Log-probabilities of given tokens and the model's own choices.
 
         Args:
-            ids: token ids, a 1-D integer array or a list of ints; or a list of such sequences of any lengths.
+            ids: token ids, a 1-D integer array or a list of ints, or a text; or a list of such of any lengths.
+            add_special_tokens: of texts, as in `tokenize`.
             progress: called with the tokens done and the tokens in all after each chunk.
 
         Returns:
@@ -131,10 +188,10 @@ class Session:
                 encoder.
         """
         self._check_entry("score")
-        nested = _is_nested(ids)
+        nested = is_nested(ids)
         named = {f"sequence {index}": row for index, row in enumerate(ids)} if nested else {"the sequence": ids}
-        rows = [check_ids(row, name, self.info) for name, row in named.items()]
-        with self._lock:
+        rows = [self._read_ids(row, name, add_special_tokens) for name, row in named.items()]
+        with self._turn():
             scores = self._score_rows(rows, progress)
         return scores if nested else scores[0]
 
@@ -145,6 +202,7 @@ class Session:
         temperature: float = 0.0,
         seed: int = 0,
         *,
+        add_special_tokens: bool | None = None,
         progress: Progress | None = None,
     ) -> Generation:
         """Continues a prompt.
@@ -154,6 +212,8 @@ class Session:
             max_new_tokens: how many tokens to write at most.
             temperature: 0 takes the most likely token each time; above 0 draws from softmax(logits / temperature).
             seed: of the draws.
+            add_special_tokens: of a text, as in `tokenize`. By default a prompt that a chat template made, which begins
+                with the model's first token, gets no second one.
             progress: called with the prompt tokens done and the prompt tokens in all after each chunk.
 
         Raises:
@@ -162,13 +222,17 @@ class Session:
         """
         self._check_entry("decode")
         check_temperature(temperature)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, "the prompt", self.info)
-        generator = np.random.default_rng(seed)
+        max_new_tokens = check_count(max_new_tokens, "max_new_tokens", 1)
+        generator = np.random.default_rng(check_count(seed, "seed", 0))
+        if is_nested(prompt):
+            raise ValueError(
+                f"the prompt is a {type(prompt).__name__} of {len(prompt)}, and generate continues one prompt: call it "
+                "once for each"
+            )
+        ids = self._read_ids(prompt, "the prompt", add_special_tokens)
         new: list[int] = []
         reason: FinishReason = "length"
-        with self._lock:
+        with self._turn():
             bucket = bucket_for(self.info, len(ids) + max_new_tokens - 1)
             logits = self._prefill(bucket, ids, progress)
             while True:
@@ -192,6 +256,7 @@ class Session:
         inputs: str | tuple[str, str] | NDArray[np.integer[Any]] | list[int],
         *,
         outputs: Sequence[str] | None = None,
+        add_special_tokens: bool | None = None,
         progress: Progress | None = None,
     ) -> Encoding: ...
 
@@ -201,14 +266,27 @@ class Session:
         inputs: list[str] | list[tuple[str, str]] | list[NDArray[Any]] | list[list[int]],
         *,
         outputs: Sequence[str] | None = None,
+        add_special_tokens: bool | None = None,
         progress: Progress | None = None,
     ) -> list[Encoding]: ...
 
     @overload
-    def encode(self, inputs: Any, *, outputs: Sequence[str] | None = None, progress: Progress | None = None) -> Any: ...
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        outputs: Sequence[str] | None = None,
+        add_special_tokens: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Any: ...
 
     def encode(
-        self, inputs: Any, *, outputs: Sequence[str] | None = None, progress: Progress | None = None
+        self,
+        inputs: Any,
+        *,
+        outputs: Sequence[str] | None = None,
+        add_special_tokens: bool | None = None,
+        progress: Progress | None = None,
     ) -> Encoding | list[Encoding]:
         """Hidden states, and what pooler, pooling or task head make of them. Of an encoder.
 
@@ -218,6 +296,7 @@ class Session:
                 lengths. The arrays of a dict may have a batch dimension, which makes it a list.
             outputs: which of `last_hidden_state`, `pooled` and `logits` to keep; None for all that the model gives. A
                 list of many texts needs less memory with what is used of it.
+            add_special_tokens: of texts, as in `tokenize`.
             progress: called with the inputs done and the inputs in all after each call.
 
         Returns:
@@ -229,18 +308,31 @@ class Session:
         """
         self._check_entry("encode")
         kept = check_outputs(outputs, tuple(self.info.buckets[0].entries["encode"].results))
-        rows, nested = read_rows(inputs, self.info, lambda: self._tokenizer)
-        with self._lock:
+
+        def tokenize(*texts: str) -> Tokens:
+            return self._tokenizer().encode(*texts, add_special_tokens=add_special_tokens)
+
+        rows, nested = read_rows(inputs, self.info, tokenize)
+        with self._turn():
             encodings = encode_rows(rows, self.info, kept, self._call, progress)
         return encodings if nested else encodings[0]
 
-    def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text, with the special tokens that the model's tokenizer.json puts around it.
+    def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> NDArray[np.int32]:
+        """Token ids of a text.
+
+        Args:
+            text: the text.
+            add_special_tokens: None puts the special tokens of the model's tokenizer around it, except those that it
+                begins or ends with already, so that `<s>Hello` has one `<s>`; True puts all of them there, whatever the
+                text has; False none, as for a prompt that a chat template made whole.
 
         Raises:
-            ValueError: the artifact has no tokenizer.
+            ValueError: the artifact has no tokenizer, or it gives ids that the model does not have; or half a
+                surrogate pair, which is no text.
         """
-        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+        if not isinstance(text, str):
+            raise ValueError(f"the text is a {type(text).__name__}, expected a str")
+        return self._tokenizer().encode(text, add_special_tokens=add_special_tokens).ids
 
     def detokenize(self, ids: Ids) -> str:
         """The text of token ids, special tokens left out.
@@ -248,7 +340,7 @@ class Session:
         Raises:
             ValueError: the artifact has no tokenizer.
         """
-        return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+        return self._tokenizer().decode(np.asarray(ids, np.int64).tolist())
 
     @property
     def has_tokenizer(self) -> bool:
@@ -259,17 +351,45 @@ class Session:
     def _tokenizer_file(self) -> FileInfo | None:
         return next((file for file in self.info.files if file.path == TOKENIZER), None)
 
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
+    def _tokenizer(self) -> TextTokenizer:
+        self._check_open()
+        if self._text_tokenizer is None:
+            file = self._tokenizer_file
+            if file is None:
+                raise ValueError("this model has no tokenizer: give and take token ids")
+            self._text_tokenizer = TextTokenizer(self._artifact.read(file), self.info.model.vocab_size)
+        return self._text_tokenizer
 
-        file = self._tokenizer_file
-        if file is None:
-            raise ValueError("this model has no tokenizer: give and take token ids")
-        tokenizer = Tokenizer.from_str(self._artifact.read(file).decode())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+    def _read_ids(self, given: Any, what: str, add_special_tokens: bool | None) -> NDArray[np.int32]:
+        """Checked token ids of a text or of ids."""
+        ids = self.tokenize(given, add_special_tokens=add_special_tokens) if isinstance(given, str) else given
+        return check_ids(ids, what, self.info)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The session for this thread alone; waits for other threads."""
+        self._check_open()
+        if self._thread == threading.get_ident():
+            raise RuntimeError(
+                "the session is called while a call of this thread is running, from its progress callback or a signal "
+                "handler: call it after that one has returned, or load the artifact a second time"
+            )
+        with self._lock:
+            try:
+                self._thread = threading.get_ident()
+                self._check_open()
+                yield
+            finally:
+                self._thread = None
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"the session was loaded in process {self._process} and this is {os.getpid()}, a fork of it, where its "
+                f"threads are missing: {_NO_FORK}"
+            )
+        if self._closed:
+            raise RuntimeError("the session is closed: load the artifact again")
 
     def _check_entry(self, name: str) -> None:
         model = self.info.model
@@ -303,15 +423,15 @@ class Session:
             PortableTierWarning,
             stacklevel=4,
         )
-        portable = {(bucket.capacity, name): PortableEntry(self._artifact, entry) for bucket, name, entry in every}
+        portable: dict[tuple[int, str], Executable] = {
+            (bucket.capacity, name): PortableEntry(self._artifact, bucket, entry) for bucket, name, entry in every
+        }
         return portable, "portable"
 
     def _load_weights(self) -> tuple[jax.Array, ...]:
-        arrays = put_weights(read_weights(self._artifact.path / WEIGHTS))
-        names = self.info.weights.names
-        if sorted(arrays) != sorted(names):
-            raise ArtifactError(f"{WEIGHTS} does not hold the tensors that the manifest names: compile again")
-        return tuple(arrays[name] for name in names)
+        weights = self.info.weights
+        arrays = put_weights(read_weights(self._artifact.path / weights.file.path, weights.tensors))
+        return tuple(arrays[name] for name in weights.tensors)
 
     def _score_rows(self, rows: list[NDArray[np.int32]], progress: Progress | None) -> Scores:
         """Scores of checked rows, computed `batch` at a time among rows of similar length."""
@@ -390,7 +510,7 @@ class Session:
         return tuple(results)
 
     def _empty_cache(self, bucket: BucketInfo) -> tuple[tuple[jax.Array, ...], ...]:
-        device = jax.devices("cpu")[0]
+        device = cpu_device()
 
         def put(array: ArrayInfo) -> jax.Array:
             zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
@@ -399,10 +519,15 @@ class Session:
         return tuple(tuple(put(array) for array in layer) for layer in bucket.cache.layers)
 
 
+def _first_process() -> int:
+    """This process; RuntimeError if it is a fork of one that had a session, because XLA's threads are not in it."""
+    global _process_of_jax
+    here = os.getpid()
+    if _process_of_jax not in (None, here):
+        raise RuntimeError(f"this process was forked from one that had a session ({_process_of_jax}): {_NO_FORK}")
+    _process_of_jax = here
+    return here
+
+
 def _columns(array: NDArray[np.int32], start: int, end: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(array[:, start:end])
-
-
-def _is_nested(ids: object) -> TypeGuard[Sequence[Any]]:
-    """Whether `ids` is a list of sequences rather than one sequence."""
-    return isinstance(ids, list | tuple) and len(ids) > 0 and np.ndim(ids[0]) > 0

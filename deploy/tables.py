@@ -120,7 +120,7 @@ def summary_table(manifest: Manifest) -> Table:
         "context": f"{_context(model)}; buckets {_join(b.capacity for b in manifest.buckets)}",
         **_vocabulary(model),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
-        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.names)} tensors"
+        "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
         f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
         "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",

@@ -74,7 +74,7 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
     assert calibration.sha256 == hashlib.sha256(ids.astype(np.int32).tobytes()).hexdigest()
     bucket = session.info.buckets[0]
     assert bucket.attention["method"] == {"name": "low_rank", "rank": 4, "query_share": 0.5}
-    assert [name for name in session.info.weights.names if name.startswith("bases.")] == ["bases.0", "bases.1"]
+    assert [name for name in session.info.weights.tensors if name.startswith("bases.")] == ["bases.0", "bases.1"]
     assert [array.dtype for array in bucket.cache.layers[0]] == ["bfloat16", "bfloat16", "int8"]
     assert bucket.cache.size_in_bytes == 2 * (2 * 2 * 64 * 16 * 2 + 2 * 64 * 4)
     assert session.info.weights.file.size < 0.6 * 4 * session.info.model.parameters

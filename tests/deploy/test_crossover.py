@@ -188,7 +188,7 @@ def test_buckets_of_both_kinds_run_from_one_set_of_weights(
         monkeypatch.setattr(layout, "differences", lambda *_: ["made up"])
     with pytest.warns(PortableTierWarning) if tier == "portable" else nullcontext():
         session = iceformer.load(mixed)
-    assert any(name.startswith("bases.") for name in session.info.weights.names)
+    assert any(name.startswith("bases.") for name in session.info.weights.tensors)
     rng = np.random.default_rng(0)
     # 130 tokens run in the bucket of 256, where no query block of theirs sees more keys than the crossover.
     for length in (100, 130):

@@ -124,7 +124,7 @@ def test_bfloat16(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
     path = iceformer.compile(checkpoint, tmp_path / "a", weights="int8", dtype="bfloat16", **SMALL)
     tensors = {name: info.dtype.name for name, info in load_file(path / "weights.safetensors").items()}
     session = iceformer.load(path)
-    kinds = {name.rpartition(".")[2]: tensors[name] for name in session.info.weights.names if "norm" not in name}
+    kinds = {name.rpartition(".")[2]: tensors[name] for name in session.info.weights.tensors if "norm" not in name}
     assert kinds == {"kernel": "int8", "scale": "float32", "embedding": "bfloat16"}
     # Kernels that were rounded to bfloat16 first may round to another int8.
     check_scores(session, dequantized, random_ids(60), atol=0.3)

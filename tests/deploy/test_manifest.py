@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from iceformer.deploy.manifest import ArtifactError, parse_manifest
+from iceformer.deploy.manifest import SCHEMA, ArtifactError, parse_manifest
 
 
 def drop(*path: Any) -> Callable[[Any], None]:
@@ -31,7 +31,7 @@ def put(new: Any, *path: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (put(1, "schema"), "has schema 1 and this iceformer reads schema 3: compile the artifact again"),
+        (put(1, "schema"), f"has schema 1 and this iceformer reads schema {SCHEMA}: compile the artifact again"),
         (drop("schema"), "has schema None"),
         (drop("environment", "jaxlib"), "lacks field environment.jaxlib"),
         (put("x", "environment", "hostname"), "has an unknown field environment.hostname"),

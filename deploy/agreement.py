@@ -1,0 +1,136 @@
+"""What a manifest says of one thing in several places, and what a session takes for granted, checked in one place.
+
+An entry's own shapes are compared with these where it is loaded (`executables`), the weights where they are mapped
+(`weights`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .encoding import OUTPUTS
+from .manifest import ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def check_agreement(manifest: Manifest) -> None:
+    """Raises ArtifactError, with what was found and expected, for values that do not fit together."""
+    found = next(_disagreements(manifest), None)
+    if found:
+        raise ArtifactError(f"manifest.json {found}: compile the artifact again")
+
+
+def decoder_arguments(chunk: int, batch: int) -> dict[str, dict[str, ArrayInfo]]:
+    """What each entry of a decoder takes after weights and cache."""
+    row, piece, offset = ArrayInfo((batch,), "int32"), ArrayInfo((batch, chunk), "int32"), ArrayInfo((), "int32")
+    return {
+        "prefill": {"tokens": piece, "offset": offset, "lengths": row},
+        "decode": {"tokens": row, "positions": row},
+        "score": {"tokens": piece, "targets": piece, "offset": offset, "lengths": row},
+    }
+
+
+def _disagreements(manifest: Manifest) -> Iterator[str]:
+    if manifest.batch < 1:
+        yield "has batch 0, expected at least 1"
+    if manifest.dtype not in _FLOATS:
+        yield f"has dtype {manifest.dtype!r}, expected one of: {', '.join(_FLOATS)}"
+    yield from _of_model(manifest.model)
+    if any(row.exact_seconds <= 0 for row in manifest.crossover):
+        yield "has a measurement of no seconds in crossover"
+    for bucket in manifest.buckets:
+        where = f"in bucket {bucket.capacity}"
+        yield from (f"{what} {where}" for what in _of_bucket(manifest, bucket))
+    if manifest.model.kind == "encoder":
+        first = manifest.buckets[0].entries["encode"]
+        for bucket in manifest.buckets[1:]:
+            entry = bucket.entries["encode"]
+            if list(entry.arguments) != list(first.arguments) or list(entry.results) != list(first.results):
+                yield f"has other arguments or results in bucket {bucket.capacity} than in the first"
+
+
+def _of_model(model: ModelInfo) -> Iterator[str]:
+    if model.kind == "decoder" and not model.vocab_size:
+        yield f"has model.vocab_size {model.vocab_size}, expected that of a decoder"
+    types = model.config.get("type_vocab_size", 2)
+    if types is not None and (type(types) is not int or types < 0):
+        yield f"has type_vocab_size {types!r} in model.config, expected a number of token types"
+
+
+def _of_bucket(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
+    model = manifest.model
+    if model.max_tokens is not None and bucket.capacity > model.max_tokens:
+        yield f"has a model of at most {model.max_tokens} tokens"
+    if model.fixed_tokens is not None and bucket.capacity != model.fixed_tokens:
+        yield f"has a model of rows of {model.fixed_tokens} tokens"
+    if not _is_attention(bucket.attention):
+        yield "has an attention that is neither dense nor two_stage with a method"
+    yield from _of_decoder(manifest, bucket) if model.kind == "decoder" else _of_encoder(manifest, bucket)
+
+
+def _is_attention(attention: Mapping[str, Any]) -> bool:
+    if attention.get("kind") == "dense":
+        return True
+    method = attention.get("method")
+    return attention.get("kind") == "two_stage" and isinstance(method, dict) and isinstance(method.get("name"), str)
+
+
+def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
+    batch, vocabulary = manifest.batch, manifest.model.vocab_size
+    assert vocabulary is not None
+    for name, arguments in decoder_arguments(bucket.chunk, batch).items():
+        if list(bucket.entries[name].arguments.items()) != list(arguments.items()):
+            yield f"has {_shown(bucket.entries[name].arguments)} as arguments of {name}, expected {_shown(arguments)}"
+    logits, piece = (batch, vocabulary), (batch, bucket.chunk)
+    results = {
+        "prefill": {"logits": (logits, _FLOATS)},
+        "decode": {"logits": (logits, _FLOATS)},
+        "score": {"logprobs": (piece, _FLOATS), "argmax": (piece, ("int32",))},
+    }
+    for name, expected in results.items():
+        found = bucket.entries[name].results
+        if list(found) != list(expected) or any(
+            found[key].shape != shape or found[key].dtype not in dtypes for key, (shape, dtypes) in expected.items()
+        ):
+            shapes = ", ".join(f"{key} {list(shape)}" for key, (shape, _) in expected.items())
+            yield f"has {_shown(found)} as results of {name}, expected {shapes}"
+    for layer in bucket.cache.layers:
+        keys = layer[0] if layer else None
+        if len(layer) < 2 or keys is None or keys.dtype != manifest.dtype or layer[1] != keys:
+            yield f"has a layer of the cache without keys and values of one shape in {manifest.dtype}"
+        elif any(
+            len(array.shape) != 4 or array.shape[:3] != (batch, keys.shape[1], bucket.capacity) for array in layer
+        ):
+            yield f"has {', '.join(map(str, layer))} as a layer of the cache, expected {batch} rows"
+
+
+def _of_encoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
+    model, batch = manifest.model, manifest.batch
+    entry = bucket.entries["encode"]
+    if bucket.cache.layers:
+        yield "has a cache, which no encoder has"
+    if bucket.chunk != bucket.capacity:
+        yield f"has chunk {bucket.chunk}, expected whole rows"
+    arguments = dict(entry.arguments)
+    if arguments.pop("lengths", None) != ArrayInfo((batch,), "int32") or not arguments:
+        yield f"has {_shown(entry.arguments)} as arguments, expected the model's inputs and lengths of {batch} rows"
+    if model.fixed_tokens is None:
+        tokens = ArrayInfo((batch, bucket.capacity), "int32")
+        if model.vocab_size is None or "input_ids" not in arguments or set(arguments.values()) != {tokens}:
+            yield f"has {_shown(entry.arguments)} as arguments, expected input_ids and others of {tokens}"
+    for name, array in entry.arguments.items():
+        if array.shape[:1] != (batch,):
+            yield f"has {array} as {name}, expected {batch} rows"
+    for name, array in entry.results.items():
+        of_tokens = len(array.shape) == 3 and array.shape[1] == bucket.capacity
+        fits = array.shape[:1] == (batch,) and (len(array.shape) == 2 or of_tokens) and array.dtype in _FLOATS
+        if name not in OUTPUTS or not fits or math.prod(array.shape) == 0:
+            yield f"has {array} as {name}, expected {batch} rows of one of: {', '.join(OUTPUTS)}"
+    logits = entry.results.get("logits")
+    if not entry.results or (model.labels and (logits is None or logits.shape[-1] != len(model.labels))):
+        yield f"has {len(model.labels)} labels and {_shown(entry.results)} as results"
+
+
+def _shown(arrays: Mapping[str, ArrayInfo]) -> str:
+    return ", ".join(f"{name} {array}" for name, array in arrays.items()) or "nothing"
