@@ -1,10 +1,14 @@
 """The `iceformer` command: each subcommand calls one public function and prints what it gives.
 
-Results go to stdout, progress and errors to stderr; a known error is one red line and exit code 1.
+Results go to stdout, progress and errors to stderr; a known error is one red line and exit code 1, Ctrl-C one word and
+exit code 130.
 """
 
+import errno
+import io
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -13,13 +17,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from . import __version__
+from .host import strict_json
+from .host.environment import check_environment
+from .host.files import check_parent
+from .host.interrupts import check as check_interrupt
+from .host.interrupts import interruptible
+from .host.terminal import description, printable_lines, printable_message, progress_bar, stderr, stdout
+from .host.text import lines_of as split_lines
+from .host.text import read_stdin, read_text
 
 if TYPE_CHECKING:
     from .attention.config import AttentionConfig, Auto
@@ -31,7 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-stdout, stderr = Console(), Console(stderr=True)
 
 
 class AttentionKind(StrEnum):
@@ -66,15 +75,43 @@ class Compensation(StrEnum):
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+SpecialTokens = Annotated[
+    bool | None,
+    typer.Option(
+        "--special-tokens/--no-special-tokens",
+        help="Put the tokenizer's special tokens around a text whatever it has, or none at all.",
+        show_default="those that the text does not begin or end with",
+    ),
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line (that of the process if `arguments` is None) and exits."""
     warnings.showwarning = _print_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
-        app(args=arguments, prog_name="iceformer")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        _fail(str(error))
+        with interruptible(), _plain_interrupts():
+            app(args=arguments, prog_name="iceformer")
+    except KeyboardInterrupt:
+        stderr.print("interrupted", style="red")
+        raise SystemExit(130) from None
+    except OSError as error:
+        _fail(_described(error))
+    except (ValueError, ModuleNotFoundError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__)
+
+
+@contextmanager
+def _plain_interrupts() -> Iterator[None]:
+    """Ctrl-C as KeyboardInterrupt, which typer turns into an exit code; and one that got lost, although all went on."""
+    try:
+        yield
+    except SystemExit as exit_:
+        if exit_.code == 130:
+            raise KeyboardInterrupt from None
+        check_interrupt()
+        raise
 
 
 def _print_version(wanted: bool) -> bool:
@@ -91,6 +128,7 @@ def options(
     ] = False,
 ) -> None:
     """Options before any subcommand."""
+    check_environment()
 
 
 @app.command()
@@ -217,24 +255,32 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin. Ids if there is no tokenizer.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file, in UTF-8; its final line end is no part of it.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, draws.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    special_tokens: SpecialTokens = None,
 ) -> None:
     """Continue a prompt; the new text goes to stdout."""
     from . import load
 
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the prompt either as an argument (- for stdin) or with --prompt-file")
-    if prompt_file:
-        text = prompt_file.read_text(encoding="utf-8")
-    else:
-        text = sys.stdin.read() if prompt == "-" else str(prompt)
-    session = load(artifact)
-    with _progress("prompt") as progress:
-        result = session.generate(_ids(session, text), max_new_tokens, temperature, seed, progress=progress)
-    typer.echo(" ".join(map(str, result.ids)) if result.text is None else result.text)
+    given = str(prompt) if prompt_file is None else read_text(prompt_file)
+    text = read_stdin() if prompt == "-" else given
+    with load(artifact) as session, _progress("prompt") as progress:
+        result = session.generate(
+            _ids(session, text),
+            max_new_tokens,
+            temperature,
+            seed,
+            add_special_tokens=special_tokens,
+            progress=progress,
+        )
+    written = " ".join(map(str, result.ids)) if result.text is None else result.text
+    typer.echo(printable_lines(written) if stdout.is_terminal else written)
 
 
 @app.command()
@@ -242,8 +288,13 @@ def score(
     artifact: ArtifactPath,
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="Text, or token ids: .npy, .json, or numbers if there is no tokenizer."),
+        typer.Argument(
+            metavar="FILE",
+            help="Text in UTF-8, without its final line end, or token ids: .npy, .json, or numbers if there is no "
+            "tokenizer.",
+        ),
     ],
+    special_tokens: SpecialTokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well the model predicts a text: mean log-probability, perplexity, greedy agreement."""
@@ -252,7 +303,7 @@ def score(
     from . import load
 
     session = load(artifact)
-    ids = _read_ids(session, file)
+    ids = _read_ids(session, file, special_tokens)
     if len(ids) < 2:
         raise ValueError(f"{file} has {len(ids)} tokens, expected at least 2: the first is only context")
     start = time.perf_counter()
@@ -282,13 +333,18 @@ def encode(
         str | None, typer.Argument(metavar="[TEXT]", help="The text; - reads stdin. Ids if there is no tokenizer.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Texts, one a line; or arrays by the model's names, .npz with a row each.")
+        Path | None,
+        typer.Option(
+            help="Texts in UTF-8, one a line (lines end at a line feed); or arrays by the model's names, .npz with a "
+            "row each."
+        ),
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="A text is a pair of texts with a tab between them.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Write .npy (a vector for each text) or .npz (all outputs by name) and print no vectors."),
     ] = None,
+    special_tokens: SpecialTokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode texts, images or sound: sentence embeddings, classes, hidden states."""
@@ -301,25 +357,27 @@ def encode(
         raise ValueError(f"--out is {out}, expected a file that ends in {' or '.join(FORMATS)}")
     if out is not None and as_json:
         raise ValueError("--json does not go with --out")
+    if out is not None:
+        check_parent(out)
     session = load(artifact)
     texts, inputs = _encoder_inputs(session, text, file, pairs)
     outputs = outputs_for(session.info, out) if session.info.model.kind == "encoder" else None
     with _progress("encode") as progress:
-        encodings = session.encode(inputs, outputs=outputs, progress=progress)
+        encodings = session.encode(inputs, outputs=outputs, add_special_tokens=special_tokens, progress=progress)
     if out is not None:
         write_encodings(out, encodings)
-        stdout.print(f"{len(encodings)} encodings: {out}", highlight=False, soft_wrap=True)
+        stdout.print(f"{len(encodings)} encodings: {out}", soft_wrap=True)
         return
     if as_json:
         typer.echo(json.dumps({"encodings": [json_of(one, session.info) for one in encodings], "tier": session.tier}))
         return
     for line, encoding in zip(texts or [None] * len(encodings), encodings, strict=True):
         if line is not None and len(encodings) > 1:
-            stdout.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+            stdout.print(line, style="bold", soft_wrap=True)
         for found in lines_of(encoding, session.info, None if pairs else line):
-            stdout.print(found, highlight=False, markup=False, soft_wrap=True)
+            stdout.print(found, soft_wrap=True)
     if not session.info.model.labels:
-        stdout.print("--out FILE.npy or --out FILE.npz writes all numbers.", style="dim", highlight=False)
+        stdout.print("--out FILE.npy or --out FILE.npz writes all numbers.", style="dim")
 
 
 @app.command()
@@ -342,9 +400,9 @@ def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     ):
         stdout.print(table)
     if opened.differences:
-        stdout.print(f"[yellow]Here its StableHLO would be compiled first: {escape('; '.join(opened.differences))}.")
+        stdout.print(f"Here its StableHLO would be compiled first: {'; '.join(opened.differences)}.", style="yellow")
     else:
-        stdout.print("[green]All files are as they were compiled, and the machine code runs here.")
+        stdout.print("All files are as they were compiled, and the machine code runs here.", style="green")
 
 
 @app.command()
@@ -448,7 +506,7 @@ def benchmark(
     plot(result, work / "benchmark.png")
     stdout.print(benchmark_table(result))
     for line in summary(result):
-        stdout.print(line, highlight=False, soft_wrap=True)
+        stdout.print(line, soft_wrap=True)
     stdout.print(f"result: {work / 'benchmark.json'}, plot: {work / 'benchmark.png'}", soft_wrap=True)
 
 
@@ -467,9 +525,9 @@ def _encoder_inputs(
         with np.load(file, allow_pickle=False) as arrays:
             return None, dict(arrays)
     if file is not None:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        texts = split_lines(read_text(file))
     else:
-        texts = sys.stdin.read().splitlines() if text == "-" else [str(text)]
+        texts = split_lines(read_stdin()) if text == "-" else [str(text)]
     if not texts:
         raise ValueError(f"{file or 'stdin'} has no line, expected a text in each")
     if not pairs:
@@ -483,16 +541,18 @@ def _encoder_inputs(
     return texts, split
 
 
-def _read_ids(session: "Session", file: Path) -> Any:
+def _read_ids(session: "Session", file: Path, special_tokens: bool | None) -> Any:
     """Token ids from a file: .npy, .json, or a text for the model's tokenizer."""
     import numpy as np
 
     if file.suffix == ".npy":
         return np.load(file, allow_pickle=False)
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     if file.suffix == ".json":
-        return np.asarray(json.loads(text))
-    return session.tokenize(text) if session.has_tokenizer else np.asarray(_integers(text, str(file)))
+        return strict_json.parse(text, str(file))
+    if not session.has_tokenizer:
+        return np.asarray(_integers(text, str(file)))
+    return session.tokenize(text, add_special_tokens=special_tokens)
 
 
 def _integers(text: str, what: str) -> tuple[int, ...]:
@@ -526,45 +586,70 @@ def _method_options(assignments: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(description: str) -> "Iterator[Progress]":
+def _progress(what: str) -> "Iterator[Progress]":
     """A progress bar on stderr, if that is a terminal, as the callback that a session takes."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with progress_bar(*columns, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def update(done: int, total: int) -> None:
+            check_interrupt()
+            bar.update(task, completed=done, total=total)
+
+        yield update
 
 
 @contextmanager
 def _steps() -> Iterator[Callable[[str], None]]:
     """Shows on stderr the step that begins: a live line with its time on a terminal, else a plain line."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TimeElapsedColumn
 
     start = time.perf_counter()
-    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
+    columns = (SpinnerColumn(), TimeElapsedColumn(), description())
+    with progress_bar(*columns, transient=True, disable=not stderr.is_terminal) as live:
 
         def report(step: str) -> None:
+            check_interrupt()
             if not stderr.is_terminal:
-                stderr.print(f"{time.perf_counter() - start:7.0f} s  {escape(step)}", highlight=False, soft_wrap=True)
+                stderr.print(f"{time.perf_counter() - start:7.0f} s  {step}", soft_wrap=True)
                 return
             for task in live.tasks:
                 took = f"{task.elapsed or 0:7.1f} s  {task.description}"
-                live.console.print(took, highlight=False, soft_wrap=True)
+                live.console.print(took, soft_wrap=True)
                 live.remove_task(task.id)
-            live.add_task(escape(step), total=None)
+            live.add_task(step, total=None)
 
         yield report
 
 
 def _print_warning(message: Warning | str, *_: Any) -> None:
-    stderr.print(f"[yellow]warning: {escape(str(message))}", soft_wrap=True)
+    stderr.print(f"warning: {printable_message(str(message))}", style="yellow", soft_wrap=True)
 
 
-def _fail(message: str) -> None:
-    stderr.print(f"[red]error: {escape(message)}", soft_wrap=True)
+def _fail(message: str) -> NoReturn:
+    stderr.print(f"error: {printable_message(message)}", style="red", soft_wrap=True)
     raise SystemExit(1)
+
+
+def _described(error: OSError) -> str:
+    """The path first, where the system says which; and what to do where it is known."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{place}{error.strerror}{_REMEDIES.get(error.errno, '')}"
+
+
+_REMEDIES = {
+    errno.EACCES: "; check the owner and mode of it and of the folders above it",
+    errno.EPERM: "; check the owner and mode of it and of the folders above it",
+    errno.EROFS: "; give a path on another file system",
+    errno.ENOSPC: "; make room or give a path on another file system",
+    errno.EDQUOT: "; make room or give a path on another file system",
+    errno.EISDIR: "; expected a file",
+    errno.ENOTDIR: "; expected a folder",
+}
 
 
 if __name__ == "__main__":

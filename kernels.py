@@ -23,6 +23,8 @@ EXACT, TWO_STAGE, INT8_LINEAR = "iceformer_exact", "iceformer_two_stage", "icefo
 TARGETS = frozenset({EXACT, TWO_STAGE, INT8_LINEAR})
 """Names of the custom calls."""
 
+_STRINGS = ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets")
+_CHOOSE = "iceformer_choose_instruction_set"
 _LIBRARY = Path(__file__).parent / "attention" / "native" / "libiceformer.so"
 _allowed: ContextVar[bool] = ContextVar("iceformer_kernels", default=True)
 
@@ -54,7 +56,13 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=4,
         )
         return None
-    for name in ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets"):
+    missing = [name for name in (*_STRINGS, _CHOOSE, *sorted(TARGETS)) if not hasattr(library, name)]
+    if missing:
+        raise ValueError(
+            f"ICEFORMER_KERNELS is {wanted!r}, which is not a build of these kernels (it lacks {', '.join(missing)}): "
+            "expected the path of one, or 0 for pure XLA, or 1"
+        )
+    for name in _STRINGS:
         getattr(library, name).restype = ctypes.c_char_p
     library.iceformer_choose_instruction_set.restype = ctypes.c_bool
     name = os.environ.get("ICEFORMER_ISA", "")
@@ -71,7 +79,8 @@ def register() -> bool:
 
     Raises:
         FileNotFoundError: ICEFORMER_KERNELS names a library that is not there.
-        ValueError: ICEFORMER_ISA names an instruction set that this processor or this build lacks.
+        ValueError: it names a library that is not a build of the kernels, or ICEFORMER_ISA names an instruction set
+            that this processor or this build lacks.
     """
     return _library() is not None
 

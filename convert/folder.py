@@ -1,6 +1,5 @@
 """A folder that is there whole or not at all."""
 
-import errno
 import glob
 import hashlib
 import os
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..host.files import check_parent
 from .problems import shown
 
 # Beside it, the name of a temporary folder has up to 30 bytes, of the 255 that there are.
@@ -26,18 +26,9 @@ def check_absent(target: Path) -> None:
     try:
         os.lstat(target)
     except FileNotFoundError:
-        _check_writable(next(parent for parent in target.absolute().parents if os.path.lexists(parent)))
+        check_parent(target)
     else:
         raise FileExistsError(f"{shown(target)} exists: remove it first or give another path")
-
-
-def _check_writable(folder: Path) -> None:
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
-        number = errno.EROFS if read_only else errno.EACCES
-        raise OSError(number, os.strerror(number), str(folder))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import kernels
+from ..host.files import naming
 from .agreement import check_agreement
 from .cpu import cpu_features, cpu_model, machine
 from .manifest import ArtifactError, Environment, FileInfo, Manifest, parse_manifest
@@ -122,7 +123,8 @@ def write_file(folder: Path, name: str, data: bytes) -> FileInfo:
     """Writes one file of an artifact and gives its record."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    with naming(path):
+        path.write_bytes(data)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 

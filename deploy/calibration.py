@@ -12,6 +12,7 @@ from flax import nnx
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import Method
+from ..host.text import read_text
 from ..model.encoder import Encoder
 from ..model.registry import Model
 from ..model.self_attention import Bases
@@ -128,7 +129,7 @@ def _encode(text: Path, tokenizer_json: Path) -> NDArray[Any]:
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return np.asarray(tokenizer.encode(text.read_text(encoding="utf-8")).ids)
+    return np.asarray(tokenizer.encode(read_text(text)).ids)
 
 
 def _check(ids: NDArray[Any], vocab_size: int) -> NDArray[Any]:

@@ -7,6 +7,7 @@ StableHLO, weights and a manifest goes out, whole or not at all.
 import dataclasses
 import datetime
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.json_file import read_json
+from ..host.interrupts import check as check_interrupt
+from ..host.interrupts import interruptible
 from ..model.encoder import read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
@@ -48,7 +51,7 @@ from .manifest import (
     WeightsInfo,
 )
 from .weight_loss import weight_loss
-from .weights import described, write_weights
+from .weights import cpu_device, described, write_weights
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("same", "int8")
@@ -101,6 +104,7 @@ def compile(
     Raises:
         FileNotFoundError: the checkpoint is not there or not whole.
         FileExistsError: the artifact exists.
+        PermissionError, NotADirectoryError: it cannot be made where it should be.
         ValueError: options that make no sense together, or code that another process could not load.
     """
     checkpoint, target = Path(checkpoint), Path(artifact)
@@ -115,7 +119,13 @@ def compile(
     measures = needs_measurement(attention, buckets, shape)
     steps = 2 + (weights == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
-    with jax.default_device(jax.devices("cpu")[0]), _reporter(steps, progress) as report:
+    # The folder first, so that one that cannot be written is known before the work.
+    with (
+        interruptible(),
+        new_folder(target) as folder,
+        jax.default_device(cpu_device()),
+        _reporter(steps, progress) as report,
+    ):
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
         info = _model_info(raw_config, config, checkpoint, model)
@@ -127,38 +137,38 @@ def compile(
         report("calibrating the attention")
         bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
         entries = entries_class(model).of(model, bases)
-        with new_folder(target) as folder:
-            arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
-            compiled = tuple(
-                compile_bucket(
-                    folder,
-                    entries,
-                    capacity=capacity,
-                    chunk=min(chunk, capacity) if config.kind == "decoder" else capacity,
-                    batch=batch,
-                    choice=choice,
-                    dtype=dtype,
-                    report=report,
-                )
-                for capacity, choice in zip(buckets, choices, strict=True)
-            )
-            manifest = Manifest(
-                schema=SCHEMA,
-                iceformer=__version__,
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                environment=_compile_environment(compiled),
-                model=info,
-                crossover=measured,
-                dtype=dtype,
+        arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
+        compiled = tuple(
+            compile_bucket(
+                folder,
+                entries,
+                capacity=capacity,
+                chunk=min(chunk, capacity) if config.kind == "decoder" else capacity,
                 batch=batch,
-                weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, loss),
-                buckets=compiled,
-                files=_copy_files(checkpoint, folder),
-                provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
+                choice=choice,
+                dtype=dtype,
+                report=report,
             )
-            card = layout.write_file(folder, layout.CARD, card_text(manifest, target.name).encode())
-            manifest = dataclasses.replace(manifest, files=(*manifest.files, card))
-            layout.write_manifest(folder, manifest)
+            for capacity, choice in zip(buckets, choices, strict=True)
+        )
+        manifest = Manifest(
+            schema=SCHEMA,
+            iceformer=__version__,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            environment=_compile_environment(compiled),
+            model=info,
+            crossover=measured,
+            dtype=dtype,
+            batch=batch,
+            weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, loss),
+            buckets=compiled,
+            files=_copy_files(checkpoint, folder),
+            provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
+        )
+        card = layout.write_file(folder, layout.CARD, card_text(manifest, target.name).encode())
+        manifest = dataclasses.replace(manifest, files=(*manifest.files, card))
+        layout.write_manifest(folder, manifest)
+        check_interrupt()
     if progress:
         _print_tables(manifest)
     return target
@@ -278,8 +288,17 @@ def _model_info(raw_config: dict[str, Any], config: ModelConfig, checkpoint: Pat
         fixed_tokens=config.fixed_tokens,
         parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
         eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
-        config=raw_config,
+        config=_finite(raw_config),
     )
+
+
+def _finite(value: Any) -> Any:
+    """JSON with the names of NaN and the infinities, which JSON does not have, in their places."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def eos_token_ids(config: Mapping[str, Any], generation_config: Path) -> tuple[int, ...]:
@@ -306,19 +325,22 @@ def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
 def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
     """A function that moves a progress bar one step, to what begins now; it does nothing if `show` is false."""
     if not show:
-        yield lambda description: None
+        yield lambda description: check_interrupt()
         return
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(SpinnerColumn(), *columns, console=Console(stderr=True)) as bar:
+    from ..host.terminal import description as description_column
+    from ..host.terminal import progress_bar
+
+    columns = (description_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with progress_bar(SpinnerColumn(), *columns) as bar:
         task = bar.add_task("starting", total=steps)
         started = 0
 
         def report(description: str) -> None:
             nonlocal started
+            check_interrupt()
             bar.update(task, description=description, completed=started)
             started += 1
 
@@ -327,9 +349,8 @@ def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _print_tables(manifest: Manifest) -> None:
-    from rich.console import Console
-
+    from ..host.terminal import stdout
     from .tables import attention_tables, code_table, weight_tables
 
     for table in (*attention_tables(manifest), *weight_tables(manifest), code_table(manifest)):
-        Console().print(table)
+        stdout.print(table)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..host.files import replacing
 from .encoding import OUTPUTS, Encoding
 from .manifest import Manifest
 
@@ -78,12 +79,14 @@ def write_encodings(path: Path, encodings: Sequence[Encoding]) -> None:
     if path.suffix == ".npz":
         kept = [name for name in OUTPUTS if getattr(encodings[0], name) is not None]
         arrays: dict[str, Any] = {name: _joined([getattr(one, name) for one in encodings]) for name in kept}
-        np.savez(path, lengths=np.array([one.tokens for one in encodings], np.int32), **arrays)
+        with replacing(path) as file:
+            np.savez(file, lengths=np.array([one.tokens for one in encodings], np.int32), **arrays)
         return
     rows = [one.logits if one.pooled is None else one.pooled for one in encodings]
     if path.suffix != ".npy" or any(row is None or row.ndim != 1 for row in rows):
         raise ValueError(f"{path} cannot hold what this model gives, expected a file that ends in .npz")
-    np.save(path, np.stack([row for row in rows if row is not None]))
+    with replacing(path) as file:
+        np.save(file, np.stack([row for row in rows if row is not None]))
 
 
 def _joined(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..host import strict_json
 from ..host.environment import check_platforms
+from ..host.files import naming
 from .manifest import ArrayInfo, ArtifactError, FileInfo
 
 ALIGNMENT = 64
@@ -48,7 +49,7 @@ def write_weights(path: Path, tensors: Mapping[str, NDArray[Any]]) -> FileInfo:
     header = json.dumps({name: entry for name, entry, _ in layout}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for piece in (len(header).to_bytes(8, "little"), header, *(array for _, _, array in layout)):
             data = piece if isinstance(piece, bytes) else np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
             file.write(data)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..host.text import lines_of, read_text
+
 INTRODUCTION = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
     "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
@@ -146,7 +148,7 @@ def read_longeval(file: Path) -> list[Record]:
         ValueError: a line that is not such a case.
     """
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(file)), start=1):
         try:
             case = json.loads(line)
             key, position = case["random_idx"]

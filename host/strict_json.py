@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-MAX_DEPTH = 64
+MAX_DEPTH = 160
 _MAX_DIGITS = 40
 _SHOWN = 40
 

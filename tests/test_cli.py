@@ -97,7 +97,7 @@ def test_generate(
     for arguments in (["the line"], ["--prompt-file", tmp_path / "prompt"]):
         code, out, _ = run(capsys, "generate", artifact, *arguments, "--max-new-tokens", 5)
         assert (code, out) == (0, f"{expected}\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("the line"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the line\n")))
     code, out, _ = run(capsys, "generate", artifact, "-", "--max-new-tokens", 5)
     assert (code, out) == (0, f"{expected}\n")
 
@@ -227,7 +227,7 @@ class TestEncode:
         assert code == 0
         assert len(lines) == 3
         assert lines[0] == f"{shares.max():8.4f}  {encoding.label}"
-        monkeypatch.setattr("sys.stdin", io.StringIO("the line\nof records\n"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the line\nof records\n")))
         code, out, _ = run(capsys, "encode", classifier, "-", "--json")
         first, second = json_encodings(out)
         assert sum(first["scores"].values()) == pytest.approx(1)
