@@ -27,7 +27,7 @@ from .host.environment import check_environment
 from .host.files import check_parent
 from .host.interrupts import check as check_interrupt
 from .host.interrupts import interruptible
-from .host.terminal import description, printable_lines, printable_message, progress_bar, stderr, stdout
+from .host.terminal import Description, printable_lines, printable_message, progress_bar, stderr, stdout
 from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
 
@@ -590,7 +590,7 @@ def _progress(what: str) -> "Iterator[Progress]":
     """A progress bar on stderr, if that is a terminal, as the callback that a session takes."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
-    columns = (description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with progress_bar(*columns, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 
@@ -607,7 +607,7 @@ def _steps() -> Iterator[Callable[[str], None]]:
     from rich.progress import SpinnerColumn, TimeElapsedColumn
 
     start = time.perf_counter()
-    columns = (SpinnerColumn(), TimeElapsedColumn(), description())
+    columns = (SpinnerColumn(), TimeElapsedColumn(), Description())
     with progress_bar(*columns, transient=True, disable=not stderr.is_terminal) as live:
 
         def report(step: str) -> None:

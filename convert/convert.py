@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..host.interrupts import check as check_interrupt
+from ..host.terminal import Description, progress_bar
 from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
 from ..model.registry import abstract_module
@@ -230,14 +231,13 @@ def _stack(stacks: dict[ParameterPath, np.ndarray], slot: Slot, shape: tuple[int
     stacks[slot.path][slot.row] = piece
 
 
-def _tracked(weights: Weights, progress: bool) -> Iterable[tuple[str, np.ndarray]]:
-    return track(
-        weights.read(),
-        description="Converting",
-        total=len(weights.tensors),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
+def _tracked(weights: Weights, progress: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, with a progress bar if wanted."""
+    columns = (Description(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with progress_bar(*columns, disable=not progress) as bar:
+        for item in bar.track(weights.read(), total=len(weights.tensors), description="Converting"):
+            check_interrupt()
+            yield item
 
 
 def _provenance(origin: dict[str, str], weights: Weights) -> dict[str, Any]:

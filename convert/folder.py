@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..host.files import check_parent
+from ..host.interrupts import check as check_interrupt
+from ..host.interrupts import interruptible
 from .problems import shown
 
 # Beside it, the name of a temporary folder has up to 30 bytes, of the 255 that there are.
@@ -47,10 +49,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     made = [parent for parent in target.parents if not parent.exists()]
     partial = target.parent / f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        check_absent(target)
-        partial.rename(target)
+        with interruptible():
+            partial.mkdir(parents=True)
+            yield partial
+            check_interrupt()
+            check_absent(target)
+            partial.rename(target)
     except BaseException as error:
         if isinstance(error, OSError) and str(error.filename).startswith(str(partial)):
             error.filename = str(target)

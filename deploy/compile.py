@@ -25,7 +25,6 @@ from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.json_file import read_json
 from ..host.interrupts import check as check_interrupt
-from ..host.interrupts import interruptible
 from ..model.encoder import read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
@@ -121,7 +120,6 @@ def compile(
 
     # The folder first, so that one that cannot be written is known before the work.
     with (
-        interruptible(),
         new_folder(target) as folder,
         jax.default_device(cpu_device()),
         _reporter(steps, progress) as report,
@@ -168,7 +166,6 @@ def compile(
         card = layout.write_file(folder, layout.CARD, card_text(manifest, target.name).encode())
         manifest = dataclasses.replace(manifest, files=(*manifest.files, card))
         layout.write_manifest(folder, manifest)
-        check_interrupt()
     if progress:
         _print_tables(manifest)
     return target
@@ -330,10 +327,9 @@ def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
 
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
 
-    from ..host.terminal import description as description_column
-    from ..host.terminal import progress_bar
+    from ..host.terminal import Description, progress_bar
 
-    columns = (description_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with progress_bar(SpinnerColumn(), *columns) as bar:
         task = bar.add_task("starting", total=steps)
         started = 0

@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected a file to write")
     if path.exists() and not path.is_file():  # a device or a pipe
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             yield file
         return
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, Task
 from rich.segment import Segment
 from rich.text import Text
 
@@ -65,9 +65,12 @@ def progress_bar(*columns: ProgressColumn, **options: Any) -> Progress:
     return Progress(*columns, console=stderr, **options)
 
 
-def description() -> TextColumn:
+class Description(ProgressColumn):
     """The column of a task's description."""
-    return TextColumn("{task.description}", markup=False)
+
+    def render(self, task: Task) -> Text:
+        """As it is."""
+        return Text(printable(task.description))
 
 
 def _escape(match: re.Match[str]) -> str:
