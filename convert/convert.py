@@ -28,6 +28,7 @@ from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
 from .folder import check_absent, new_folder
 from .foreign import not_a_folder, without_config
+from .generation_config import unapplied
 from .hub import download, is_hub_id
 from .json_file import read_json
 from .parameters import save_params
@@ -91,6 +92,9 @@ def convert_checkpoint(
     elif _lacks_pooler(config, rules, weights.tensors):
         fields = {**fields, "add_pooling_layer": False}
     _, config = read_config(fields)
+    if isinstance(config, DecoderConfig) and config.kind == "decoder":
+        for sentence in unapplied(source, fields, config.vocab_size):
+            warnings.warn(sentence, stacklevel=2)
     rules = rules_of(architecture.table, config)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}

@@ -9,7 +9,7 @@ import datetime
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
+from ..convert.generation_config import eos_token_ids
 from ..convert.json_file import read_json
 from ..host.interrupts import check as check_interrupt
+from ..model.decoder import DecoderConfig
 from ..model.encoder import read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
@@ -111,6 +113,7 @@ def compile(
     check_absent(target)
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
+    ends = _eos_token_ids(checkpoint, raw_config, config)
     check_options(config, buckets=buckets, dtype=dtype, weights=weights, batch=batch, chunk=chunk)
     buckets = default_buckets(config, chunk) if buckets is None else buckets
     shape = _attention_shape(config, dtype, batch, chunk)
@@ -126,7 +129,7 @@ def compile(
     ):
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
-        info = _model_info(raw_config, config, checkpoint, model)
+        info = _model_info(raw_config, config, ends, model)
         loss = None
         if weights == "int8":
             report("rounding the weights")
@@ -274,7 +277,14 @@ def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:
     )
 
 
-def _model_info(raw_config: dict[str, Any], config: ModelConfig, checkpoint: Path, model: Model) -> ModelInfo:
+def _eos_token_ids(checkpoint: Path, raw_config: dict[str, Any], config: ModelConfig) -> tuple[int, ...]:
+    """Ids that end a text that the model writes."""
+    if not isinstance(config, DecoderConfig) or config.kind != "decoder":
+        return ()
+    return eos_token_ids(checkpoint, raw_config, config.vocab_size)
+
+
+def _model_info(raw_config: dict[str, Any], config: ModelConfig, ends: tuple[int, ...], model: Model) -> ModelInfo:
     return ModelInfo(
         kind=config.kind,
         model_type=config.model_type,
@@ -284,7 +294,7 @@ def _model_info(raw_config: dict[str, Any], config: ModelConfig, checkpoint: Pat
         max_tokens=config.max_tokens,
         fixed_tokens=config.fixed_tokens,
         parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
-        eos_token_ids=eos_token_ids(raw_config, checkpoint / layout.GENERATION_CONFIG),
+        eos_token_ids=ends,
         config=_finite(raw_config),
     )
 
@@ -296,16 +306,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def eos_token_ids(config: Mapping[str, Any], generation_config: Path) -> tuple[int, ...]:
-    """Ids that end a text: those of generation_config.json if it names any, else those of config.json."""
-    generation = read_json(generation_config) if generation_config.exists() else {}
-    found = generation.get("eos_token_id")
-    found = config.get("eos_token_id") if found is None else found
-    if found is None:
-        return ()
-    return (found,) if isinstance(found, int) else tuple(found)
 
 
 def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:

@@ -1,7 +1,6 @@
 """Options of compile that are refused early, what it is calibrated on, and bfloat16."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import iceformer
 from iceformer import kernels
 from iceformer.attention import LowRank
 from iceformer.deploy.calibration import calibration_ids
-from iceformer.deploy.compile import check_options, default_buckets, eos_token_ids
+from iceformer.deploy.compile import check_options, default_buckets
 from iceformer.deploy.entries import score_block
 from iceformer.deploy.lowering import check_custom_calls, portable_code
 from iceformer.model.registry import build
@@ -116,23 +115,6 @@ def test_portable_code_is_traced_again_without_kernels(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("chunk", "block"), [(2048, 256), (256, 256), (300, 150), (100, 100), (514, 2), (1, 1)])
 def test_score_block_divides_the_chunk(chunk: int, block: int) -> None:
     assert score_block(chunk) == block
-
-
-@pytest.mark.parametrize(
-    ("config", "generation", "expected"),
-    [
-        ({"eos_token_id": 2}, None, (2,)),
-        ({"eos_token_id": 2}, {"eos_token_id": [5, 6]}, (5, 6)),
-        ({"eos_token_id": [2, 3]}, {"eos_token_id": None}, (2, 3)),
-        ({}, {}, ()),
-        ({"eos_token_id": 1}, {"eos_token_id": 0}, (0,)),
-    ],
-)
-def test_eos_token_ids(tmp_path: Path, config: dict, generation: dict | None, expected: tuple[int, ...]) -> None:
-    path = tmp_path / "generation_config.json"
-    if generation is not None:
-        path.write_text(json.dumps(generation))
-    assert eos_token_ids(config, path) == expected
 
 
 @pytest.mark.parametrize(
