@@ -340,6 +340,25 @@ def encode(
         ),
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="A text is a pair of texts with a tab between them.")] = False,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Put this in front of each text.", show_default="the model's default, if it has one"),
+    ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="One of the model's prompts by its name; `iceformer inspect` lists them.")
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate/--no-truncate", help="Cut longer texts at the model's max_seq_length, or refuse them."
+        ),
+    ] = True,
+    truncate_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Numbers of a sentence embedding to keep.", show_default="what the model's files say, or all"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write .npy (a vector for each text) or .npz (all outputs by name) and print no vectors."),
@@ -363,7 +382,19 @@ def encode(
     texts, inputs = _encoder_inputs(session, text, file, pairs)
     outputs = outputs_for(session.info, out) if session.info.model.kind == "encoder" else None
     with _progress("encode") as progress:
-        encodings = session.encode(inputs, outputs=outputs, add_special_tokens=special_tokens, progress=progress)
+        encodings = session.encode(
+            inputs,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            truncate=truncate,
+            truncate_dim=truncate_dim,
+            outputs=outputs,
+            add_special_tokens=special_tokens is not False,
+            progress=progress,
+        )
+    if cut := sum(encoding.truncated for encoding in encodings):
+        limit = session.info.model.text.max_seq_length if session.info.model.text else None
+        stderr.print(f"{cut} of {len(encodings)} texts cut at {limit} tokens", soft_wrap=True)
     if out is not None:
         write_encodings(out, encodings)
         stdout.print(f"{len(encodings)} encodings: {out}", soft_wrap=True)

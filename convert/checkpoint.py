@@ -1,6 +1,6 @@
 """The checkpoint: a folder with Orbax parameters, the config and tokenizer files of its source, and where it came from.
 
-params/   config.json   tokenizer.json, ... (where the source has them)   iceformer.json
+params/   config.json   text.json   tokenizer.json, ... (where the source has them)   iceformer.json
 """
 
 from collections.abc import Mapping
@@ -15,25 +15,27 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from ..model.encoder import Encoder
-from ..model.pooling import MODULES, Pooling, read_pooling
+from ..model.pooling import SentenceEmbedding
 from ..model.registry import Architecture, Model, ModelConfig, abstract_module, build
 from .companions import CONFIG
 from .finite import all_finite
-from .json_file import parse_json, read_json
+from .json_file import read_json
 from .parameters import restore_params, stored_params
 from .problems import listed, shown
 from .rules import dotted
+from .text import TextSettings, read_text_settings
 
 PARAMS = "params"
 PROVENANCE = "iceformer.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
 
-    An encoder whose checkpoint has the files of sentence-transformers pools as they say.
+    A sentence embedder gives its embedding as `pooled`, and a cross-encoder its `scores`. What its files say of texts
+    (prompts, lower case, length) and of cutting embeddings is in `read_text_settings`, and applied by a session.
 
     Args:
         checkpoint: the folder.
@@ -41,8 +43,7 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
 
     Raises:
         FileNotFoundError: no such folder, or not a checkpoint.
-        ValueError: a checkpoint of another format, parameters that do not fit its config, an unknown dtype, or a
-            sentence embedder with modules that are not supported.
+        ValueError: a checkpoint of another format, parameters that do not fit its config, or an unknown dtype.
     """
     checkpoint = Path(checkpoint)
     if (name := jnp.dtype(dtype).name) not in _DTYPES:
@@ -52,8 +53,9 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     stored = stored_params(checkpoint / PARAMS)
     check_layers(config, len(stored), checkpoint)
     module = abstract_module(architecture, config, dtype)
-    if isinstance(module, Encoder):
-        module.pooling = pooling_of(checkpoint)
+    settings = read_text_settings(checkpoint)
+    if isinstance(module, Encoder) and settings is not None:
+        _add_text_parts(module, settings, dtype)
     graph, state = nnx.split(module)
     nnx.replace_by_pure_dict(state, _restore(checkpoint / PARAMS, stored, nnx.to_pure_dict(state)))
     return nnx.merge(graph, state)
@@ -76,16 +78,15 @@ def check_layers(config: ModelConfig, tensors: int, folder: Path) -> None:
         )
 
 
-def pooling_of(folder: Path) -> Pooling | None:
-    """The pooling of a folder that sentence-transformers saved, None for another.
-
-    Raises:
-        FileNotFoundError: it lacks a config that its modules.json names.
-        ValueError: a module or an option that is not supported.
-    """
-    if not (folder / MODULES).exists():
-        return None
-    return read_pooling(parse_json(folder / MODULES), lambda module: read_json(folder / module / CONFIG))
+def _add_text_parts(module: Encoder, settings: TextSettings, dtype: DTypeLike) -> None:
+    """Gives an abstract encoder what its settings put behind its layers."""
+    embedding = settings.embedding
+    if embedding is not None:
+        # It was None, which nnx keeps among what is no parameter.
+        module.sentence_embedding = nnx.data(
+            nnx.eval_shape(lambda: SentenceEmbedding(embedding, rngs=nnx.Rngs(0), param_dtype=dtype))
+        )
+    module.score_activation = settings.score_activation
 
 
 def _check(checkpoint: Path) -> None:

@@ -1,10 +1,11 @@
-"""The files of a source that go to the checkpoint beside the parameters: config, tokenizer, how to pool."""
+"""The files of a source that go to the checkpoint beside the parameters: config and tokenizer."""
 
 import codecs
+import json
 import warnings
 from pathlib import Path
 
-from .json_file import parse_json, read_json
+from .json_file import read_json
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -14,10 +15,6 @@ COMPANIONS = (
     "generation_config.json",
     "special_tokens_map.json",
     "preprocessor_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
 )
 """Files that go to the checkpoint as they are, where the source has them."""
 TOKENIZER_SOURCES = (
@@ -30,24 +27,34 @@ TOKENIZER_SOURCES = (
     "sentencepiece.bpe.model",
 )
 """Files of the older forms of a tokenizer, of which tokenizer.json is made where that is lacking."""
-_LISTS = {"modules.json"}
 
 
 def check_companions(source: Path) -> list[str]:
     """The companions that a folder has; ValueError if one of them is not JSON."""
     found = [name for name in COMPANIONS if (source / name).exists()]
     for name in found:
-        (parse_json if name in _LISTS else read_json)(source / name)
+        read_json(source / name)
     return found
 
 
 def copy_companions(source: Path, target: Path, names: list[str]) -> None:
     """Copies the config and the companions of a source, and makes tokenizer.json if it has a tokenizer without."""
     for name in (CONFIG, *names):
-        (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_bytes((source / name).read_bytes().removeprefix(codecs.BOM_UTF8))
     if TOKENIZER not in names:
         _make_tokenizer(source, target / TOKENIZER)
+
+
+def lowercase(tokenizer: Path) -> None:
+    """Makes a tokenizer.json take texts without their capitals, as sentence-transformers does for `do_lower_case`."""
+    content = read_json(tokenizer)
+    normalizer = content.get("normalizer")
+    steps = [] if normalizer is None else [normalizer]
+    if normalizer is not None and normalizer["type"] == "Sequence":
+        steps = normalizer["normalizers"]
+    if all(step["type"] != "Lowercase" for step in steps):
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
+        tokenizer.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _make_tokenizer(source: Path, target: Path) -> None:

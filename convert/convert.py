@@ -20,10 +20,11 @@ from ..host.interrupts import check as check_interrupt
 from ..host.terminal import Description, progress_bar
 from ..model.decoder import DecoderConfig
 from ..model.encoder import EncoderConfig
-from ..model.registry import abstract_module
+from ..model.pooling import Dense
+from ..model.registry import ModelConfig, abstract_module
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
-from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers, pooling_of, read_config
-from .companions import CONFIG, check_companions, copy_companions
+from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers, read_config
+from .companions import CONFIG, TOKENIZER, check_companions, copy_companions, lowercase
 from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
 from .folder import check_absent, new_folder
@@ -31,12 +32,17 @@ from .foreign import not_a_folder, without_config
 from .generation_config import unapplied
 from .hub import download, is_hub_id
 from .json_file import read_json
+from .layouts import TRANSPOSED
 from .parameters import save_params
 from .problems import joined, listed, shown
 from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath
 from .rules import Plan, Rule, Slot, check_names, dotted, make_plan, reaches
+from .sentence_transformers import MODULES, SentenceFolder, open_sentence_folder
 from .tables import rules_of
+from .text import TEXT, TextSettings, text_settings
+
+_DENSE = (Rule(r"linear\.weight", "kernel", TRANSPOSED), Rule(r"linear\.bias", "bias"))
 
 
 def convert_checkpoint(
@@ -73,14 +79,16 @@ def convert_checkpoint(
     """
     target = Path(target)
     check_absent(target)
-    source, origin = _resolve(str(source), revision, progress)
+    whole, origin = _resolve(str(source), revision, progress)
+    sentences = open_sentence_folder(whole)
+    source = whole if sentences is None else sentences.root
     if has_adapter(source) and not (source / CONFIG).is_file():
         raise FileNotFoundError(adapter_alone(source))
     if not (source / CONFIG).exists():
         raise FileNotFoundError(without_config(source))
     companions = check_companions(source)
     given = read_json(source / CONFIG)
-    pooled = pooling_of(source) is not None
+    pooled = sentences is not None and sentences.embedding is not None
     fields = as_embedder(given) if pooled else given
     architecture, config = read_config(fields)
     weights = _open_weights(source)
@@ -95,6 +103,7 @@ def convert_checkpoint(
     if isinstance(config, DecoderConfig) and config.kind == "decoder":
         for sentence in unapplied(source, fields, config.vocab_size):
             warnings.warn(sentence, stacklevel=2)
+    settings = _text_settings(sentences, source, fields, config)
     rules = rules_of(architecture.table, config)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
     shapes = {path: leaf.shape for path, leaf in tree.items()}
@@ -107,12 +116,18 @@ def convert_checkpoint(
     if plan.spare:
         _warn_of_spare(source, config.task, plan.spare)
     params = _fill(weights, plan, shapes, progress)
+    behind, files = ({}, ()) if sentences is None else _fill_dense(sentences)
     with new_folder(target) as folder:
-        save_params(folder / PARAMS, params)
+        save_params(folder / PARAMS, unflatten_dict(params | behind))
         copy_companions(source, folder, companions)
+        if sentences is not None and sentences.lowercases and (folder / TOKENIZER).exists():
+            lowercase(folder / TOKENIZER)
+        if settings is not None:
+            (folder / TEXT).write_text(settings.to_json(), encoding="utf-8")
         if fields != given:
             (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        (folder / PROVENANCE).write_text(json.dumps(_provenance(origin, weights), indent=2) + "\n")
+        provenance = _provenance(origin, whole, (*weights.files, *files))
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     return target
 
 
@@ -161,6 +176,21 @@ def _warn_of_spare(source: Path, task: str, names: list[str]) -> None:
     )
 
 
+def _text_settings(
+    sentences: SentenceFolder | None, source: Path, fields: Mapping[str, Any], config: ModelConfig
+) -> TextSettings | None:
+    """Those of an encoder of text, None for another model."""
+    if config.kind == "encoder" and config.fixed_tokens is None:
+        return text_settings(sentences, source, fields, config)
+    if sentences is not None:
+        raise ValueError(
+            f"{MODULES} asks for the texts' embeddings or scores, but {config.model_type} "
+            f"{'takes no texts' if config.fixed_tokens else 'is there to write'}: without {MODULES} it is converted "
+            "as that"
+        )
+    return None
+
+
 def _lacks_pooler(config: EncoderConfig, rules: tuple[Rule, ...], tensors: Iterable[str]) -> bool:
     """Whether a model without a task head would have a pooler, of which the checkpoint has no tensor."""
     if not config.pooler or config.task != "features":
@@ -180,8 +210,8 @@ def _check_sizes(shapes: Mapping[ParameterPath, tuple[int, ...]], weights: Weigh
 
 def _fill(
     weights: Weights, plan: Plan, shapes: Mapping[ParameterPath, tuple[int, ...]], progress: bool
-) -> dict[str, Any]:
-    """The parameters as a nested tree of arrays on the CPU device."""
+) -> dict[ParameterPath, Any]:
+    """The parameters as arrays on the CPU device."""
     params: dict[ParameterPath, Any] = {}
     stacks: dict[ParameterPath, np.ndarray] = {}
     broken, overflowed = [], []
@@ -213,7 +243,29 @@ def _fill(
                 f"{name} differs from the tensor of {dotted(path)}, but the model has one for both: keep the right "
                 "one, or set tie_word_embeddings to false if it is an output layer of its own"
             )
-    return unflatten_dict(params)
+    return params
+
+
+def _fill_dense(sentences: SentenceFolder) -> tuple[dict[ParameterPath, Any], tuple[Path, ...]]:
+    """The parameters of a sentence embedder's dense layers, and the files that they come from."""
+    params: dict[ParameterPath, Any] = {}
+    files: list[Path] = []
+    steps = [] if sentences.embedding is None else sentences.embedding.steps
+    layers = [step for step in steps if isinstance(step, Dense)]
+    for index, (layer, folder) in enumerate(zip(layers, sentences.dense, strict=True)):
+        shapes: dict[ParameterPath, tuple[int, ...]] = {("kernel",): (layer.in_features, layer.out_features)}
+        if layer.use_bias:
+            shapes["bias",] = (layer.out_features,)
+        weights = open_weights(folder)
+        try:
+            plan = make_plan(_DENSE, weights.tensors, shapes)
+            check_dtypes(weights, plan.fills)
+            filled = _fill(weights, plan, shapes, progress=False)
+        except ValueError as error:
+            raise ValueError(f"{folder.name}: {error}") from error
+        params |= {("sentence_embedding", "dense", index, *path): array for path, array in filled.items()}
+        files += weights.files
+    return params, tuple(files)
 
 
 def _narrowed(tensor: np.ndarray) -> np.ndarray:
@@ -244,12 +296,14 @@ def _tracked(weights: Weights, progress: bool) -> Iterator[tuple[str, np.ndarray
             yield item
 
 
-def _provenance(origin: dict[str, str], weights: Weights) -> dict[str, Any]:
+def _provenance(origin: dict[str, str], source: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """Where a checkpoint comes from: the files by their place in the source, or by name where they are outside."""
+    names = {file: file.relative_to(source).as_posix() if file.is_relative_to(source) else file.name for file in files}
     return {
         "format": FORMAT_VERSION,
         "iceformer": __version__,
         **origin,
-        "sha256": {file.name: _sha256(file) for file in weights.files},
+        "sha256": {name: _sha256(file) for file, name in names.items()},
     }
 
 

@@ -13,7 +13,7 @@ from .tables import rules_of
 
 
 def as_embedder(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a sentence embedder, with the base class in the place of a language model's.
+    """The config of a sentence embedder, with the base class in the place of one with a head.
 
     sentence-transformers loads the base class, whichever of them the config names.
 
@@ -21,7 +21,11 @@ def as_embedder(fields: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown architecture.
     """
     architecture = find(fields)
-    if not issubclass(architecture.module, CausalLM) or read_decoder_task(fields) != GENERATION:
+    if not issubclass(architecture.module, CausalLM):
+        names = fields.get("architectures")
+        has_head = isinstance(names, list) and not all(str(name).endswith("Model") for name in names)
+        return {**fields, "architectures": None} if has_head and fields.get("model_type") else dict(fields)
+    if read_decoder_task(fields) != GENERATION:
         return dict(fields)
     return _with_base_class(fields, architecture)
 

@@ -1,23 +1,28 @@
 """Fetching a model from the Hugging Face hub: config, tokenizer files and one form of the weights, never code."""
 
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .adapter import FILES as ADAPTER_FILES
 from .companions import COMPANIONS, CONFIG, TOKENIZER_SOURCES
 from .reader import shard_names
+from .sentence_transformers import MODEL_CONFIG, MODULES, TRANSFORMER_CONFIGS, module_path, read_modules
 from .weight_files import SINGLE_FILES, is_index, weight_source
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
-_BESIDE = (CONFIG, *COMPANIONS, *TOKENIZER_SOURCES, *ADAPTER_FILES)
+_BESIDE = (CONFIG, *COMPANIONS, *TOKENIZER_SOURCES, *ADAPTER_FILES, *TRANSFORMER_CONFIGS)
+_WHOLE = (MODULES, MODEL_CONFIG)
+"""Files of sentence-transformers, which name the folders of a model's parts."""
 # Shards carry any name that their index gives them; in a cache that nothing can be asked of, these.
-_CACHED = (
+_SAVED = (
     *_BESIDE,
     *(pattern for name in SINGLE_FILES for pattern in (name, f"{name}.index.json", name.replace(".", "-*.", 1))),
 )
+_CACHED = (*_WHOLE, *_SAVED, *(f"*/{pattern}" for pattern in _SAVED))
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,30 @@ def _fetch(name: str, revision: str | None) -> str:
         return snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(_CACHED))
     # By the name of the revision, not its commit: the cache then knows the commit where the hub cannot be asked.
     files = {file.rfilename for file in info.siblings or ()}
+    root, *parts = ["."]
+    if MODULES in files:
+        modules = read_modules(Path(hf_hub_download(name, MODULES, revision=revision)))
+        root, *parts = [module_path(module) for module in modules] or ["."]
     try:
-        source = weight_source(files)
+        source = weight_source(_names_in(files, root))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} {error}; it holds: {', '.join(sorted(files))}") from None
-    weights = [source]
+    wanted = [*_WHOLE, *(_inside(root, beside) for beside in (*_BESIDE, source))]
     if is_index(source):
-        weights += shard_names(Path(hf_hub_download(name, source, revision=revision)))
-    return snapshot_download(name, revision=revision, allow_patterns=[*_BESIDE, *weights])
+        index = hf_hub_download(name, _inside(root, source), revision=revision)
+        wanted += [_inside(root, shard) for shard in shard_names(Path(index))]
+    for part in parts:
+        wanted += [_inside(part, file) for file in (CONFIG, *SINGLE_FILES)]
+    return snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted])
+
+
+def _names_in(files: Collection[str], folder: str) -> list[str]:
+    """The names of the files that lie in a folder itself."""
+    return [path.name for path in map(PurePosixPath, files) if path.parent == PurePosixPath(folder)]
+
+
+def _inside(folder: str, name: str) -> str:
+    return (PurePosixPath(folder) / name).as_posix()
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def _of_encoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
     if bucket.chunk != bucket.capacity:
         yield f"has chunk {bucket.chunk}, expected whole rows"
     arguments = dict(entry.arguments)
-    if arguments.pop("lengths", None) != ArrayInfo((batch,), "int32") or not arguments:
+    row = ArrayInfo((batch,), "int32")
+    if arguments.pop("lengths", None) != row or arguments.pop("prompt_lengths", row) != row or not arguments:
         yield f"has {_shown(entry.arguments)} as arguments, expected the model's inputs and lengths of {batch} rows"
     if model.fixed_tokens is None:
         tokens = ArrayInfo((batch, bucket.capacity), "int32")
@@ -127,6 +128,8 @@ def _of_encoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
         fits = array.shape[:1] == (batch,) and (len(array.shape) == 2 or of_tokens) and array.dtype in _FLOATS
         if name not in OUTPUTS or not fits or math.prod(array.shape) == 0:
             yield f"has {array} as {name}, expected {batch} rows of one of: {', '.join(OUTPUTS)}"
+    if model.text is not None and model.text.embedding and "pooled" not in entry.results:
+        yield f"has an embedding and {_shown(entry.results)} as results, expected pooled"
     logits = entry.results.get("logits")
     if not entry.results or (model.labels and (logits is None or logits.shape[-1] != len(model.labels))):
         yield f"has {len(model.labels)} labels and {_shown(entry.results)} as results"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from .artifact import TOKENIZER
+from .inputs import COUNTS
 from .manifest import Manifest
 from .tables import (
     ATTENTION_OF,
@@ -13,6 +14,7 @@ from .tables import (
     crossover_rows,
     describe,
     describe_task,
+    text_rows,
     weight_loss_cells,
 )
 
@@ -39,7 +41,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 - Weights: {manifest.weights.file.size / MEGABYTE:.1f} MB, shared by all buckets. Rows per call: {manifest.batch}.
 
 {_bucket_table(manifest)}
-
+{_texts(manifest)}
 ## Attention
 
 {_attention_text(manifest)}
@@ -79,7 +81,7 @@ def _use_of_decoder(manifest: Manifest, name: str) -> tuple[str, str]:
 def _use_of_encoder(manifest: Manifest, name: str) -> tuple[str, str]:
     """Lines of Python, and a command."""
     entry = manifest.buckets[0].entries["encode"]
-    given = [argument for argument in entry.arguments if argument != "lengths"]
+    given = [argument for argument in entry.arguments if argument not in COUNTS]
     results = ", ".join(f"encoding.{result}" for result in entry.results)
     if "input_ids" not in given:
         arrays = ", ".join(f'"{argument}": array' for argument in given)
@@ -93,6 +95,11 @@ def _use_of_encoder(manifest: Manifest, name: str) -> tuple[str, str]:
 
 
 _USE = {"decoder": _use_of_decoder, "encoder": _use_of_encoder}
+
+
+def _texts(manifest: Manifest) -> str:
+    rows = text_rows(manifest)
+    return "\n## Texts\n\n" + "".join(f"- {name}: {value}\n" for name, value in rows.items()) if rows else ""
 
 
 def _has_tokenizer(manifest: Manifest) -> bool:

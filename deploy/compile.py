@@ -25,6 +25,7 @@ from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.folder import check_absent, new_folder
 from ..convert.generation_config import eos_token_ids
 from ..convert.json_file import read_json
+from ..convert.text import read_text_settings
 from ..host.interrupts import check as check_interrupt
 from ..model.decoder import DecoderConfig
 from ..model.encoder import read_labels
@@ -48,6 +49,7 @@ from .manifest import (
     Manifest,
     ModelInfo,
     Provenance,
+    TextInfo,
     WeightLoss,
     WeightsInfo,
 )
@@ -296,7 +298,16 @@ def _model_info(raw_config: dict[str, Any], config: ModelConfig, ends: tuple[int
         parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
         eos_token_ids=ends,
         config=_finite(raw_config),
+        text=_text_info(checkpoint),
     )
+
+
+def _text_info(checkpoint: Path) -> TextInfo | None:
+    settings = read_text_settings(checkpoint)
+    if settings is None:
+        return None
+    described = () if settings.embedding is None else settings.embedding.describe()
+    return TextInfo(**{**vars(settings), "embedding": described})
 
 
 def _finite(value: Any) -> Any:

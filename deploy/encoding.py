@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .inputs import Row
+from .inputs import COUNTS, Row
 from .manifest import ArrayInfo, BucketInfo, Manifest
 
-OUTPUTS = ("last_hidden_state", "pooled", "logits")
+OUTPUTS = ("last_hidden_state", "pooled", "logits", "scores")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +25,28 @@ class Encoding:
             model.
         logits: float32, [num_labels] from a classifier of whole rows, [n, num_labels] from one of tokens, [n, 2] (start
             and end) from a model that answers questions, [n, vocab_size] from a masked language model.
+        scores: float32, of a classifier of whole texts: what `CrossEncoder.predict` of sentence-transformers gives, the
+            logits with the activation that the model's files name behind them (a sigmoid if they name none and there is
+            one label). One number if there is one label, [num_labels] if there are more.
         labels: names of a classifier's classes, in the order of the logits; empty for other models.
         ids: int32 [n], the token ids; None for images and sound.
-        offsets: int32 [n, 2], where in its text each token begins and ends, in characters; None if no text was given.
+        offsets: int32 [n, 2], where in its text each token begins and ends, in characters, the prompt in front counted
+            too; None if no text was given.
         sequence: int32 [n], 0 for tokens of the first text of a pair, 1 for those of the second, -1 for special tokens;
             None if no text was given.
+        truncated: whether the text was cut at the model's `max_seq_length`.
     """
 
     tokens: int
     last_hidden_state: NDArray[np.float32] | None
     pooled: NDArray[np.float32] | None
     logits: NDArray[np.float32] | None
+    scores: NDArray[np.float32] | None
     labels: tuple[str, ...]
     ids: NDArray[np.int32] | None
     offsets: NDArray[np.int32] | None
     sequence: NDArray[np.int32] | None
+    truncated: bool
 
     @property
     def label(self) -> str | list[str] | None:
@@ -47,6 +55,22 @@ class Encoding:
             return None
         best = self.logits.argmax(-1)
         return self.labels[best] if best.ndim == 0 else [self.labels[index] for index in best]
+
+
+def check_truncate_dim(given: int | None, info: Manifest) -> int | None:
+    """The numbers of an embedding to keep: what a caller asks for, or else the model's files.
+
+    Raises:
+        ValueError: not a whole number above 0, or the model is no sentence embedder.
+    """
+    text = info.model.text
+    if given is None:
+        return None if text is None else text.truncate_dim
+    if text is None or not text.embedding:
+        raise ValueError("truncate_dim is for sentence embedders, and this model is none")
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+        raise ValueError(f"truncate_dim is {given!r}, expected a whole number above 0")
+    return int(given)
 
 
 def check_outputs(outputs: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
@@ -62,6 +86,7 @@ def encode_rows(
     rows: Sequence[Row],
     info: Manifest,
     outputs: Sequence[str],
+    truncate_dim: int | None,
     call: Callable[..., Sequence[Any]],
     progress: Callable[[int, int], None] | None,
 ) -> list[Encoding]:
@@ -71,6 +96,7 @@ def encode_rows(
         rows: no longer than the largest bucket.
         info: of the artifact.
         outputs: names of the results to keep.
+        truncate_dim: numbers of `pooled` to keep; None for all.
         call: takes a bucket, the entry's name and its arrays, and gives its results.
         progress: called with the rows done and the rows in all after each call.
     """
@@ -85,6 +111,8 @@ def encode_rows(
         arrays = [_stack(members, name, array) for name, array in entry.arguments.items()]
         results = call(bucket, "encode", *arrays)
         kept = {name: np.asarray(array) for name, array in zip(entry.results, results, strict=True) if name in outputs}
+        if "pooled" in kept:
+            kept["pooled"] = kept["pooled"][:, :truncate_dim]
         for place, index in enumerate(group):
             encodings[index] = _encoding(rows[index], place, kept, info.model.labels)
         if progress:
@@ -101,8 +129,8 @@ def _stack(rows: Sequence[Row], name: str, info: ArrayInfo) -> NDArray[Any]:
     """One argument: zeros where a row has ended, and in rows that are not there."""
     stacked = np.zeros(info.shape, info.dtype)
     for place, row in enumerate(rows):
-        if name == "lengths":
-            stacked[place] = row.tokens
+        if name in COUNTS:
+            stacked[place] = row.count(name)
         else:
             array = row.arrays[name]
             stacked[(place, *(slice(size) for size in array.shape))] = array
@@ -115,9 +143,16 @@ def _encoding(row: Row, place: int, results: dict[str, NDArray[Any]], labels: tu
             return None
         # Results of tokens have one dimension more than those of rows.
         array = results[name]
-        return np.array(array[place, : row.tokens] if array.ndim == 3 else array[place], np.float32)
+        found = array[place, : row.tokens] if array.ndim == 3 else array[place]
+        return np.array(found[0] if name == "scores" and found.size == 1 else found, np.float32)
 
     named: dict[str, Any] = {name: of_row(name) for name in OUTPUTS}
     return Encoding(
-        row.tokens, **named, labels=labels, ids=row.arrays.get("input_ids"), offsets=row.offsets, sequence=row.sequence
+        row.tokens,
+        **named,
+        labels=labels,
+        ids=row.arrays.get("input_ids"),
+        offsets=row.offsets,
+        sequence=row.sequence,
+        truncated=row.truncated,
     )

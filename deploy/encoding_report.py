@@ -29,7 +29,7 @@ def lines_of(encoding: Encoding, info: Manifest, text: str | None) -> list[str]:
     """What to print of an encoding; `text` is what its offsets point into, None if it was not one text."""
     if encoding.labels and encoding.logits is not None:
         if encoding.logits.ndim == 1:
-            return _classes(encoding.logits, info)
+            return _classes(encoding, info)
         return _token_classes(encoding, info, text)
     lines = [] if encoding.pooled is None else [f"pooled: {_vector(encoding.pooled)}"]
     if encoding.logits is not None:
@@ -45,14 +45,21 @@ def json_of(encoding: Encoding, info: Manifest) -> dict[str, Any]:
     if encoding.label is not None:
         found["label"] = encoding.label
     if encoding.labels and encoding.logits is not None and encoding.logits.ndim == 1:
-        values = probabilities(encoding.logits, info).tolist()
-        found["scores"] = dict(zip(encoding.labels, values, strict=True))
+        found["scores"] = dict(zip(encoding.labels, class_scores(encoding, info).tolist(), strict=True))
     if encoding.offsets is not None and isinstance(encoding.label, list):
         found["offsets"] = encoding.offsets.tolist()
     for name, array in (("pooled", encoding.pooled), ("logits", encoding.logits)):
         if array is not None:
             found[name] = array.tolist()
     return found
+
+
+def class_scores(encoding: Encoding, info: Manifest) -> NDArray[np.floating[Any]]:
+    """What a classifier of whole rows says of each class: its score if it has one label, else its probability."""
+    assert encoding.logits is not None
+    if encoding.scores is not None and encoding.scores.ndim == 0:
+        return encoding.scores[None]
+    return probabilities(encoding.logits, info)
 
 
 def probabilities(logits: NDArray[np.float32], info: Manifest) -> NDArray[np.floating[Any]]:
@@ -70,8 +77,8 @@ def probabilities(logits: NDArray[np.float32], info: Manifest) -> NDArray[np.flo
 def write_encodings(path: Path, encodings: Sequence[Encoding]) -> None:
     """Writes what was kept of encodings.
 
-    An .npy file has one row for each input: `pooled`, or the logits of a model without that. An .npz file has all
-    outputs by name, what is of tokens one input after the other, and `lengths`, the tokens of each.
+    An .npy file has one row for each input: the `scores` of a classifier of texts, else `pooled`, else the logits. An
+    .npz file has all outputs by name, what is of tokens one input after the other, and `lengths`, the tokens of each.
 
     Raises:
         ValueError: another ending, or an .npy file of outputs that are of tokens.
@@ -82,19 +89,20 @@ def write_encodings(path: Path, encodings: Sequence[Encoding]) -> None:
         with replacing(path) as file:
             np.savez(file, lengths=np.array([one.tokens for one in encodings], np.int32), **arrays)
         return
-    rows = [one.logits if one.pooled is None else one.pooled for one in encodings]
-    if path.suffix != ".npy" or any(row is None or row.ndim != 1 for row in rows):
+    choices = ([one.scores, one.pooled, one.logits] for one in encodings)
+    rows = [next((array for array in arrays if array is not None), None) for arrays in choices]
+    if path.suffix != ".npy" or any(row is None or row.ndim > 1 for row in rows):
         raise ValueError(f"{path} cannot hold what this model gives, expected a file that ends in .npz")
     with replacing(path) as file:
         np.save(file, np.stack([row for row in rows if row is not None]))
 
 
 def _joined(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    return np.stack(arrays) if arrays[0].ndim == 1 else np.concatenate(arrays)
+    return np.stack(arrays) if arrays[0].ndim <= 1 else np.concatenate(arrays)
 
 
-def _classes(logits: NDArray[np.float32], info: Manifest) -> list[str]:
-    values = probabilities(logits, info)
+def _classes(encoding: Encoding, info: Manifest) -> list[str]:
+    values = class_scores(encoding, info)
     return [f"{values[index]:8.4f}  {info.model.labels[index]}" for index in np.argsort(-values)[:_SHOWN]]
 
 

@@ -201,6 +201,8 @@ class EncoderEntries(Entries):
         model, _ = self._model(self.weights)
         arguments = {name: ArrayInfo((batch, *info.shape), info.dtype) for name, info in model.inputs(capacity).items()}
         arguments["lengths"] = ArrayInfo((batch,), "int32")
+        if model.pools_without_prompt:
+            arguments["prompt_lengths"] = ArrayInfo((batch,), "int32")
         specs = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in arguments.values()]
         outputs = jax.eval_shape(functools.partial(self._outputs, tuple(arguments)), self.weights, *specs)
         names = tuple(outputs)
@@ -214,8 +216,8 @@ class EncoderEntries(Entries):
     def _outputs(self, names: tuple[str, ...], weights: Weights, *arrays: Array) -> dict[str, Array]:
         model, bases = self._model(weights)
         inputs = dict(zip(names, arrays, strict=True))
-        lengths = inputs.pop("lengths")
-        return model.encode(inputs, lengths, attention=self.attention, bases=bases)
+        lengths, prompt_lengths = inputs.pop("lengths"), inputs.pop("prompt_lengths", None)
+        return model.encode(inputs, lengths, attention=self.attention, bases=bases, prompt_lengths=prompt_lengths)
 
 
 def entries_class(model: nnx.Module) -> type[Entries]:

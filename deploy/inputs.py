@@ -1,7 +1,9 @@
 """What callers give to a session, checked: token ids of any model, and the rows of an encoder in all their forms."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeGuard
 
@@ -9,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import ArrayInfo, Manifest
-from .tokenization import Tokens
+from .tokenization import TextTokenizer
+
+COUNTS = ("lengths", "prompt_lengths")
+"""Arguments of an entry that are one number for each row, which callers do not give."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +24,66 @@ class Row:
     Attributes:
         arrays: the model's inputs by name, without batch dimension and padding.
         tokens: how many the row has.
+        prompt_tokens: how many of its first ones are the prompt's, where the model pools without them.
         offsets: int32 [tokens, 2], where in its text each token begins and ends; None if no text was given.
         sequence: int32 [tokens], which text of a pair each token is of, -1 for special tokens; None as `offsets`.
+        truncated: whether its text was cut.
     """
 
     arrays: dict[str, NDArray[Any]]
     tokens: int
+    prompt_tokens: int = 0
     offsets: NDArray[np.int32] | None = None
     sequence: NDArray[np.int32] | None = None
+    truncated: bool = False
+
+    def count(self, name: str) -> int:
+        """One of `COUNTS`."""
+        return {"lengths": self.tokens, "prompt_lengths": self.prompt_tokens}[name]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What is done to texts on their way to tokens.
+
+    Attributes:
+        prompt: is put in front of each.
+        asked: whether the caller asked for the prompt, which then may not be left out.
+        truncate: whether a text that is longer than the model's `max_seq_length` is cut, or refused.
+        add_special_tokens: as `TextTokenizer.encode` has it.
+    """
+
+    prompt: str = ""
+    asked: bool = False
+    truncate: bool = True
+    add_special_tokens: bool | None = True
+
+
+def choose_prompt(info: Manifest, prompt: str | None, prompt_name: str | None) -> str:
+    """The text that goes in front of texts, as sentence-transformers resolves it: the prompt itself, or else the named
+    one, or else the model's default.
+
+    Raises:
+        ValueError: a name that the model's prompts do not have, or a prompt for a model that takes no texts.
+    """
+    text = info.model.text
+    if text is None:
+        if prompt is not None or prompt_name is not None:
+            raise ValueError(f"a prompt goes in front of texts, but the model ({info.model.model_type}) takes none")
+        return ""
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is {prompt!r}, expected text")
+        if prompt_name is not None:
+            warnings.warn(f"prompt_name {prompt_name!r} has no effect beside prompt", stacklevel=3)
+        return prompt
+    name = text.default_prompt_name if prompt_name is None else prompt_name
+    if name is None:
+        return ""
+    if name not in text.prompts:
+        names = ", ".join(text.prompts) or "(none)"
+        raise ValueError(f"prompt_name is {name!r}, but the model's prompts are: {names}")
+    return text.prompts[name]
 
 
 def check_ids(ids: Any, what: str, info: Manifest) -> NDArray[np.int32]:
@@ -68,21 +125,23 @@ def check_count(value: Any, name: str, least: int) -> int:
     return int(value)
 
 
-def read_rows(inputs: Any, info: Manifest, tokenize: Callable[..., Tokens]) -> tuple[list[Row], bool]:
+def read_rows(
+    inputs: Any, info: Manifest, tokenizer: Callable[[], TextTokenizer], options: TextOptions
+) -> tuple[list[Row], bool]:
     """The rows of what an encoder is given, and whether it was a list of several.
 
     Args:
         inputs: as `Session.encode` takes them.
         info: of the artifact.
-        tokenize: gives the tokens of a text or of a pair of texts, or raises ValueError.
+        tokenizer: gives the model's tokenizer, which cuts at its `max_seq_length`, or raises ValueError.
+        options: for texts.
 
     Raises:
         ValueError: what does not fit the model; it names the row.
     """
-    expected = {
-        name: array for name, array in info.buckets[-1].entries["encode"].arguments.items() if name != "lengths"
-    }
-    reader = _Reader(info, expected, tokenize)
+    arguments = info.buckets[-1].entries["encode"].arguments
+    expected = {name: array for name, array in arguments.items() if name not in COUNTS}
+    reader = _Reader(info, expected, "prompt_lengths" in arguments, tokenizer, options)
     if isinstance(inputs, Mapping) and reader.holds_many(inputs):
         return [reader.row(one, f"input {index}") for index, one in enumerate(reader.split(inputs))], True
     if isinstance(inputs, list) and inputs and not isinstance(inputs[0], Integral):
@@ -92,23 +151,25 @@ def read_rows(inputs: Any, info: Manifest, tokenize: Callable[..., Tokens]) -> t
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads rows for a model that takes the arrays `expected`, with a batch dimension."""
+    """Reads rows for a model that takes the arrays `expected`, with a batch dimension, and perhaps counts prompts."""
 
     info: Manifest
     expected: dict[str, ArrayInfo]
-    tokenize: Callable[..., Tokens]
+    counts_prompts: bool
+    tokenizer: Callable[[], TextTokenizer]
+    options: TextOptions
 
     def row(self, given: Any, what: str) -> Row:
         """One text, pair of texts, array of ids, or mapping of arrays."""
-        if isinstance(given, Mapping):
-            return self._arrays(given, what)
-        if "input_ids" not in self.expected:
+        if not isinstance(given, Mapping) and "input_ids" not in self.expected:
             raise ValueError(f"{what} is {_kind_of(given)}, but the model takes {self._wanted()}")
         if isinstance(given, str):
             return self._text((given,), what)
-        if isinstance(given, tuple) and len(given) == 2 and all(isinstance(text, str) for text in given):
-            return self._text(given, what)
-        return self._arrays({"input_ids": given}, what)
+        if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(text, str) for text in given):
+            return self._text(tuple(given), what)
+        if self.options.asked and self.options.prompt:
+            raise ValueError(f"{what} is {_kind_of(given)}, but a prompt goes in front of texts only")
+        return self._arrays(given if isinstance(given, Mapping) else {"input_ids": given}, what)
 
     def holds_many(self, given: Mapping[str, Any]) -> bool:
         """Whether the arrays have a batch dimension."""
@@ -125,10 +186,28 @@ class _Reader:
         return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
 
     def _text(self, texts: tuple[str, ...], what: str) -> Row:
-        tokens = self.tokenize(*texts)
-        arrays = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
+        options, text = self.options, self.info.model.text
+        tokens = self.tokenizer().encode(
+            options.prompt + texts[0], *texts[1:], add_special_tokens=options.add_special_tokens
+        )
+        if text is not None and tokens.truncated and not options.truncate:
+            raise ValueError(
+                f"{what} is longer than the {text.max_seq_length} tokens of the model's max_seq_length: shorten it, or "
+                "leave truncate as it is to have it cut"
+            )
+        segments = text is None or text.segments
+        arrays = {
+            "input_ids": tokens.ids,
+            "token_type_ids": tokens.type_ids if segments else np.zeros_like(tokens.ids),
+        }
         row = self._arrays({name: arrays[name] for name in self.expected}, what)
-        return Row(row.arrays, row.tokens, tokens.offsets, tokens.sequence)
+        prompt_tokens = self._prompt_tokens if self.counts_prompts else 0
+        return Row(row.arrays, row.tokens, prompt_tokens, tokens.offsets, tokens.sequence, tokens.truncated)
+
+    @cached_property
+    def _prompt_tokens(self) -> int:
+        options = self.options
+        return self.tokenizer().prompt_tokens(options.prompt, add_special_tokens=options.add_special_tokens)
 
     def _arrays(self, given: Mapping[str, Any], what: str) -> Row:
         optional = {"token_type_ids"}
@@ -206,4 +285,6 @@ def _depth(array: Any) -> int:
 
 
 def _kind_of(given: Any) -> str:
+    if isinstance(given, Mapping):
+        return f"arrays {', '.join(map(str, given)) or '(none)'}"
     return "text" if isinstance(given, str | tuple) else f"{type(given).__name__} of shape {np.shape(given)}"

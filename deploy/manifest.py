@@ -22,6 +22,7 @@ from ..host import strict_json
 SCHEMA = 4
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
+_TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 ENTRIES = {"decoder": ("prefill", "decode", "score"), "encoder": ("encode",)}
 """The compiled functions of a bucket, by the kind of model."""
 
@@ -99,6 +100,43 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class TextInfo:
+    """How an encoder takes texts, as its source asks.
+
+    Attributes:
+        segments: whether token types mark the second text of a pair.
+        max_seq_length: tokens at which a text is cut, special tokens included; None if none is.
+        truncation_side: where a text that is too long loses tokens, "right" or "left".
+        prompts: texts by name that may be put in front of a text.
+        default_prompt_name: the one that is, if a caller names none.
+        embedding: of a sentence embedder: what makes its embedding of the hidden states, step by step, for people.
+        truncate_dim: numbers of an embedding that are kept; None for all.
+        similarity_fn_name: by which embeddings are to be compared, for people.
+        score_activation: that makes scores of a classifier's logits, for people; None for other models.
+    """
+
+    segments: bool
+    max_seq_length: int | None
+    truncation_side: str
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    embedding: tuple[str, ...]
+    truncate_dim: int | None
+    similarity_fn_name: str | None
+    score_activation: str | None
+
+    def __post_init__(self) -> None:
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ArtifactError(
+                f"manifest.json has default_prompt_name {self.default_prompt_name!r}, which is none of its prompts"
+            )
+        if self.truncation_side not in ("right", "left"):
+            raise ArtifactError(
+                f"manifest.json has truncation_side {self.truncation_side!r}, expected 'right' or 'left'"
+            )
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a session needs to know of the model.
 
@@ -113,6 +151,7 @@ class ModelInfo:
         parameters: how many.
         eos_token_ids: ids that end a text.
         config: the whole config.json.
+        text: how it takes texts; None for a decoder, and for a model of images or sound.
     """
 
     kind: str
@@ -125,6 +164,7 @@ class ModelInfo:
     parameters: int
     eos_token_ids: tuple[int, ...]
     config: dict[str, Any]
+    text: TextInfo | None
 
 
 @dataclass(frozen=True)
@@ -390,7 +430,7 @@ def _parse(hint: Any, value: object, where: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise _mismatch(where, value, {int: "an integer", float: "a number", str: "a string"}[hint])
+        raise _mismatch(where, value, _TYPES[hint])
     if hint is int and not 0 <= typing.cast(int, value) <= _MAX_INTEGER:
         raise _mismatch(where, value, "an integer that is not negative and below 2^63")
     return value

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from .. import kernels
 from ..host.environment import check_platforms
 from .artifact import TOKENIZER, Artifact, Tier, open_artifact
-from .encoding import Encoding, bucket_for, check_outputs, encode_rows
+from .encoding import Encoding, bucket_for, check_outputs, check_truncate_dim, encode_rows
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
-from .inputs import check_count, check_ids, is_nested, read_rows
+from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_nested, read_rows
 from .manifest import ENTRIES, ArrayInfo, BucketInfo, FileInfo, Manifest
 from .sampling import check_temperature, sample
-from .tokenization import TextTokenizer, Tokens
+from .tokenization import Cut, TextTokenizer
 from .weights import cpu_device, put_weights, read_weights
 
 FinishReason = Literal["stop", "length", "capacity"]
@@ -128,6 +128,7 @@ class Session:
         self._weights = self._load_weights()
         self._caches: dict[int, Any] = {}
         self._text_tokenizer: TextTokenizer | None = None
+        self._text_cutter: TextTokenizer | None = None
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._closed = False
@@ -143,7 +144,7 @@ class Session:
             self._closed = True
             for array in jax.tree.leaves((self._weights, self._caches)):
                 array.delete()
-            self._weights, self._text_tokenizer = (), None
+            self._weights, self._text_tokenizer, self._text_cutter = (), None, None
             self._caches.clear()
             self._entries.clear()
 
@@ -255,8 +256,12 @@ class Session:
         self,
         inputs: str | tuple[str, str] | NDArray[np.integer[Any]] | list[int],
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        truncate_dim: int | None = None,
         outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = None,
+        add_special_tokens: bool | None = True,
         progress: Progress | None = None,
     ) -> Encoding: ...
 
@@ -265,8 +270,12 @@ class Session:
         self,
         inputs: list[str] | list[tuple[str, str]] | list[NDArray[Any]] | list[list[int]],
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        truncate_dim: int | None = None,
         outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = None,
+        add_special_tokens: bool | None = True,
         progress: Progress | None = None,
     ) -> list[Encoding]: ...
 
@@ -275,8 +284,12 @@ class Session:
         self,
         inputs: Any,
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        truncate_dim: int | None = None,
         outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = None,
+        add_special_tokens: bool | None = True,
         progress: Progress | None = None,
     ) -> Any: ...
 
@@ -284,19 +297,33 @@ class Session:
         self,
         inputs: Any,
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        truncate_dim: int | None = None,
         outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = None,
+        add_special_tokens: bool | None = True,
         progress: Progress | None = None,
     ) -> Encoding | list[Encoding]:
         """Hidden states, and what pooler, pooling or task head make of them. Of an encoder.
+
+        Texts go the way that the files of a sentence embedder or a cross-encoder ask for, which is that of
+        sentence-transformers: with the prompt in front, and cut at `max_seq_length`. `info.model.text` says what that
+        is. Token ids and arrays are taken as they are.
 
         Args:
             inputs: a text; a pair of texts as a tuple; token ids as a 1-D integer array or list; a dict of arrays by
                 the model's names (`pixel_values`, `input_features`, `input_ids`, ...); or a list of such inputs of any
                 lengths. The arrays of a dict may have a batch dimension, which makes it a list.
-            outputs: which of `last_hidden_state`, `pooled` and `logits` to keep; None for all that the model gives. A
-                list of many texts needs less memory with what is used of it.
-            add_special_tokens: of texts, as in `tokenize`.
+            prompt: what to put in front of each text, of a pair in front of the first; "" for nothing.
+            prompt_name: one of the model's prompts by its name ("query" and "document" stand for sentence-transformers'
+                `encode_query` and `encode_document`). None, and no `prompt`: the model's default, if it has one.
+            truncate: whether a text that is longer than the model's `max_seq_length` is cut there; an error if false.
+            truncate_dim: how many numbers of a sentence embedding to keep; None for what the model's files say. They
+                are the first of a vector that has been normalised already, if the model does that.
+            outputs: which of `last_hidden_state`, `pooled`, `logits` and `scores` to keep; None for all that the model
+                gives. A list of many texts needs less memory with what is used of it.
+            add_special_tokens: of texts, as in `tokenize`, but that all of them are put there if nothing is said.
             progress: called with the inputs done and the inputs in all after each call.
 
         Returns:
@@ -304,17 +331,18 @@ class Session:
 
         Raises:
             ValueError: an empty input, text for a model without tokenizer, an id outside the vocabulary, arrays of
-                other names or shapes, more tokens than the largest bucket has (nothing is cut off), or a decoder.
+                other names or shapes, more tokens than the largest bucket has, a prompt name that the model does not
+                have, a prompt for what is no text, or a decoder.
         """
         self._check_entry("encode")
         kept = check_outputs(outputs, tuple(self.info.buckets[0].entries["encode"].results))
-
-        def tokenize(*texts: str) -> Tokens:
-            return self._tokenizer().encode(*texts, add_special_tokens=add_special_tokens)
-
-        rows, nested = read_rows(inputs, self.info, tokenize)
+        numbers = check_truncate_dim(truncate_dim, self.info)
+        asked = prompt is not None or prompt_name is not None
+        front = choose_prompt(self.info, prompt, prompt_name)
+        options = TextOptions(front, asked, truncate, add_special_tokens)
+        rows, nested = read_rows(inputs, self.info, self._cutting_tokenizer, options)
         with self._turn():
-            encodings = encode_rows(rows, self.info, kept, self._call, progress)
+            encodings = encode_rows(rows, self.info, kept, numbers, self._call, progress)
         return encodings if nested else encodings[0]
 
     def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> NDArray[np.int32]:
@@ -354,11 +382,24 @@ class Session:
     def _tokenizer(self) -> TextTokenizer:
         self._check_open()
         if self._text_tokenizer is None:
-            file = self._tokenizer_file
-            if file is None:
-                raise ValueError("this model has no tokenizer: give and take token ids")
-            self._text_tokenizer = TextTokenizer(self._artifact.read(file), self.info.model.vocab_size)
+            self._text_tokenizer = self._open_tokenizer(None)
         return self._text_tokenizer
+
+    def _cutting_tokenizer(self) -> TextTokenizer:
+        """The tokenizer of what is encoded, which cuts texts where the model's files say so."""
+        text = self.info.model.text
+        if text is None or text.max_seq_length is None:
+            return self._tokenizer()
+        self._check_open()
+        if self._text_cutter is None:
+            self._text_cutter = self._open_tokenizer(Cut(text.max_seq_length, text.truncation_side))
+        return self._text_cutter
+
+    def _open_tokenizer(self, cut: Cut | None) -> TextTokenizer:
+        file = self._tokenizer_file
+        if file is None:
+            raise ValueError("this model has no tokenizer: give and take token ids")
+        return TextTokenizer(self._artifact.read(file), self.info.model.vocab_size, cut)
 
     def _read_ids(self, given: Any, what: str, add_special_tokens: bool | None) -> NDArray[np.int32]:
         """Checked token ids of a text or of ids."""

@@ -119,6 +119,7 @@ def summary_table(manifest: Manifest) -> Table:
         "task": describe_task(model),
         "context": f"{_context(model)}; buckets {_join(b.capacity for b in manifest.buckets)}",
         **_vocabulary(model),
+        **text_rows(manifest),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
         f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
@@ -153,6 +154,30 @@ def describe_task(model: ModelInfo) -> str:
     """What the model is for, and the first of its classes."""
     shown = ", ".join(model.labels[:_LABELS_SHOWN]) + (", ..." if len(model.labels) > _LABELS_SHOWN else "")
     return model.task.replace("_", " ") + (f" into {len(model.labels)} classes: {shown}" if shown else "")
+
+
+def text_rows(manifest: Manifest) -> dict[str, str]:
+    """How the model takes texts, as far as its files say something of it, by name."""
+    text = manifest.model.text
+    if text is None:
+        return {}
+    rows = {}
+    if text.embedding:
+        size = manifest.buckets[0].entries["encode"].results["pooled"].shape[-1]
+        kept = min(size, text.truncate_dim or size)
+        like = f", to compare by {text.similarity_fn_name}" if text.similarity_fn_name else ""
+        rows["embedding"] = f"{', '.join(text.embedding)}; {kept} {f'of {size} ' * (kept < size)}numbers{like}"
+    if any(text.prompts.values()):
+        rows["prompts"] = ", ".join(
+            f"{name}{' (default)' * (name == text.default_prompt_name)} {json.dumps(prompt, ensure_ascii=False)}"
+            for name, prompt in text.prompts.items()
+        )
+    if text.max_seq_length is not None:
+        side = "" if text.truncation_side == "right" else ", from the left"
+        rows["texts"] = f"cut at {text.max_seq_length} tokens{side}"
+    if text.score_activation is not None:
+        rows["scores"] = f"logits, {text.score_activation}"
+    return rows
 
 
 def describe(attention: Mapping[str, Any]) -> str:

@@ -10,6 +10,14 @@ from .manifest import ArtifactError
 _SHOWN = 40
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Texts are cut at so many tokens, special tokens included, and lose them at one side, "right" or "left"."""
+
+    tokens: int
+    side: str
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """The tokens of a text, or of a pair of texts.
@@ -19,26 +27,28 @@ class Tokens:
         type_ids: int32 [n], the segment of each.
         offsets: int32 [n, 2], where in its text each begins and ends, in characters.
         sequence: int32 [n], which text of a pair each is of; -1 for special tokens that stand around the texts.
+        truncated: whether others of the texts were cut off.
     """
 
     ids: NDArray[np.int32]
     type_ids: NDArray[np.int32]
     offsets: NDArray[np.int32]
     sequence: NDArray[np.int32]
+    truncated: bool
 
     def chosen(self, kept: NDArray[np.bool_]) -> "Tokens":
         """Some of the tokens."""
-        return Tokens(self.ids[kept], self.type_ids[kept], self.offsets[kept], self.sequence[kept])
+        return Tokens(self.ids[kept], self.type_ids[kept], self.offsets[kept], self.sequence[kept], self.truncated)
 
 
 class TextTokenizer:
-    """A tokenizer without truncation and padding.
+    """A tokenizer without padding, and without truncation but that of `cut`.
 
     Raises:
         ArtifactError: tokenizer.json cannot be read.
     """
 
-    def __init__(self, data: bytes, vocab_size: int | None) -> None:
+    def __init__(self, data: bytes, vocab_size: int | None, cut: Cut | None = None) -> None:
         from tokenizers import Tokenizer
 
         self._vocab_size = vocab_size
@@ -46,6 +56,9 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_str(data.decode())
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            if cut is not None:
+                # Of a pair, the longer text loses tokens first.
+                self._tokenizer.enable_truncation(cut.tokens, strategy="longest_first", direction=cut.side)
         except BaseException as error:
             raise ArtifactError(
                 f"tokenizer.json cannot be read ({_reason(error)}): convert the source again, with one that "
@@ -76,9 +89,20 @@ class TextTokenizer:
             np.asarray(encoded.type_ids, np.int32),
             np.asarray(encoded.offsets, np.int32).reshape(-1, 2),
             np.asarray(sequence, np.int32),
+            bool(encoded.overflowing),
         )
         self._check_ids(tokens.ids)
         return _once(tokens) if add_special_tokens is None else tokens
+
+    def prompt_tokens(self, prompt: str, *, add_special_tokens: bool | None = True) -> int:
+        """How many tokens a prompt takes at the beginning of a text: as sentence-transformers counts them, those of the
+        prompt alone, without a special token at their end.
+        """
+        if not prompt:
+            return 0
+        ids = self.encode(prompt, add_special_tokens=add_special_tokens).ids
+        special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        return len(ids) - (ids.size > 0 and int(ids[-1]) in special)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; ValueError if the tokenizer has none for them."""

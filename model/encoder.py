@@ -18,7 +18,7 @@ from ..attention import AttentionConfig, Dense
 from .config import read_boolean, read_integer
 from .decoder import DecoderConfig
 from .layers import ACTIVATIONS, Embedding, Linear
-from .pooling import Pooling
+from .pooling import TORCH_ACTIVATIONS, SentenceEmbedding
 from .rope import Rope, rotary_tables
 from .self_attention import Bases, LayerCall
 
@@ -275,7 +275,9 @@ class Encoder(nnx.Module):
         head_pooling: what a head for whole rows reads: "pooler", "first", "mean", "padded_mean" (the sum over a row's
             tokens divided by the model's `max_tokens`), "last" (the last token that is not the configuration's
             `pad_token_id`), or "tokens" for a head that pools by itself.
-        pooling: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as `pooled`.
+        sentence_embedding: that of a sentence embedder, or None; it takes the pooler's place in what `encode` gives as
+            `pooled`.
+        score_activation: name of the activation in torch.nn that makes scores of a classifier's logits, or None.
     """
 
     def __init__(
@@ -294,11 +296,17 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.norm: Any = norm
         self.pooler, self.head, self.head_pooling = pooler, head, head_pooling
-        self.pooling: Pooling | None = None
+        self.sentence_embedding: SentenceEmbedding | None = None
+        self.score_activation: str | None = None
 
     def inputs(self, tokens: int) -> dict[str, InputInfo]:
         """The inputs for rows of so many tokens; every row's `lengths` go beside them."""
         return self.embeddings.inputs(tokens)
+
+    @property
+    def pools_without_prompt(self) -> bool:
+        """Whether it is a sentence embedder that leaves the prompt's tokens out of its pooling."""
+        return self.sentence_embedding is not None and not self.sentence_embedding.config.include_prompt
 
     def encode(
         self,
@@ -308,6 +316,7 @@ class Encoder(nnx.Module):
         attention: AttentionConfig = Dense(),  # noqa: B008 - a frozen value
         bases: Bases | None = None,
         observe: Callable[[Array, Array], None] | None = None,
+        prompt_lengths: Int[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
         """What the encoder makes of its inputs.
 
@@ -317,12 +326,15 @@ class Encoder(nnx.Module):
             attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
             bases: calibrated projections, one per layer, where the attention's method needs them.
             observe: is given the queries and keys of each layer in turn, while the function is traced.
+            prompt_lengths: first tokens of each row that a sentence embedder may have to leave out of its pooling
+                (`pools_without_prompt`).
 
         Returns:
             `last_hidden_state` [batch, tokens, hidden_size]; `pooled` [batch, hidden_size] from a model with a pooler,
-            and in float32 from a sentence embedder; `logits` in float32 from a model with a task head: [batch,
-            num_labels] for whole rows, [batch, tokens, num_labels] for token classification, [batch, tokens, 2] (start
-            and end) for question answering, [batch, tokens, vocab_size] for masked language models.
+            and in float32 from a sentence embedder, whose vector may have another width; `logits` in float32 from a
+            model with a task head: [batch, num_labels] for whole rows, [batch, tokens, num_labels] for token
+            classification, [batch, tokens, 2] (start and end) for question answering, [batch, tokens, vocab_size] for
+            masked language models; `scores`, the logits of whole rows with `score_activation` behind them.
         """
         config = self.config
         hidden = self.embeddings(inputs)
@@ -348,8 +360,10 @@ class Encoder(nnx.Module):
         pooled = None if self.pooler is None else self.pooler(hidden[:, 0])
         if self.head is not None:
             outputs["logits"] = self._logits(self.head, inputs, hidden, pooled, lengths)
-        if self.pooling is not None:
-            pooled = self.pooling(hidden, lengths)
+            if self.score_activation is not None:
+                outputs["scores"] = TORCH_ACTIVATIONS[self.score_activation](outputs["logits"])
+        if self.sentence_embedding is not None:
+            pooled = self.sentence_embedding(hidden, lengths, prompt_lengths)
         return outputs if pooled is None else outputs | {"pooled": pooled}
 
     def queries_and_keys(

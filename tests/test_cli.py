@@ -170,7 +170,8 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="module")
 def embedder(make_encoder: Callable[..., Path]) -> Path:
-    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    package = "sentence_transformers.models"
+    modules = [{"path": "", "type": f"{package}.Transformer"}, {"path": "1_Pooling", "type": f"{package}.Pooling"}]
     pooling = {"pooling_mode_mean_tokens": True}
     files = {"modules.json": json.dumps(modules), "1_Pooling/config.json": json.dumps(pooling)}
     return make_encoder("AutoModel", files=files)

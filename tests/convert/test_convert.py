@@ -65,7 +65,7 @@ def test_the_folder_is_complete(tiny_llama: Path, tiny_checkpoint: Path) -> None
     provenance = json.loads((tiny_checkpoint / "iceformer.json").read_text())
     digest = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
     assert provenance == {
-        "format": 1,
+        "format": 2,
         "iceformer": iceformer.__version__,
         "source": "source",
         "sha256": {"model.safetensors": digest},

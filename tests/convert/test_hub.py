@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import AutoModel
 
 from iceformer.convert.hub import download, is_hub_id
 
+from ..field.folders import write_json, write_tensors
+from ..model.cases import ENCODERS
+from ..model.reference import save_random
 from . import hub_server
 from .hub_server import COMMIT
 from .test_convert import parameters
@@ -27,8 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, save_llam
     for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling_tiny.py", "onnx/model.onnx"):
         (root / "org" / "tiny" / name).parent.mkdir(exist_ok=True)
         (root / "org" / "tiny" / name).write_text("not wanted")
-    (root / "org" / "tiny" / "1_Pooling").mkdir()
-    (root / "org" / "tiny" / "1_Pooling" / "config.json").write_text("{}")
+    save_embedder(root / "org" / "embedder")
     save_llama(root / "org" / "sharded", max_shard_size="40KB")
     save_llama(root / "org" / "gated")
     for name in ("pickled", "weightless"):
@@ -38,6 +42,19 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, save_llam
 
     torch.save(load_file(tiny_llama / "model.safetensors"), root / "org" / "pickled" / "pytorch_model.bin")
     return root
+
+
+def save_embedder(folder: Path) -> None:
+    """A sentence embedder whose parts all lie in folders, one of them with weights."""
+    save_random(folder / "0_Transformer", "bert", auto_class=AutoModel, **ENCODERS["bert"].tiny)
+    parts = {"0_Transformer": "Transformer", "pooling [mean]": "Pooling", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in parts.items()]
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "pooling [mean]" / "config.json", {"pooling_mode": "mean"})
+    width = ENCODERS["bert"].tiny["hidden_size"]
+    write_json(folder / "2_Dense" / "config.json", {"in_features": width, "out_features": 3, "bias": False})
+    write_tensors(folder / "2_Dense", {"linear.weight": np.ones((3, width), np.float32)})
+    write_json(folder / "notes" / "config.json", {})
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +97,7 @@ def test_a_model_is_fetched_and_converted(convert: Any, tmp_path: Path, tiny_che
     assert done.returncode == 0, done.stderr
     assert done.stdout == "checkpoint: checkpoint\n"
     assert "Fetching" in done.stderr or "Downloading" in done.stderr
-    beside = {"config.json", "generation_config.json", "tokenizer.json", "1_Pooling/config.json"}
+    beside = {"config.json", "generation_config.json", "tokenizer.json"}
     assert fetched(tmp_path, "org/tiny") == {*beside, "model.safetensors"}
     found, expected = parameters(tmp_path / "checkpoint"), parameters(tiny_checkpoint)
     assert found.keys() == expected.keys()
@@ -88,6 +105,16 @@ def test_a_model_is_fetched_and_converted(convert: Any, tmp_path: Path, tiny_che
     provenance = json.loads((tmp_path / "checkpoint" / "iceformer.json").read_text())
     assert (provenance["source"], provenance["commit"]) == ("org/tiny", COMMIT)
     assert provenance["sha256"].keys() == {"model.safetensors"}
+
+
+def test_the_parts_of_a_sentence_embedder_are_fetched(convert: Any, tmp_path: Path) -> None:
+    done = convert("org/embedder")
+    assert done.returncode == 0, done.stderr
+    weights = {"0_Transformer/model.safetensors", "2_Dense/model.safetensors"}
+    configs = {f"{part}/config.json" for part in ("0_Transformer", "pooling [mean]", "2_Dense")}
+    assert fetched(tmp_path, "org/embedder") == {"modules.json", *configs, *weights}
+    provenance = json.loads((tmp_path / "checkpoint" / "iceformer.json").read_text())
+    assert provenance["sha256"].keys() == weights
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("org/sharded", "safetensors"), ("org/pickled", "bin")])

@@ -90,7 +90,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     model = PatchEncoder(PatchConfig.from_hf(fields), rngs=nnx.Rngs(0))
     save_params(folder / "params", nnx.to_pure_dict(nnx.state(model)))
     (folder / "config.json").write_text(json.dumps(fields))
-    (folder / "iceformer.json").write_text(json.dumps({"format": 1}))
+    (folder / "iceformer.json").write_text(json.dumps({"format": 2}))
     with pytest.MonkeyPatch.context() as patch:
         toy = registry.Architecture("Patches", PatchConfig, PatchEncoder, "none")
         patch.setitem(registry.ARCHITECTURES, "patches", toy)

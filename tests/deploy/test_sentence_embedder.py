@@ -50,12 +50,16 @@ def test_vectors_are_those_of_transformers(session: Session, reference: np.ndarr
     np.testing.assert_allclose(vectors, reference, atol=1e-5)
 
 
-def test_a_long_text_is_refused_and_not_cut(session: Session) -> None:
-    """Its tokenizer.json cuts at 128 tokens and pads to as many; a session does neither."""
+def test_a_long_text_is_cut_where_the_folder_says(session: Session) -> None:
+    """At 256 tokens, of sentence_bert_config.json, not at the 128 of tokenizer.json, which pads to as many, too."""
     assert session.encode("fox").tokens == 3
     assert session.encode("fox " * 200).tokens == 202
+    cut = session.encode("fox " * 300)
+    assert (cut.tokens, cut.truncated) == (256, True)
+    with pytest.raises(ValueError, match="the input is longer than the 256 tokens of the model's max_seq_length"):
+        session.encode("fox " * 300, truncate=False)
     with pytest.raises(ValueError, match="the input has 302 tokens and the largest bucket takes 256"):
-        session.encode("fox " * 300)
+        session.encode(session.tokenize("fox " * 300))
 
 
 def test_int8_keeps_the_vectors_and_says_how_well(session: Session, minilm_checkpoint: Path, tmp_path: Path) -> None:

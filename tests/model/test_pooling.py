@@ -1,114 +1,88 @@
-"""Pooling of sentence embedders against its definition row by row, and what its files may say."""
+"""Pooling of sentence embedders and what follows it, against the modules of sentence-transformers."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from flax import nnx
+from sentence_transformers.sentence_transformer import modules
 
-import iceformer
-from iceformer.model.encoder import Encoder
-from iceformer.model.pooling import Pooling, read_pooling
+from iceformer.model.pooling import MODES, TORCH_ACTIVATIONS, Dense, EmbeddingConfig, Normalize, SentenceEmbedding
 
-from .cases import ENCODERS
-from .reference import save_random
-
-DEFINITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "cls": lambda tokens: tokens[0],
-    "lasttoken": lambda tokens: tokens[-1],
-    "max": lambda tokens: tokens.max(0),
-    "mean": lambda tokens: tokens.mean(0),
-    "mean_sqrt_len_tokens": lambda tokens: tokens.sum(0) / np.sqrt(len(tokens)),
-    "weightedmean": lambda tokens: np.average(tokens, axis=0, weights=np.arange(1, len(tokens) + 1)),
-}
+LENGTHS = (9, 1, 5, 4)
+HIDDEN = np.random.default_rng(0).standard_normal((len(LENGTHS), 9, 6)).astype(np.float32) - 2
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("mode", DEFINITIONS)
-def test_pools_each_row_without_its_padding(mode: str, normalize: bool) -> None:
-    hidden = np.random.default_rng(0).standard_normal((4, 9, 6)).astype(np.float32) - 2
-    lengths = np.array([9, 1, 5, 0], np.int32)
-    pooled = np.asarray(Pooling(mode, normalize)(jnp.asarray(hidden), jnp.asarray(lengths)))
-    assert np.isfinite(pooled).all()
-    for row, length in enumerate(lengths[:3]):
-        expected = DEFINITIONS[mode](hidden[row, :length].astype(np.float64))
-        expected = expected / np.linalg.norm(expected) if normalize else expected
-        np.testing.assert_allclose(pooled[row], expected, atol=1e-6)
+def embed(config: EmbeddingConfig, prompt: int = 0, lengths: tuple[int, ...] = LENGTHS) -> np.ndarray:
+    embedding = SentenceEmbedding(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    prompts = jnp.full(len(lengths), prompt, jnp.int32)
+    return np.asarray(embedding(jnp.asarray(HIDDEN), jnp.asarray(lengths, jnp.int32), prompts))
+
+
+def reference(modes: tuple[str, ...], include_prompt: bool, prompt: int) -> np.ndarray:
+    pooling = modules.Pooling(HIDDEN.shape[-1], modes, include_prompt=include_prompt)
+    mask = torch.arange(HIDDEN.shape[1]) < torch.tensor(LENGTHS)[:, None]
+    features: dict[str, Any] = {"token_embeddings": torch.tensor(HIDDEN), "attention_mask": mask.long()}
+    if prompt:
+        features["prompt_length"] = prompt
+    return pooling(features)["sentence_embedding"].numpy()
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("modes", [*((mode,) for mode in MODES), MODES, ("mean", "cls"), ("max", "max")])
+def test_pools_each_row_without_its_padding(modes: tuple[str, ...], include_prompt: bool) -> None:
+    for prompt in (0, 1, 3, 4):
+        expected = reference(modes, include_prompt, prompt)
+        found = embed(EmbeddingConfig(modes, include_prompt), prompt)
+        # The largest of no tokens is minus infinity there.
+        some = np.isfinite(expected).all(1)
+        np.testing.assert_allclose(found[some], expected[some], atol=1e-6)
+        assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_without_tokens_are_finite(mode: str) -> None:
+    config = EmbeddingConfig((mode,), steps=(Normalize(),))
+    assert np.isfinite(embed(config, lengths=(0, 0, 9, 0))).all()
+
+
+def test_what_lies_beyond_a_row_is_not_seen() -> None:
+    hidden = np.where(np.arange(9)[:, None] < 4, HIDDEN[:1], np.nan)
+    embedding = SentenceEmbedding(EmbeddingConfig(MODES), rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    assert np.isfinite(np.asarray(embedding(jnp.asarray(hidden), jnp.array([4])))).all()
 
 
 def test_pools_bfloat16_in_float32() -> None:
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((1, 300, 8)), jnp.bfloat16)
-    pooled = Pooling("mean")(hidden, jnp.array([300]))
+    embedding = SentenceEmbedding(EmbeddingConfig(("mean",)), rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    pooled = embedding(hidden, jnp.array([300]))
     assert pooled.dtype == jnp.float32
     np.testing.assert_allclose(pooled[0], np.asarray(hidden[0], np.float64).mean(0), atol=1e-6)
 
 
-OLD, NEW = "sentence_transformers.models", "sentence_transformers.sentence_transformer.modules"
-MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+@pytest.mark.parametrize("name", TORCH_ACTIVATIONS)
+def test_activations_are_those_of_torch(name: str) -> None:
+    x = np.concatenate([np.linspace(-8, 8, 101), [0.0, 30.0, -30.0]]).astype(np.float32)
+    expected = getattr(torch.nn, name)()(torch.tensor(x)).numpy()
+    np.testing.assert_allclose(TORCH_ACTIVATIONS[name](jnp.asarray(x)), expected, atol=2e-6)
 
 
-def modules(*kinds: str, package: str = OLD) -> list[dict[str, Any]]:
-    paths = ["", *(f"{index}_{kind}" for index, kind in enumerate(kinds) if index)]
-    return [{"idx": 0, "path": path, "type": f"{package}.{kind}"} for path, kind in zip(paths, kinds, strict=True)]
+def test_widths_follow_the_steps() -> None:
+    first, second = Dense(12, 5, True, "Tanh"), Dense(5, 7, False, "Identity")
+    for steps in itertools.permutations((first, Normalize(), second)):
+        config = EmbeddingConfig(("mean", "cls"), steps=steps)
+        if steps.index(first) < steps.index(second):
+            assert config.size(6) == 7
+            assert embed(config).shape == (len(LENGTHS), 7)
+        else:
+            with pytest.raises(ValueError, match="in_features 5, but is given 12 numbers"):
+                config.size(6)
 
 
-@pytest.mark.parametrize(
-    ("listed", "config", "expected"),
-    [
-        (modules("Transformer", "Pooling"), MEAN, Pooling("mean")),
-        (modules("Transformer", "Pooling", "Normalize"), {"pooling_mode_cls_token": True}, Pooling("cls", True)),
-        (modules("Transformer", "Pooling"), {"pooling_mode_lasttoken": True, **MEAN, "pooling_mode_mean_tokens": False},
-         Pooling("lasttoken")),
-        (modules("Transformer", "Pooling", package=NEW), {"pooling_mode": "max"}, Pooling("max")),
-        (modules("Transformer", "Pooling", package=NEW), {"pooling_mode": ["mean"]}, Pooling("mean")),
-    ],
-)  # fmt: skip
-def test_reads_both_forms(listed: Any, config: dict[str, Any], expected: Pooling) -> None:
-    assert read_pooling(listed, {"1_Pooling": config}.__getitem__) == expected
-
-
-@pytest.mark.parametrize(
-    ("listed", "config", "message"),
-    [
-        (modules("Transformer", "Pooling", "Dense", "Normalize"), MEAN, "Transformer, Pooling, Dense, Normalize"),
-        (modules("Transformer", "Pooling"), {**MEAN, "pooling_mode_max_tokens": True}, r"pooling is \['max', 'mean'\]"),
-        (modules("Transformer", "Pooling"), {}, r"1_Pooling/config.json: the pooling is \[\]"),
-        (modules("Transformer", "Pooling"), {"pooling_mode": "median"}, r"pooling is \['median'\], supported is one"),
-        (modules("Transformer", "Pooling"), {**MEAN, "include_prompt": False}, "include_prompt is false"),
-        ({}, MEAN, "expected a list of modules"),
-    ],
-)  # fmt: skip
-def test_refuses_by_name(listed: Any, config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_pooling(listed, {"1_Pooling": config}.__getitem__)
-
-
-def test_a_sentence_embedder_keeps_its_pooling(tmp_path: Path) -> None:
-    """From the source's files through the checkpoint to what `encode` gives."""
-    import transformers
-
-    source = tmp_path / "source"
-    save_random(source, "bert", auto_class=transformers.AutoModel, **ENCODERS["bert"].tiny)
-    (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").write_text(json.dumps(MEAN))
-    (source / "modules.json").write_text(json.dumps(modules("Transformer", "Pooling", "Normalize")))
-    model = iceformer.load_model(iceformer.convert_checkpoint(source, tmp_path / "checkpoint"))
-    assert isinstance(model, Encoder)
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, 8), dtype=np.int32))
-    outputs = model.encode({"input_ids": ids, "token_type_ids": jnp.zeros_like(ids)}, jnp.array([8, 3]))
-    expected = np.asarray(outputs["last_hidden_state"])[1, :3].mean(0)
-    np.testing.assert_allclose(outputs["pooled"][1], expected / np.linalg.norm(expected), atol=1e-6)
-
-
-def test_a_module_that_is_not_supported_stops_the_conversion(tmp_path: Path) -> None:
-    import transformers
-
-    source = tmp_path / "source"
-    save_random(source, "bert", auto_class=transformers.AutoModel, **ENCODERS["bert"].tiny)
-    (source / "modules.json").write_text(json.dumps(modules("Transformer", "Pooling", "Dense")))
-    with pytest.raises(ValueError, match=r"Dense.*without modules\.json the model is taken as it is"):
-        iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
-    assert not (tmp_path / "checkpoint").exists()
+def test_refuses_other_modes() -> None:
+    for modes in ((), ("mean", "median")):
+        with pytest.raises(ValueError, match="expected some of: cls, max, mean"):
+            EmbeddingConfig(modes)
