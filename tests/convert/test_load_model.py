@@ -51,7 +51,7 @@ def test_a_folder_that_is_no_checkpoint(tiny_llama: Path, tmp_path: Path) -> Non
 
 def test_another_format(checkpoint: Path) -> None:
     (checkpoint / "iceformer.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(ValueError, match="has format 2, expected 1"):
+    with pytest.raises(ValueError, match="has format 1, expected 2"):
         iceformer.load_model(checkpoint)
 
 
