@@ -19,7 +19,7 @@ from .. import __version__
 from ..host.interrupts import check as check_interrupt
 from ..host.terminal import Description, progress_bar
 from ..model.decoder import DecoderConfig
-from ..model.encoder import EncoderConfig
+from ..model.encoder import CLASSIFYING, EncoderConfig, unnamed_labels
 from ..model.pooling import Dense
 from ..model.registry import ModelConfig, abstract_module
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
@@ -35,6 +35,7 @@ from .json_file import read_json
 from .layouts import TRANSPOSED
 from .parameters import save_params
 from .problems import joined, listed, shown
+from .quantization import without_quantization
 from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath
 from .rules import Plan, Rule, Slot, check_names, dotted, make_plan, reaches
@@ -92,6 +93,7 @@ def convert_checkpoint(
     fields = as_embedder(given) if pooled else given
     architecture, config = read_config(fields)
     weights = _open_weights(source)
+    fields = without_quantization(fields, weights.tensors)
     check_layers(config, len(weights.tensors), source)
     rules = rules_of(architecture.table, config)
     check_names(rules, weights.tensors)
@@ -100,9 +102,8 @@ def convert_checkpoint(
     elif _lacks_pooler(config, rules, weights.tensors):
         fields = {**fields, "add_pooling_layer": False}
     _, config = read_config(fields)
-    if isinstance(config, DecoderConfig) and config.kind == "decoder":
-        for sentence in unapplied(source, fields, config.vocab_size):
-            warnings.warn(sentence, stacklevel=2)
+    for sentence in _doubts(source, fields, config):
+        warnings.warn(sentence, stacklevel=2)
     settings = _text_settings(sentences, source, fields, config)
     rules = rules_of(architecture.table, config)
     tree: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract_module(architecture, config, jnp.float32))))
@@ -165,6 +166,17 @@ def _open_adapter(source: Path, given: str | Path | None) -> Adapter | None:
     if has_adapter(source):
         raise ValueError(f"adapter is {given}, but {source} has an adapter of its own: remove one of them")
     return open_adapter(Path(given))
+
+
+def _doubts(source: Path, fields: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
+    """Sentences on what the folder's JSON files ask for and the checkpoint will not do."""
+    if isinstance(config, DecoderConfig) and config.kind == "decoder":
+        yield from unapplied(source, fields, config.vocab_size)
+    if config.task in CLASSIFYING and (unnamed := unnamed_labels(fields)):
+        yield (
+            f"config: id2label does not name each of the {config.num_labels} classes, of which some go by "
+            f"{joined(unnamed)}"
+        )
 
 
 def _warn_of_spare(source: Path, task: str, names: list[str]) -> None:

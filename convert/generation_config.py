@@ -110,14 +110,14 @@ def _named_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
     return []
 
 
-def _read_ids(place: str, value: object) -> Iterable[int]:
+def _read_ids(place: str, value: Any) -> Iterable[int]:
     """The ids of a value; whole numbers may be written as floats."""
-    values = value if isinstance(value, list) else [value]
+    values: list[Any] = value if isinstance(value, list) else [value]
     if not all(map(_is_whole, values)):
         raise ValueError(
             f"{place}: {_EOS} is {_brief(value)}, expected a token id, a list of them, or null: a whole number each"
         )
-    return map(int, values)
+    return [int(value) for value in values]
 
 
 def _is_whole(value: object) -> bool:
@@ -145,6 +145,6 @@ def _nested(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return dict([pair for pair in inner if isinstance(pair[1], Mapping)][:1])
 
 
-def _brief(value: object) -> str:
+def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:36]} ..."

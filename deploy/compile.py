@@ -28,7 +28,7 @@ from ..convert.json_file import read_json
 from ..convert.text import read_text_settings
 from ..host.interrupts import check as check_interrupt
 from ..model.decoder import DecoderConfig
-from ..model.encoder import read_labels
+from ..model.encoder import CLASSIFYING, read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
 from ..model.self_attention import Bases
@@ -62,7 +62,6 @@ BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
 """The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
 _TIMED_QUERIES = 2048
 """Of an encoder whose tokens see only those before them, when attention is timed at a length."""
-_CLASSIFYING = ("sequence_classification", "token_classification")
 
 
 def compile(
@@ -291,7 +290,7 @@ def _model_info(raw_config: dict[str, Any], config: ModelConfig, ends: tuple[int
         kind=config.kind,
         model_type=config.model_type,
         task=config.task,
-        labels=read_labels(raw_config) if config.task in _CLASSIFYING else (),
+        labels=read_labels(raw_config) if config.task in CLASSIFYING else (),
         vocab_size=getattr(config, "vocab_size", None),
         max_tokens=config.max_tokens,
         fixed_tokens=config.fixed_tokens,

@@ -79,25 +79,6 @@ def require(config: Mapping[str, Any], name: str, supported: object) -> None:
         raise ValueError(f"config: {name} is {json.dumps(value)}, supported is only {json.dumps(supported)}")
 
 
-def refuse_quantized(config: Mapping[str, Any]) -> None:
-    """ValueError, with the method that it names, if the config says that the weights are quantised."""
-    for name in ("quantization", "quantization_config", "compression_config"):
-        if not (value := config.get(name)):
-            continue
-        method, width = value, None
-        if isinstance(value, Mapping):
-            # Only MLX names a method by its mode at most, and calls the field so.
-            method = value.get("quant_method", "MLX" if name == "quantization" else "unnamed")
-            widths = {"load_in_4bit": 4, "load_in_8bit": 8}
-            width = (
-                value.get("bits") or value.get("w_bit") or next((widths[key] for key in widths if value.get(key)), None)
-            )
-        raise ValueError(
-            f"config: {name} has quant_method {method}{f', {width} bits' if width else ''}, and quantised weights are "
-            "not read: convert the float32, float16 or bfloat16 model that this one was quantised from"
-        )
-
-
 def _value(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
     if value is not None:

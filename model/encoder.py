@@ -32,6 +32,8 @@ TASKS = {
     "ForQuestionAnswering": "question_answering",
 }
 """What an encoder is for, by the end of the class name under a config's `architectures`."""
+CLASSIFYING = ("sequence_classification", "token_classification")
+"""The tasks whose classes have names."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class EncoderConfig:
                 f"config: hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}"
             )
+        if self.task == "question_answering" and self.num_labels != 2:
+            raise ValueError(
+                f"config: num_labels is {self.num_labels}, expected 2 for the start and the end of an answer"
+            )
         for rope in set(self.ropes):
             if rope is not None:
                 rope.check(self.head_dim)
@@ -130,25 +136,44 @@ def read_pooler(config: Mapping[str, Any], task: str) -> bool:
 
 
 def read_num_labels(config: Mapping[str, Any]) -> int:
-    """Classes of the task head: the entries of `id2label`, or `num_labels`, or transformers' default of 2."""
-    labels = config.get("id2label")
-    return len(labels) if isinstance(labels, Mapping) and labels else read_integer(config, "num_labels", 2)
+    """Classes of the task head: `num_labels`, or else the entries of `id2label`, or transformers' default of 2.
+
+    Raises:
+        ValueError: `num_labels` is no number, or `id2label` no object whose names are numbers.
+    """
+    return read_integer(config, "num_labels", len(_read_id2label(config)) or 2)
 
 
 def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes in their order: `id2label`, or transformers' LABEL_0, LABEL_1 ... where it is not given.
+    """The names of the classes in their order: those of `id2label`, and transformers' LABEL_0, LABEL_1 ... for others.
+
+    As in transformers, `id2label` does not count where it has more or fewer entries than `num_labels` says.
 
     Raises:
-        ValueError: `id2label` does not number its classes from 0 on.
+        ValueError: as `read_num_labels`.
     """
-    labels = config.get("id2label")
-    if not labels:
-        return tuple(f"LABEL_{index}" for index in range(read_num_labels(config)))
-    named = {str(index): str(label) for index, label in labels.items()}
-    expected = [str(index) for index in range(len(named))]
-    if named.keys() != set(expected):
-        raise ValueError(f"config: id2label has the classes {', '.join(named)}, expected 0 to {len(named) - 1}")
-    return tuple(named[index] for index in expected)
+    count, named = read_num_labels(config), _read_id2label(config)
+    return tuple((named if len(named) == count else {}).get(index, f"LABEL_{index}") for index in range(count))
+
+
+def unnamed_labels(config: Mapping[str, Any]) -> list[str]:
+    """The names of those classes for which an `id2label` that has entries gives none.
+
+    Raises:
+        ValueError: as `read_num_labels`.
+    """
+    named = _read_id2label(config).values()
+    return [label for label in read_labels(config) if label not in named] if named else []
+
+
+def _read_id2label(config: Mapping[str, Any]) -> dict[int, str]:
+    labels = config.get("id2label") or {}
+    try:
+        return {int(index): str(label) for index, label in labels.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"config: id2label is {labels!r}, expected an object with a name for each class, by numbers from 0 on"
+        ) from None
 
 
 class TextEmbeddings(nnx.Module):

@@ -2,6 +2,7 @@
 `convert/tables` and one line here.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .bert import BertConfig, BertEncoder
-from .config import refuse_quantized
 from .decoder import CausalLM, DecoderConfig
-from .decoder_encoder import base_class, encoder_of, with_task
+from .decoder_encoder import encoder_of, with_task
 from .dinov2 import Dinov2Config, Dinov2Encoder, Dinov2WithRegistersConfig
 from .distilbert import DistilBertConfig, DistilBertEncoder
 from .encoder import Encoder, EncoderConfig
@@ -33,7 +33,7 @@ from .phi3 import Phi3Config, Phi3ForCausalLM
 from .qwen2 import Qwen2Config, Qwen2ForCausalLM
 from .qwen3 import Qwen3Config, Qwen3ForCausalLM
 from .qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from .roberta import RobertaConfig, RobertaEncoder, XlmRobertaConfig
+from .roberta import RobertaConfig, RobertaEncoder, XLMRobertaConfig
 from .smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from .stablelm import StableLmConfig, StableLmForCausalLM
 from .t5 import MT5Config, T5Config, T5Encoder, UMT5Config
@@ -46,7 +46,9 @@ Model = CausalLM | Encoder
 
 @dataclass(frozen=True)
 class Architecture:
-    """The classes of one model type; the module's name is the one that configs list under `architectures`.
+    """The classes of one model type.
+
+    The configuration has the name that it has in transformers, and so has a decoder's module.
 
     Attributes:
         name: as people write it, for tables.
@@ -164,7 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "whisper": Architecture(
         "Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; two convolutions, no bias of keys"
     ),
-    "xlm-roberta": Architecture("XLM-RoBERTa", XlmRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
+    "xlm-roberta": Architecture("XLM-RoBERTa", XLMRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
 }
 
 
@@ -172,10 +174,9 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture that a Hugging Face config asks for, and the config checked.
 
     Raises:
-        ValueError: an unknown architecture, quantised weights, or a field that the architecture refuses.
+        ValueError: an unknown architecture, or a field that the architecture refuses.
     """
     architecture = find(config)
-    refuse_quantized(config)
     checked = architecture.config.from_hf(config)
     return architecture, with_task(checked, config) if isinstance(checked, DecoderConfig) else checked
 
@@ -214,12 +215,20 @@ def abstract_module(architecture: Architecture, config: ModelConfig, dtype: DTyp
 
 def _by_class_name(config: Mapping[str, Any]) -> Architecture | None:
     names = config.get("architectures")
-    if config.get("model_type") is not None or not isinstance(names, list):
+    if config.get("model_type") or not isinstance(names, list):
         return None
-    return next((known for known in ARCHITECTURES.values() if not set(names).isdisjoint(_classes(known))), None)
+    for is_class in (_is_module, _is_of_family):
+        for known in ARCHITECTURES.values():
+            if any(is_class(known, str(name)) for name in names):
+                return known
+    return None
 
 
-def _classes(architecture: Architecture) -> set[str]:
-    """The classes of transformers that a config may name for it."""
-    name = architecture.module.__name__
-    return {name, base_class(name)} if issubclass(architecture.module, CausalLM) else {name}
+def _is_module(architecture: Architecture, name: str) -> bool:
+    return architecture.module.__name__ == name
+
+
+def _is_of_family(architecture: Architecture, name: str) -> bool:
+    """Whether a class of transformers has the architecture's name and an ending: BertModel, BertForMaskedLM ..."""
+    family = architecture.config.__name__.removesuffix("Config")
+    return re.fullmatch(rf"{family}(?:(?:Encoder|LMHead|DoubleHeads)?Model|Backbone|For[A-Z]\w*)", name) is not None

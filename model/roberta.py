@@ -50,7 +50,7 @@ class RobertaConfig(BertConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class XlmRobertaConfig(RobertaConfig):
+class XLMRobertaConfig(RobertaConfig):
     """Configuration of an XLM-RoBERTa model, which differs in a default only."""
 
     model_type: ClassVar[str] = "xlm-roberta"

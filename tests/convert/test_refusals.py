@@ -69,7 +69,7 @@ def test_all_that_does_not_fit_is_listed(source: Path) -> None:
         model__layers__2__input_layernorm__weight=np.ones(48, np.float32),
         model__layers__0__input_layernorm__weight=None,
         norm__weight=np.ones(48, np.float32),
-        score__weight=np.zeros((2, 48), np.float32),
+        other__weight=np.zeros((2, 48), np.float32),
         lm_head__weight=None,
     )
     lines = refused(source, ValueError).splitlines()
@@ -78,7 +78,7 @@ def test_all_that_does_not_fit_is_listed(source: Path) -> None:
         "unexpected: model.layers.1.self_attn.q_proj.bias [64], the config has no place for it",
         "unexpected: model.layers.2.input_layernorm.weight [48], the config has no place for it",
         "there twice: norm.weight and model.norm.weight",
-        "unexpected: score.weight [2, 48]",
+        "unexpected: other.weight [2, 48]",
         "missing: lm_head.kernel [48, 288]",
         "missing: model.layers.0.input_layernorm.scale [48]",
     ]
@@ -112,8 +112,7 @@ def test_other_dtypes_are_refused(source: Path) -> None:
         {"model_type": None, "architectures": None},
         {"hidden_act": "mish"},
         {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}},
-        {"quantization_config": {"quant_method": "gptq"}},
-        {"compression_config": {"format": "pack-quantized"}},
+        {"quantization_config": {"quant_method": "bitnet"}},
     ],
 )
 def test_what_the_models_cannot_do_is_refused(source: Path, fields: dict[str, object]) -> None:

@@ -1,0 +1,170 @@
+"""What configs carry: labels, class names, leftovers of other states of a model, fields under their other names."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from transformers.models.auto import modeling_auto
+
+import iceformer
+from iceformer.convert.quantization import without_quantization
+from iceformer.convert.tensor_file import TensorInfo
+from iceformer.model.encoder import read_labels, read_num_labels, unnamed_labels
+from iceformer.model.registry import ARCHITECTURES, build, find
+
+from .folders import edit_json, edit_tensors, read_json, refused, tiny
+
+# Labels.
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({}, ["LABEL_0", "LABEL_1"]),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {"0": "a", "1": "b"}}, ["a", "b"]),
+        ({"id2label": {"1": "b", "0": "a"}, "num_labels": 2}, ["a", "b"]),
+        ({"id2label": {"1": "b", "0": "a"}, "num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 2}, ["LABEL_0", "LABEL_1"]),
+        ({"id2label": {"0": "a", "2": "c"}}, ["a", "LABEL_1"]),
+        ({"id2label": {"1": "b", "2": "c"}}, ["LABEL_0", "b"]),
+        ({"id2label": {0: "a", 1: 7}}, ["a", "7"]),
+        ({"id2label": {"00": "a", "01": "b"}}, ["a", "b"]),
+        ({"id2label": None, "label2id": {"a": 0, "b": 1, "c": 2}}, ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_labels_are_those_of_transformers(fields: dict[str, Any], labels: list[str]) -> None:
+    config = transformers.BertConfig.from_dict(copy.deepcopy(fields))
+    assert read_num_labels(fields) == config.num_labels == len(labels)
+    assert list(read_labels(fields)) == labels
+    assert config.id2label is not None
+    assert {config.id2label.get(index, label) for index, label in enumerate(labels)} >= set(labels) - {"7"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id2label": ["a", "b"]},
+        {"id2label": "a"},
+        {"id2label": {"a": 0, "b": 1}},
+        {"id2label": {"0.0": "a"}},
+        {"num_labels": "2"},
+        {"num_labels": 2.0},
+        {"num_labels": 0},
+    ],
+)
+def test_labels_that_are_none_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"config: (?:id2label|num_labels) is "):
+        build({"model_type": "bert", "architectures": ["BertForSequenceClassification"], **fields})
+
+
+def test_gaps_between_labels_are_warned_of_and_compile(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny(source, "distilbert", auto_class=transformers.AutoModelForSequenceClassification, num_labels=2)
+    edit_json(source / "config.json", id2label={"0": "no", "3": "yes"})
+    assert unnamed_labels(read_json(source / "config.json")) == ["LABEL_1"]
+    with pytest.warns(UserWarning, match="id2label does not name each of the 2 classes, of which some go by LABEL_1$"):
+        checkpoint = iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
+    artifact = iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(32,))
+    with iceformer.load(artifact) as session:
+        assert session.info.model.labels == ("no", "LABEL_1")
+
+
+def test_an_answer_has_a_start_and_an_end() -> None:
+    fields = {"model_type": "bert", "architectures": ["BertForQuestionAnswering"], "num_labels": 3}
+    with pytest.raises(ValueError, match="num_labels is 3, expected 2"):
+        build(fields)
+
+
+# Class names.
+
+
+def classes_of(model_type: str) -> set[str]:
+    """The classes that transformers has for a model type."""
+    mappings = [
+        mapping for name, mapping in vars(modeling_auto).items() if re.fullmatch(r"MODEL_.*MAPPING_NAMES", name)
+    ]
+    named = [mapping[model_type] for mapping in mappings if model_type in mapping]
+    return {name for names in named for name in (names if isinstance(names, tuple) else (names,))}
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_config_without_model_type_is_known_by_its_class(model_type: str) -> None:
+    classes = classes_of(model_type) if model_type != "lra" else {"LraModel", "LraForSequenceClassification"}
+    # That of another model with Qwen2 in it, and one that transformers names for both Gemma 3s, but only the other has.
+    classes -= {"JevForDecision", "Gemma3ForCausalLM" if model_type == "gemma3" else ""}
+    assert len(classes) > 1
+    for name in classes:
+        assert find({"architectures": [name]}) is ARCHITECTURES[model_type], name
+        assert find({"architectures": ["Unknown", name], "model_type": ""}) is ARCHITECTURES[model_type], name
+
+
+@pytest.mark.parametrize("name", ["Gemma3nModel", "Qwen2VLModel", "BertGenerationEncoder", "Phi3VForCausalLM", "Llama"])
+def test_classes_of_other_families_are_unknown(name: str) -> None:
+    with pytest.raises(ValueError, match="supported model types are"):
+        find({"architectures": [name]})
+
+
+def test_an_encoder_without_model_type_converts(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny(source, "bert", auto_class=transformers.AutoModelForTokenClassification)
+    edit_json(source / "config.json", model_type=None)
+    model = iceformer.load_model(iceformer.convert_checkpoint(source, tmp_path / "checkpoint"))
+    assert model.config.task == "token_classification"
+
+
+# Quantisation that is over.
+
+FLOATS = {"a.weight": TensorInfo(Path("f"), (2,), "BF16"), "a.position_ids": TensorInfo(Path("f"), (2,), "I64")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes, 4 bits"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quant_method bitsandbytes, 8 bits"),
+        ({"quantization_config": {"_load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes, 4 bits"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method gptq, 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, "quant_method awq, 4 bits"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 1]}}, "quant_method fp8"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compression_config has quant_method unnamed"),
+        ({"compression_config": "int8"}, "quant_method int8"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quant_method MLX, 4 bits"),
+        ({"_load_in_4bit": True}, "_load_in_4bit has quant_method bitsandbytes, 4 bits"),
+        ({"text_config": {"load_in_8bit": True}}, "bitsandbytes, 8 bits"),
+    ],
+)
+def test_what_the_files_hold_decides(fields: dict[str, Any], said: str) -> None:
+    with pytest.warns(UserWarning, match=rf"config: .*{said}, but all weights are floats"):
+        kept = without_quantization({"model_type": "llama", **fields}, FLOATS)
+    assert kept == {"model_type": "llama", **({"text_config": {}} if "text_config" in fields else {})}
+    for name, dtype in {"a.weight": "I8", "b.scales": "F16", "b.weight_scale": "F32", "b.qweight": "I32"}.items():
+        with pytest.raises(ValueError, match=rf"{said}, and quantised weights are not read"):
+            without_quantization(fields, {**FLOATS, name: TensorInfo(Path("f"), (2,), dtype)})
+
+
+@pytest.mark.parametrize("fields", [{}, {"quantization_config": None}, {"quantization": {}, "load_in_4bit": False}])
+def test_a_config_that_says_nothing_of_quantisation(fields: dict[str, Any]) -> None:
+    assert without_quantization({"model_type": "llama", **fields}, FLOATS) == {"model_type": "llama"}
+
+
+def test_weights_that_are_rounded_later_are_refused() -> None:
+    with pytest.raises(ValueError, match="quant_method bitnet, and"):
+        without_quantization({"quantization_config": {"quant_method": "bitnet"}}, FLOATS)
+
+
+def test_a_merged_adapter_of_a_quantised_model(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny(source, "llama")
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_json(source / "config.json", quantization_config=quantization)
+    with pytest.warns(UserWarning, match="all weights are floats"):
+        checkpoint = iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
+    assert "quantization_config" not in read_json(checkpoint / "config.json")
+    iceformer.load_model(checkpoint)
+    edit_tensors(source, {"model.layers.0.mlp.up_proj.weight": np.zeros((1920, 1), np.uint8)})
+    assert "quant_method bitsandbytes, 4 bits" in refused(source)
