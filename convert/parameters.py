@@ -44,7 +44,7 @@ def save_params(folder: Path, params: dict[str, Any]) -> None:
             checkpointer.save(path, args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES))
 
     try:
-        _run(save, folder)
+        _run(save, folder, writes=True)
     except (ValueError, OSError) as error:
         if (number := _error_number(error)) is None:
             raise
@@ -104,11 +104,11 @@ def _read(work: Callable[[Path], _Result], folder: Path) -> _Result:
         raise ValueError(f"{shown(folder)} cannot be read ({shown(reason)}): convert the source again") from error
 
 
-def _run(work: Callable[[Path], _Result], folder: Path) -> _Result:
+def _run(work: Callable[[Path], _Result], folder: Path, *, writes: bool = False) -> _Result:
     """What `work` gives for a path to `folder`; once it fails or is interrupted, nothing is written there any more."""
     with (
         _ONE_AT_A_TIME,
-        _plain_path(folder) as (path, cut_off),
+        _plain_path(folder, writes) as (path, cut_off),
         _quiet_orbax(),
         ThreadPoolExecutor(1, thread_name_prefix=_THREAD) as pool,
     ):
@@ -120,7 +120,7 @@ def _run(work: Callable[[Path], _Result], folder: Path) -> _Result:
 
 
 @contextmanager
-def _plain_path(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+def _plain_path(folder: Path, writes: bool) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A path to `folder` without the names of its parents, and a function after which it leads nowhere.
 
     TensorStore takes some characters of a path, such as brackets, for a pattern. Writes that are still under way when
@@ -138,8 +138,31 @@ def _plain_path(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
     try:
         yield _DESCRIPTORS / str(descriptor) / folder.name, cut_off
-    finally:
-        os.close(descriptor)
+    except BaseException:
+        # After a failed write the number stays taken: a late one must not find another folder under it.
+        if not writes:
+            os.close(descriptor)
+        raise
+    os.close(descriptor)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """A loop that may be closed, as Orbax does at the first error, while TensorStore is still at work for it."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> asyncio.Handle:
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self, context)  # Never run: nobody waits for it.
 
 
 @contextmanager
@@ -147,21 +170,11 @@ def _quiet_orbax() -> Iterator[None]:
     """Keeps Orbax's tracebacks from stderr: what they say is in the error that it raises."""
     others, logger = asyncio.get_event_loop_policy(), logging.getLogger("absl")
 
-    class Loop(asyncio.SelectorEventLoop):
-        """Orbax closes its loops at the first error, to which TensorStore would report the writes that are left."""
-
-        def close(self) -> None:
-            if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-                for task in tasks:
-                    task.cancel()
-                self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            super().close()
-
     class Policy(asyncio.DefaultEventLoopPolicy):
         def new_event_loop(self) -> asyncio.AbstractEventLoop:
             thread = threading.current_thread()
             ours = thread.name.startswith(_THREAD) or type(thread).__module__.startswith("orbax.")
-            return Loop() if ours else others.new_event_loop()
+            return _Loop() if ours else others.new_event_loop()
 
     def is_foreign(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
