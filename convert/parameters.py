@@ -172,9 +172,7 @@ def _quiet_orbax() -> Iterator[None]:
 
     class Policy(asyncio.DefaultEventLoopPolicy):
         def new_event_loop(self) -> asyncio.AbstractEventLoop:
-            thread = threading.current_thread()
-            ours = thread.name.startswith(_THREAD) or type(thread).__module__.startswith("orbax.")
-            return _Loop() if ours else others.new_event_loop()
+            return _Loop() if _is_orbax(threading.current_thread()) else others.new_event_loop()
 
     def is_foreign(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
@@ -184,8 +182,14 @@ def _quiet_orbax() -> Iterator[None]:
     try:
         yield
     finally:
+        for thread in filter(_is_orbax, threading.enumerate()):
+            threading.Thread.join(thread)  # Its own `join` raises what the thread did.
         logger.removeFilter(is_foreign)
         asyncio.set_event_loop_policy(others)
+
+
+def _is_orbax(thread: threading.Thread) -> bool:
+    return thread.name.startswith(_THREAD) or type(thread).__module__.startswith("orbax.")
 
 
 def _error_number(error: Exception) -> int | None:

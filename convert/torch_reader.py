@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 _ZIP, _PICKLE = b"PK", b"\x80"
-_MAX_PICKLE_BYTES = 2**26
-"""Of the names, shapes and strides: a hundred times what the largest models have."""
+_MAX_PICKLE_BYTES = 2**24
+"""Of the names, shapes and strides: a hundred thousand tensors and more."""
 _MAX_SHARING = 8
 # torch allows a pickle to ask for an array of zeros of any length.
 _ZEROS = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
