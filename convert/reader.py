@@ -25,6 +25,7 @@ _QUANTIZED_NAMES = {
     "bitsandbytes": r".*\.(?:SCB|weight\.(?:absmax|quant_map|quant_state\..*))",
     "compressed-tensors": r".*\.weight_packed",
     "MXFP4": r".*proj_blocks",
+    "MLX": r".*\.biases",
 }
 # Modules of torch that hold a model, or a part of one, and show in the names: of data parallelism, of torch.compile, of
 # sharded data parallelism and of activation checkpoints. No model has parts of these names.

@@ -194,6 +194,6 @@ def test_a_zip_file_that_unpacks_to_more_than_it_is(source: Path) -> None:
 
 def test_a_program_of_torchscript(source: Path) -> None:
     (source / "model.safetensors").unlink()
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(source / "pytorch_model.bin"))
     assert "is a TorchScript program, expected the model's state_dict() alone" in refused(source)
