@@ -130,7 +130,7 @@ def compile(
     ):
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
-        info = _model_info(raw_config, config, ends, model)
+        info = _model_info(checkpoint, raw_config, config, ends, model)
         loss = None
         if weights == "int8":
             report("rounding the weights")
@@ -285,7 +285,9 @@ def _eos_token_ids(checkpoint: Path, raw_config: dict[str, Any], config: ModelCo
     return eos_token_ids(checkpoint, raw_config, config.vocab_size)
 
 
-def _model_info(raw_config: dict[str, Any], config: ModelConfig, ends: tuple[int, ...], model: Model) -> ModelInfo:
+def _model_info(
+    checkpoint: Path, raw_config: dict[str, Any], config: ModelConfig, ends: tuple[int, ...], model: Model
+) -> ModelInfo:
     return ModelInfo(
         kind=config.kind,
         model_type=config.model_type,
