@@ -115,6 +115,18 @@ def visibility_of_block(
     return Visibility(offset + block * query_block + within, length, causal, window)
 
 
+def seen_lengths(
+    lengths: Int[Array, " batch"], offset: Int[Array, " batch"], queries: int, keys: int, causal: bool
+) -> Int[Array, " batch"]:
+    """The first position of each row that no query of a call sees.
+
+    Under the causal mask that is no later than the call's end, whatever the row's length: there the queries that fill
+    up the last block would see what memory held before.
+    """
+    lengths = jnp.minimum(lengths, keys)
+    return jnp.minimum(lengths, offset + queries) if causal else lengths
+
+
 def valid_blocks(offset: Int[Array, ""], length: Int[Array, ""], blocks: int, query_block: int) -> Int[Array, ""]:
     """How many of the query blocks hold a query before `length`; the rest is padding, which nobody computes."""
     return jnp.clip((length - offset + query_block - 1) // query_block, 0, blocks)

@@ -71,5 +71,7 @@ def compensate(
     logits = jnp.where(usable, logits, MASKED)
     largest = jnp.max(logits, axis=1)
     weights = jnp.where(usable, jnp.exp(logits - largest[:, None]), 0.0)
-    means = normalise(matmul(weights, value_sum / count[:, None]), largest, jnp.sum(weights, axis=1))
+    # Sums past the row's end may be NaN, which a weight of 0 does not make 0.
+    mean_value = jnp.where(usable[:, None], value_sum / count[:, None], 0.0)
+    means = normalise(matmul(weights, mean_value), largest, jnp.sum(weights, axis=1))
     return merge(part, means)

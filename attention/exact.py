@@ -20,6 +20,7 @@ from .blocks import (
     join_queries,
     next_power_of_two,
     pad_axis,
+    seen_lengths,
     split_queries,
     valid_blocks,
     visibility_of_block,
@@ -109,7 +110,7 @@ def exact_attention(
     bias = None if mask is None else _blocked_bias(mask, (batch, query_heads), kv_heads, query_block, key_block)
     tables = table_of_heads(distance_bias, kv_heads)
     heads, blocks, rows = blocked.shape[:3]
-    lengths = jnp.minimum(lengths, keys)
+    lengths = seen_lengths(lengths, offset, queries, keys, causal)
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
         first, length = offset[head // kv_heads], lengths[head // kv_heads]
@@ -147,7 +148,7 @@ def exact_block(
 ) -> Partial:
     """Exact attention of one query block, over key tiles from the first visible one to the last (FlashAttention's
     recurrence)."""
-    rows = query.shape[0]
+    rows, end = query.shape[0], visibility.end()
 
     def step(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, largest, weight = state
@@ -162,10 +163,13 @@ def exact_block(
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=1))
         weights = jnp.where(logits > MASKED, jnp.exp(logits - new_largest[:, None]), 0.0)
         decay = jnp.exp(largest - new_largest)
-        total = total * decay[:, None] + matmul(weights.astype(value.dtype), head_tile(value, head, start, key_block))
+        values = head_tile(value, head, start, key_block)
+        # Past what is visible memory holds anything, and a weight of 0 does not make a NaN or an infinity 0.
+        values = jnp.where((position < end)[:, None], values, 0)
+        total = total * decay[:, None] + matmul(weights.astype(value.dtype), values)
         return total, new_largest, weight * decay + jnp.sum(weights, axis=1)
 
-    first, last = visibility.start() // key_block, (visibility.end() + key_block - 1) // key_block
+    first, last = visibility.start() // key_block, (end + key_block - 1) // key_block
     nothing = (jnp.zeros((rows, value.shape[3])), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
     return normalise(*lax.fori_loop(first, last, step, nothing))
 

@@ -42,6 +42,7 @@ def block_importance(
     method: Method,
     features: Shaped[Array, "ranking_queries features"],
     scale: Float32[Array, " ranking_queries"],
+    present: Bool[Array, " ranking_queries"],
     summary: Shaped[Array, "heads blocks ..."],
     head: Int[Array, ""],
     visible_blocks: Int[Array, ""],
@@ -61,7 +62,7 @@ def block_importance(
     tiles = (visible_blocks + tile - 1) // tile
     logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, features.shape[0]), MASKED))
     visible = jnp.arange(blocks) < visible_blocks
-    return largest_weight(jnp.where(visible[:, None], logits, MASKED))
+    return largest_weight(jnp.where(visible[:, None] & present, logits, MASKED))
 
 
 def largest_weight(logits: Float[Array, "keys queries"]) -> Float[Array, " keys"]:

@@ -20,6 +20,7 @@ from .blocks import (
     join_queries,
     next_power_of_two,
     pad_axis,
+    seen_lengths,
     split_queries,
     valid_blocks,
     visibility_of_block,
@@ -74,8 +75,10 @@ def two_stage_attention(
             f"compensation is {config.compensation!r}, which cannot go with a distance_bias, expected 'none'"
         )
     batch, kv_heads, keys, head_dim = key.shape
+    queries = query.shape[2]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     lengths = jnp.minimum(lengths, keys)
+    seen = seen_lengths(lengths, offset, queries, keys, causal)
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, rows = blocked.shape[:3]
     bases = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
@@ -91,21 +94,23 @@ def two_stage_attention(
             scale=scale,
             softcap=softcap,
         )[0]
-    features, unit = method_of(config).ranking_queries(blocked, bases)
-    ranking = RankingQueries(features, unit * scale)
+    index = jnp.arange(blocks)[:, None] * config.query_block + jnp.arange(rows) % config.query_block
+    present = index < jnp.repeat(seen - offset, kv_heads)[:, None, None]
+    ranking = method_of(config).ranking_queries(blocked, present, bases)
+    ranking = ranking._replace(scale=ranking.scale * scale)
     prepared = prepare_keys(config, key, value, bases, projected)
     tables = table_of_heads(distance_bias, kv_heads)
     exact_key_block = min(EXACT_KEY_BLOCK, prepared.key.shape[2])
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
-        start, length = offset[head // kv_heads], lengths[head // kv_heads]
+        start, length, end = (x[head // kv_heads] for x in (offset, lengths, seen))
         table = None if tables is None else tables[head % kv_heads]
         count = valid_blocks(start, length, blocks, config.query_block)
         first, last = selected_blocks(config, start, length, count, causal)
 
         def selected(block: Int[Array, ""], out: Array) -> Array:
-            visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
-            ranks = RankingQueries(features[head, block], ranking.scale[head, block])
+            visibility = visibility_of_block(block, start, end, causal, rows, config.query_block)
+            ranks = RankingQueries(*(x[head, block] for x in ranking))
             part = selected_block(
                 config, blocked[head, block], ranks, prepared, head, visibility, scale, softcap, table
             )
@@ -114,7 +119,7 @@ def two_stage_attention(
         def exact(index: Int[Array, ""], out: Array) -> Array:
             # The exact blocks stand before and behind the selected ones: one loop serves both.
             block = jnp.where(index < first, index, last + index - first)
-            visibility = visibility_of_block(block, start, length, causal, rows, config.query_block)
+            visibility = visibility_of_block(block, start, end, causal, rows, config.query_block)
             part = exact_block(
                 *(blocked[head, block], prepared.key, prepared.value, head, visibility, scale, softcap),
                 exact_key_block,
@@ -127,7 +132,7 @@ def two_stage_attention(
 
     nothing = jnp.zeros((heads, blocks, rows, value.shape[-1]), query.dtype)
     out = lax.fori_loop(0, heads, attend_head, nothing)
-    return join_queries(out, batch, query.shape[2], config.query_block)
+    return join_queries(out, batch, queries, config.query_block)
 
 
 def runs_in_kernel(config: TwoStage, query: Array, key: Array, value: Array) -> bool:
@@ -206,6 +211,7 @@ def selected_block(
     candidate = keys.key.reshape(-1, block_length, head_dim)[head * (length // block_length) + block]
     candidate = candidate.reshape(-1, head_dim)
     visible = visibility.mask(position).T & jnp.repeat(block_visible, block_length)[:, None]
+    visible &= visibility.position < visibility.length  # Other queries fill up the block: they choose nothing.
     logits = cap(matmul_transposed(candidate, query) * scale, softcap)
     if table is not None:
         logits += _distances_to_blocks(
@@ -216,7 +222,8 @@ def selected_block(
     chosen, chosen_visible = select(
         largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
     )
-    value = keys.value.reshape(-1, keys.value.shape[3])[head * length + position[chosen]]
+    # What nobody sees may hold NaN, which a weight of 0 does not make 0: the row's first value is there in its place.
+    value = keys.value.reshape(-1, keys.value.shape[3])[head * length + jnp.where(chosen_visible, position[chosen], 0)]
     part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
     if keys.sums is None:
         return part

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 
 class RankingQueries(NamedTuple):
-    """What stage 1 knows of the queries of every block: features of some or all of them, and the factor that makes a
-    logit of a feature product."""
+    """What stage 1 knows of the queries of every block: features of some or all of them, the factor that makes a logit
+    of a feature product, and whether each is a token of its row: the others, which fill up a block, rank nothing."""
 
     features: Shaped[Array, "heads query_blocks ranking_queries features"]
     scale: Float32[Array, "heads query_blocks ranking_queries"]
+    present: Bool[Array, "heads query_blocks ranking_queries"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Method(ABC):
     def ranking_queries(
         self,
         query: Float[Array, "heads query_blocks queries head_dim"],
+        present: Bool[Array, "heads query_blocks queries"],
         basis: Float[Array, "heads 2 head_dim rank"] | None,
     ) -> RankingQueries:
-        """What stage 1 keeps of each query block."""
+        """What stage 1 keeps of each query block, of which `present` says which queries are tokens of their row."""
 
     @abstractmethod
     def block_products(

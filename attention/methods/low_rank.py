@@ -15,7 +15,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from ..blocks import pad_axis
 from ..calibration import logit_projections
@@ -71,19 +71,21 @@ class LowRank(Method):
     def ranking_queries(
         self,
         query: Float[Array, "heads query_blocks queries head_dim"],
+        present: Bool[Array, "heads query_blocks queries"],
         basis: Float[Array, "heads 2 head_dim rank"] | None,
     ) -> RankingQueries:
         projected = project_queries(query, required(basis))
         heads, blocks, queries, _ = projected.shape
         count = self.ranking_count(queries)
         if count < queries:
-            norms = jnp.sum(jnp.square(projected), axis=-1)
+            norms = jnp.where(present, jnp.sum(jnp.square(projected), axis=-1), -1.0)
             # Two axes: XLA sorts all of it where top-k has more.
             chosen = lax.top_k(norms.reshape(-1, queries), count)[1].reshape(heads, blocks, count)
             projected = jnp.take_along_axis(projected, chosen[..., None], axis=2)
+            present = jnp.take_along_axis(present, chosen, axis=2)
         largest = jnp.max(jnp.abs(projected), axis=-1)
         unit = jnp.where(largest > 0, largest, 1.0) / _LARGEST
-        return RankingQueries(jnp.round(projected / unit[..., None]).astype(jnp.int8), unit)
+        return RankingQueries(jnp.round(projected / unit[..., None]).astype(jnp.int8), unit, present)
 
     def ranking_count(self, queries: int) -> int:
         """How many of a block's queries take part in stage 1."""

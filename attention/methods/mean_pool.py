@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from ..ops import matmul_transposed
 from .base import Method, RankingQueries
@@ -25,9 +25,12 @@ class MeanPool(Method):
         return jnp.mean(key.astype(jnp.float32), axis=2).astype(key.dtype)
 
     def ranking_queries(
-        self, query: Float[Array, "heads query_blocks queries head_dim"], basis: Array | None
+        self,
+        query: Float[Array, "heads query_blocks queries head_dim"],
+        present: Bool[Array, "heads query_blocks queries"],
+        basis: Array | None,
     ) -> RankingQueries:
-        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32))
+        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32), present)
 
     def block_products(
         self, features: Float[Array, "queries head_dim"], summary: Float[Array, "blocks head_dim"]

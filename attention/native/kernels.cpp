@@ -46,27 +46,31 @@ class Ranking {
     for (int64_t block = 0; block < count; ++block) {
       Floats best = fill(kMasked);
       for (int64_t lane = 0; lane < lanes_; lane += kLanes)
-        best = larger(best, load<Floats>(logits_ + block * lanes_ + lane) - load<Floats>(normaliser_ + lane));
+        best = larger(load<Floats>(logits_ + block * lanes_ + lane) - load<Floats>(normaliser_ + lane), best);
       importance[block] = largest(best);
     }
   }
 
  private:
-  // Takes the queries of the largest norm and rounds each relative to its largest component.
+  // Takes the queries of the largest norm and rounds each relative to its largest component. Those that only fill up
+  // the block take no part.
   void pack_queries(const Task& task) {
-    const int64_t rows = call_.rows(), count = selection_.ranking_queries, rank = selection_.rank;
+    const int64_t rows = call_.rows(), rank = selection_.rank, row_of_call = task.head / call_.kv_heads;
+    const int64_t left = call_.seen_length(row_of_call) - call_.offset[row_of_call] - task.block * call_.query_block;
+    const int64_t present = smaller(left, call_.query_block);
+    count_ = smaller(selection_.ranking_queries, call_.group() * present);
     const float* queries = selection_.projected_queries + (task.head * call_.blocks() + task.block) * rows * rank;
     for (int64_t row = 0; row < rows; ++row) {
       float sum = 0.0f;
       for (int64_t d = 0; d < rank; ++d) sum += queries[row * rank + d] * queries[row * rank + d];
-      norm_[row] = sum;
+      norm_[row] = row % call_.query_block < present ? sum : -1.0f;
     }
-    select_largest(norm_, rows, count, row_, select_scratch_);
+    select_largest(norm_, rows, count_, row_, select_scratch_);
     memset(query_, 0, sizeof(uint32_t) * maxima_.padded_depth() * lanes_);
     for (int64_t lane = 0; lane < lanes_; ++lane) {
       start_[lane] = 0;
       scale_[lane] = 0.0f;
-      if (lane < count) pack_query(queries + row_[lane] * rank, lane);
+      if (lane < count_) pack_query(queries + row_[lane] * rank, lane);
     }
   }
 
@@ -123,7 +127,7 @@ class Ranking {
           sum[v] += exponential(load<Floats>(logits_ + block * lanes_ + lane + v * kLanes) - peak[v]);
       for (int64_t i = 0; i < 2 * kLanes; ++i) {
         const float total = peak[i / kLanes][i % kLanes] + __builtin_logf(sum[i / kLanes][i % kLanes]);
-        normaliser_[lane + i] = lane + i < selection_.ranking_queries ? total : -kMasked;
+        normaliser_[lane + i] = lane + i < count_ ? total : -kMasked;
       }
     }
   }
@@ -131,6 +135,7 @@ class Ranking {
   const Attention& call_;
   const Selection& selection_;
   int64_t depth_, lanes_;
+  int64_t count_ = 0;  // of the queries that rank
   BlockMaxima maxima_;
   uint32_t* query_;
   int32_t *start_, *row_, *select_scratch_;
@@ -185,7 +190,7 @@ class TwoStage {
     const int64_t size = selection_.key_block;
     sink_end_ = ceil_divide(selection_.sink, size) * size;
     forced_start_ = larger_of(block_.first() - selection_.local, 0) / size * size;
-    forced_end_ = call_.causal ? block_.end() : smaller(block_.last() + 1 + selection_.local, block_.length());
+    forced_end_ = call_.causal ? block_.end() : smaller(block_.last() + 1 + selection_.local, block_.seen_length());
   }
 
   bool forced(int64_t position) const {
@@ -199,7 +204,7 @@ class TwoStage {
     const int64_t count = smaller(selection_.candidate_blocks, visible);
     if (count < visible) {
       // Only blocks that every query sees whole are ranked; one at the edge of what is visible is forced.
-      const int64_t ranked = (call_.causal ? forced_start_ : block_.length()) / size;
+      const int64_t ranked = (call_.causal ? forced_start_ : block_.seen_length()) / size;
       ranking_.run(task, ranked, importance_);
       for (int64_t block = 0; block < visible; ++block)
         if (block >= ranked || forced(block * size)) importance_[block] = kForced;
@@ -224,7 +229,7 @@ class TwoStage {
       return count;
     }
     for (int64_t lane = 0; lane < block_.lanes(); ++lane)
-      inverse_[lane] = lane < block_.rows() && block_.weights()[lane] > 0 ? 1.0f / block_.weights()[lane] : 0.0f;
+      inverse_[lane] = block_.present(lane) && block_.weights()[lane] > 0 ? 1.0f / block_.weights()[lane] : 0.0f;
     for (int64_t i = 0; i < candidates; ++i) {
       if (forced(candidate_[i])) {
         importance_[i] = kForced;
@@ -232,7 +237,7 @@ class TwoStage {
       }
       Floats best = {};
       for (int64_t lane = 0; lane < block_.lanes(); lane += kLanes)
-        best = larger(best, load<Floats>(block_.logits() + i * block_.stride() + lane) * load<Floats>(inverse_ + lane));
+        best = larger(load<Floats>(block_.logits() + i * block_.stride() + lane) * load<Floats>(inverse_ + lane), best);
       importance_[i] = largest(best);
     }
     select_largest(importance_, candidates, count, chosen_, select_scratch_);
@@ -258,7 +263,7 @@ class TwoStage {
 
   bool enough_weight() {
     for (int64_t lane = 0; lane < block_.rows(); ++lane)
-      if (block_.weights()[lane] < 1e-20f) return false;
+      if (block_.present(lane) && block_.weights()[lane] < 1e-20f) return false;
     return true;
   }
 

@@ -38,6 +38,12 @@ struct Attention {
   ICEFORMER_INLINE int64_t rows() const { return group() * query_block; }
   ICEFORMER_INLINE int64_t blocks() const { return (queries + query_block - 1) / query_block; }
   ICEFORMER_INLINE int64_t length(int64_t row) const { return lengths[row] < keys ? lengths[row] : keys; }
+  // The first position that no query of the call sees. Under the causal mask that is no later than the call's end, where
+  // the queries that fill up the last block would see what memory held before.
+  ICEFORMER_INLINE int64_t seen_length(int64_t row) const {
+    const int64_t all = length(row), end = offset[row] + queries;
+    return causal && end < all ? end : all;
+  }
 };
 
 // How two-stage attention selects keys; fields as in TwoStage (attention/config.py).

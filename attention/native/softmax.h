@@ -57,8 +57,8 @@ class QueryBlock {
   // `logit_rows`: keys whose logits the caller wants to hold at once.
   QueryBlock(const Attention& call, Arena& arena, int64_t logit_rows)
       : call_(call),
-        // A scale above 0 keeps the order of the logits, so that it can wait for the exponential.
-        factor_(call.softcap > 0 || !(call.scale > 0) ? 1.0f : call.scale),
+        scale_waits_(call.scale > 0 && !(call.softcap > 0)),
+        factor_(scale_waits_ ? call.scale : 1.0f),
         rows_(call.rows()),
         lanes_(round_up(rows_, kLanes)),
         // Rows of a power of two apart would share the same few sets of the cache.
@@ -103,7 +103,9 @@ class QueryBlock {
   int64_t stride() const { return stride_; }
   int64_t first() const { return first_; }
   int64_t last() const { return first_ + call_.query_block - 1; }
-  int64_t length() const { return call_.length(head_ / call_.kv_heads); }
+  int64_t seen_length() const { return call_.seen_length(head_ / call_.kv_heads); }
+  // Whether a lane is a query before the end of its row and of the call; the others fill up the block.
+  bool present(int64_t lane) const { return lane < rows_ && position_[lane] < seen_length(); }
   // A key before which no query of the block sees any, such that what is summed over keys is cut into whole tiles.
   int64_t start() const {
     constexpr int64_t kUnit = Format::kPerWord * Product::kDepth;
@@ -112,9 +114,10 @@ class QueryBlock {
   }
   // The first key from which on no query of the block sees any.
   int64_t end() const {
-    if (!call_.causal && !call_.window) return length();
+    const int64_t length = seen_length();
+    if (!call_.causal && !call_.window) return length;
     const int64_t end = last() + (call_.causal ? 1 : call_.window);
-    return end < length() ? end : length();
+    return end < length ? end : length;
   }
   float* logits() { return logits_; }
   float* weights() { return weight_; }
@@ -129,7 +132,7 @@ class QueryBlock {
   }
 
   // Logits of up to kTileKeys keys into rows of `logits`, capped and masked; raises the largest of each lane. They are
-  // still to be multiplied by `factor_`.
+  // still to be multiplied by `factor_`, which is the scale if that waits.
   void score(Rows<Element> keys, int64_t count, float* logits) {
     const int64_t depth = call_.head_dim / Format::kPerWord;
     multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
@@ -137,7 +140,7 @@ class QueryBlock {
     for (int64_t i = 0; i < count; ++i) {
       const Span seeing = queries_that_see(keys.position(i));
       const bool masked = seeing.first > first_ || seeing.last < last();
-      if (masked || factor_ != call_.scale) finish_logits(logits + i * stride_, seeing, masked);
+      if (masked || !scale_waits_) finish_logits(logits + i * stride_, seeing, masked);
     }
     int64_t lane = 0;
     for (; lane + 4 * kLanes <= lanes_; lane += 4 * kLanes) raise_largest<4>(logits, count, lane);
@@ -206,13 +209,13 @@ class QueryBlock {
     return span;
   }
 
-  // Scales and caps a key's logits where that cannot wait, and, if `masked`, masks the queries that do not see it.
+  // Scales a key's logits, unless that waits, caps them and, if `masked`, masks the queries that do not see it.
   void finish_logits(float* logits, Span seeing, bool masked) {
     const Ints first = fill_ints(static_cast<int32_t>(seeing.first));
     const Ints last = fill_ints(static_cast<int32_t>(seeing.last));
     for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
       Floats logit = load<Floats>(logits + lane);
-      if (factor_ != call_.scale) logit *= call_.scale;
+      if (!scale_waits_) logit *= call_.scale;
       if (call_.softcap > 0) logit = call_.softcap * hyperbolic_tangent(logit * (1.0f / call_.softcap));
       const Ints position = load<Ints>(position_ + lane);
       if (masked) logit = (position >= first) & (position <= last) ? logit : fill(kMasked);
@@ -287,6 +290,9 @@ class QueryBlock {
   }
 
   const Attention& call_;
+  // A scale above 0 keeps the order of the logits, so that it can wait for the exponential; not where a cap comes after
+  // it. `factor_` is what the exponential then multiplies by.
+  bool scale_waits_;
   float factor_;
   int64_t rows_, lanes_, stride_;
   int64_t depth_, total_rows_;  // words of a packed query or key, and rows of total_: whole tiles

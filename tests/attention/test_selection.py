@@ -71,7 +71,7 @@ def test_methods_refuse_options_they_do_not_have() -> None:
 
 def test_low_rank_without_projections_says_so() -> None:
     with pytest.raises(ValueError, match="needs calibrated projections"):
-        LowRank().ranking_queries(jnp.zeros((1, 1, 4, 8)), None)
+        LowRank().ranking_queries(jnp.zeros((1, 1, 4, 8)), jnp.ones((1, 1, 4), bool), None)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
