@@ -18,7 +18,7 @@ def check_agreement(manifest: Manifest) -> None:
     """Raises ArtifactError, with what was found and expected, for values that do not fit together."""
     found = next(_disagreements(manifest), None)
     if found:
-        raise ArtifactError(f"manifest.json {found}: compile the artifact again")
+        raise ArtifactError(f"manifest.json {found}: copy the artifact again or compile it again")
 
 
 def decoder_arguments(chunk: int, batch: int) -> dict[str, dict[str, ArrayInfo]]:

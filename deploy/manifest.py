@@ -393,7 +393,10 @@ def parse_manifest(text: str | bytes) -> Manifest:
             f"manifest.json has schema {schema!r} and this iceformer reads schema {SCHEMA}: "
             "compile the artifact again with this version"
         )
-    return _parse_record(Manifest, value, "")
+    try:
+        return _parse_record(Manifest, value, "")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: copy the artifact again or compile it again") from None
 
 
 def _parse_record(cls: type[Record], value: object, where: str) -> Record:

@@ -4,6 +4,7 @@ Imports only jax, numpy and (when text comes in) tokenizers. Everything on the h
 under XLA are the artifact's own entries.
 """
 
+import gc
 import os
 import threading
 import warnings
@@ -124,8 +125,8 @@ class Session:
         self.info: Manifest = artifact.manifest
         self._artifact = artifact
         self._process = _first_process()
-        self._entries, self.tier = self._load_entries()
         self._weights = self._load_weights()
+        self._entries, self.tier = self._load_entries()
         self._caches: dict[int, Any] = {}
         self._text_tokenizer: TextTokenizer | None = None
         self._text_cutter: TextTokenizer | None = None
@@ -147,6 +148,7 @@ class Session:
             self._weights, self._text_tokenizer, self._text_cutter = (), None, None
             self._caches.clear()
             self._entries.clear()
+        gc.collect(0)  # jax lets go of memory that it borrowed when Python collects garbage
 
     def __enter__(self) -> "Session":
         return self
@@ -456,6 +458,9 @@ class Session:
                 differences.append(str(error))
             else:
                 return native, "native"
+        portable: dict[tuple[int, str], Executable] = {
+            (bucket.capacity, name): PortableEntry(self._artifact, bucket, entry) for bucket, name, entry in every
+        }
         seconds = sum(entry.compile_seconds for _, _, entry in every)
         warnings.warn(
             f"the machine code in {self._artifact.path} cannot run here ({'; '.join(differences)}): its StableHLO is "
@@ -464,9 +469,6 @@ class Session:
             PortableTierWarning,
             stacklevel=4,
         )
-        portable: dict[tuple[int, str], Executable] = {
-            (bucket.capacity, name): PortableEntry(self._artifact, bucket, entry) for bucket, name, entry in every
-        }
         return portable, "portable"
 
     def _load_weights(self) -> tuple[jax.Array, ...]:
