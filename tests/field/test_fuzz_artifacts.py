@@ -139,13 +139,11 @@ def spoil_the_header(folder: Path, rng: np.random.Generator) -> None:
 
 def change_the_tokenizer(folder: Path, rng: np.random.Generator) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    for part in ("vocab", "merges"):
-        # Changes of these would be nearly all that there are.
-        kept = tokenizer["model"].pop(part)
-        change(tokenizer, rng)
-        tokenizer.setdefault("model", {})
-        if isinstance(tokenizer["model"], dict):
-            tokenizer["model"][part] = kept
+    # Changes of these would be nearly all that there are.
+    kept = {part: tokenizer["model"].pop(part) for part in ("vocab", "merges")}
+    change(tokenizer, rng)
+    if isinstance(tokenizer.get("model"), dict):
+        tokenizer["model"] |= kept
     write_vouched(folder, "tokenizer.json", json.dumps(tokenizer).encode())
 
 

@@ -1,11 +1,13 @@
 """Terminal, text files, JSON and Ctrl-C: what comes from outside, and what the process around the package does."""
 
+import importlib
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -153,8 +155,7 @@ def test_a_full_disk_is_named() -> None:
     assert caught.value.filename == "/dev/full"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_in_a_destructor_is_raised_at_the_next_step() -> None:
+def test_ctrl_c_in_a_destructor_is_raised_soon_or_at_the_next_step() -> None:
     class Deaf:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGINT)
@@ -169,9 +170,33 @@ def test_ctrl_c_in_a_destructor_is_raised_at_the_next_step() -> None:
             interrupts.check()
             steps.append(2)
 
+    def work_without_steps() -> None:
+        with interrupts.interruptible():
+            Deaf()
+            steps.append(3)
+            while time.monotonic() < end:
+                pass
+            steps.append(4)
+
+    end = time.monotonic() + 30
+    for attempt in (work, work_without_steps):
+        with pytest.raises(KeyboardInterrupt):
+            attempt()
+    assert steps == [1, 3]
+
+
+def test_ctrl_c_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["import os, signal", "os.kill(os.getpid(), signal.SIGINT)", "whole = sum(range(100))"]
+    (tmp_path / "interrupted_module.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work() -> None:
+        with interrupts.interruptible():
+            importlib.import_module("interrupted_module")
+
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert steps == [1]
+    assert sys.modules.pop("interrupted_module").whole == 4950
 
 
 def test_ctrl_c_under_a_broad_except_is_raised_at_the_end() -> None:
@@ -239,7 +264,10 @@ def test_a_library_that_is_not_ours_is_refused_by_name(artifact: Path) -> None:
 def interrupted(checkpoint: Path, target: Path, seconds: float) -> tuple[int | None, str]:
     """Exit code and last line of stderr of a compile that is sent SIGINT after so many seconds; None if it was done."""
     options = ["--buckets", "32,64", "--chunk", "32", "--attention", "two_stage", "--method", "mean_pool"]
-    arguments = [sys.executable, "-m", "iceformer.cli", "compile", str(checkpoint), str(target), *options]
+    # A process in the background may have been told to ignore the signal, and its children with it.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from iceformer.__main__ import main; main()"
+    arguments = [sys.executable, "-c", code, "compile", str(checkpoint), str(target), *options]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         process.wait(seconds)
