@@ -64,9 +64,12 @@ def with_task(config: DecoderConfig, fields: Mapping[str, Any]) -> DecoderConfig
     """
     task, text = read_decoder_task(fields), fields.get("text_config")
     text = text if isinstance(text, Mapping) else fields
-    causal = config.causal and _read_is_causal(text)
+    if not _read_is_causal(text):
+        # Windows to both sides count as far as they say in transformers, those to one side the token itself as well.
+        windows = tuple(None if window is None else window + 1 for window in config.windows)
+        config = replace(config, causal=False, windows=windows)
     if task == GENERATION:
-        if not causal:
+        if not config.causal:
             raise ValueError(
                 "config: is_causal is false, or use_bidirectional_attention is true, so that the model cannot write "
                 "text: name its base class under architectures to convert it as an encoder"
@@ -76,7 +79,6 @@ def with_task(config: DecoderConfig, fields: Mapping[str, Any]) -> DecoderConfig
     return replace(
         config,
         task=task,
-        causal=causal,
         num_labels=_NUM_LABELS[task] if task in _NUM_LABELS else read_num_labels(fields),
         pad_token_id=_read_pad_token_id(text, config.default_pad_token_id),
     )

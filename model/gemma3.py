@@ -80,6 +80,8 @@ class Gemma3Config(Gemma3TextConfig):
             raise ValueError(f"config: text_config is {text!r}, expected an object")
         # Read into transformers' config, but not used by its model.
         require(text, "final_logit_softcapping", None)
+        # Honoured there by some of its forms of attention only.
+        require(text, "use_bidirectional_attention", False)
         # Whether the output layer is tied is said by the config of the whole.
         return super().from_hf({**text, "tie_word_embeddings": config.get("tie_word_embeddings")})
 
