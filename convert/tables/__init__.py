@@ -42,15 +42,18 @@ def rules_of(table: str, config: DecoderConfig | EncoderConfig) -> tuple[Rule, .
     return (*used, *(Rule(pattern, None, spare=True) for pattern in spare))
 
 
-def _head(name: str) -> tuple[Rule, Rule]:
-    """The rules of a decoder's head."""
-    return Rule(rf"(?:{name})\.weight", "head.out.kernel", TRANSPOSED), Rule(rf"(?:{name})\.bias", "head.out.bias")
+def _head(*names: str) -> tuple[Rule, ...]:
+    """The rules of a decoder's head, which has one of the names."""
+    return (
+        *(Rule(rf"{name}\.weight", "head.out.kernel", TRANSPOSED) for name in names),
+        *(Rule(rf"{name}\.bias", "head.out.bias") for name in names),
+    )
 
 
 _DECODERS_HEADS = {
     "sequence_classification": _head("score"),
     # GPT-2 and GPT-NeoX have the second name.
-    "token_classification": _head("score|classifier"),
+    "token_classification": _head("score", "classifier"),
     "question_answering": _head("qa_outputs"),
 }
 
