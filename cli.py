@@ -137,21 +137,26 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Hugging Face folder (config.json and weights), or a model's name on the hub: organisation/name.",
+            help="Hugging Face folder (config.json and weights), a model's name on the hub (organisation/name), or a "
+            "GGUF file.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a LoRA adapter that PEFT saved, to merge into the weights.")
     ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of what a GGUF file holds quantised; bfloat16 takes half of it.", show_default="float32"),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default="main")
     ] = None,
 ) -> None:
-    """Convert a Hugging Face folder or a model of the hub to a checkpoint (Flax parameters, config, tokenizer)."""
+    """Convert a Hugging Face folder, a model of the hub or a GGUF file to a checkpoint (weights, config, tokenizer)."""
     from . import convert_checkpoint
 
-    checkpoint = convert_checkpoint(source, target, adapter=adapter, revision=revision, progress=True)
+    checkpoint = convert_checkpoint(source, target, adapter=adapter, dtype=dtype, revision=revision, progress=True)
     stdout.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 

@@ -96,11 +96,13 @@ class AdaptedWeights(Weights):
     """The weights of a base model with an adapter merged into them.
 
     Attributes:
+        base: the base model's.
         adapter: the adapter.
         changes: factors by the name of the base's tensor, and whether their product is transposed.
         replaced: names of the adapter's tensors by that of the tensor whose place they take.
     """
 
+    base: Weights
     adapter: Adapter
     changes: Mapping[str, tuple[Factors, bool]]
     replaced: Mapping[str, str]
@@ -108,7 +110,7 @@ class AdaptedWeights(Weights):
     def read(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor once, those that the adapter adds at the end."""
         left = set(self.replaced)
-        for name, tensor in super().read():
+        for name, tensor in self.base.read():
             left.discard(name)
             yield name, self._merged(name, tensor)
         for name in sorted(left):
@@ -116,7 +118,7 @@ class AdaptedWeights(Weights):
 
     def read_one(self, name: str) -> np.ndarray:
         """One tensor by name, merged."""
-        return self._merged(name, self._own(name) if name in self.replaced else super().read_one(name))
+        return self._merged(name, self._own(name) if name in self.replaced else self.base.read_one(name))
 
     def _own(self, name: str) -> np.ndarray:
         return self.adapter.weights.read_one(self.replaced[name])
@@ -220,7 +222,7 @@ def adapt(
         changes[home] = factors, transposed
     if problems:
         raise ValueError(f"the adapter {adapter.folder} does not fit the base model:{listed(problems)}")
-    return AdaptedWeights((*weights.files, *adapter.weights.files), tensors, adapter, changes, replaced)
+    return AdaptedWeights((*weights.files, *adapter.weights.files), tensors, weights, adapter, changes, replaced)
 
 
 def adapter_alone(folder: Path) -> str:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from .finite import all_finite
 from .folder import check_absent, new_folder
 from .foreign import not_a_folder, without_config
 from .generation_config import unapplied
+from .gguf import copy_beside, find_gguf, open_gguf
 from .hub import download, is_hub_id
 from .json_file import read_json
 from .layouts import TRANSPOSED
@@ -51,18 +54,22 @@ def convert_checkpoint(
     target: str | Path,
     *,
     adapter: str | Path | None = None,
+    dtype: str | None = None,
     revision: str | None = None,
     progress: bool = False,
 ) -> Path:
-    """Converts a Hugging Face folder, or a model of the hub, to a checkpoint; parameters keep their dtype.
+    """Converts a Hugging Face folder, a model of the hub or a GGUF file to a checkpoint; parameters keep their dtype.
 
     Args:
         source: the folder: config.json, weights (model.safetensors, pytorch_model.bin, the shards of either with their
             index, or one other file of torch's), tokenizer files if it has them; or the name of a model on the hub,
-            `organisation/name`, which is fetched first.
+            `organisation/name`, which is fetched first; or a GGUF file (one of its files if it is split), or a folder
+            with one and no other weights.
         target: the checkpoint to make; its parents are made too.
         adapter: the folder of a LoRA adapter that PEFT saved, to merge into the weights. One beside the weights in
             `source` is merged without being named.
+        dtype: what the quantised tensors of a GGUF file become: "float32", which holds their numbers as they are and
+            stands for None, or "bfloat16" or "float16", which round them and take half of the memory.
         revision: branch, tag or commit hash of a model on the hub.
         progress: whether to show progress bars on stderr.
 
@@ -73,14 +80,25 @@ def convert_checkpoint(
         FileNotFoundError: no such source, or a file of it is missing.
         FileExistsError: the target exists.
         PermissionError, ConnectionError: the hub does not give the model, or cannot be reached.
-        ModuleNotFoundError: pickled weights, and torch is not installed.
+        ModuleNotFoundError: pickled weights, and torch is not installed; or a GGUF file, and gguf is not.
         ValueError: an unknown architecture or config field, a truncated or corrupt file, tensors that do not fit the
             config (all of them are listed), weights that are not finite, or a sentence embedder with modules that are
             not supported.
     """
     target = Path(target)
     check_absent(target)
-    whole, origin = _resolve(str(source), revision, progress)
+    with _opened(str(source), dtype, revision, progress) as (whole, origin, open_weights_of):
+        return _convert(whole, origin, open_weights_of, target, adapter, progress)
+
+
+def _convert(
+    whole: Path,
+    origin: dict[str, str],
+    open_weights_of: Callable[[Path], Weights],
+    target: Path,
+    adapter: str | Path | None,
+    progress: bool,
+) -> Path:
     sentences = open_sentence_folder(whole)
     source = whole if sentences is None else sentences.root
     if has_adapter(source) and not (source / CONFIG).is_file():
@@ -92,7 +110,7 @@ def convert_checkpoint(
     pooled = sentences is not None and sentences.embedding is not None
     fields = as_embedder(given) if pooled else given
     architecture, config = read_config(fields)
-    weights = _open_weights(source)
+    weights = open_weights_of(source)
     fields = without_quantization(fields, weights.tensors)
     check_layers(config, len(weights.tensors), source)
     rules = rules_of(architecture.table, config)
@@ -132,6 +150,33 @@ def convert_checkpoint(
     return target
 
 
+@contextmanager
+def _opened(
+    source: str, dtype: str | None, revision: str | None, progress: bool
+) -> Iterator[tuple[Path, dict[str, str], Callable[[Path], Weights]]]:
+    """The folder to convert, what the checkpoint says of where it came from, and what opens the weights of the folder.
+
+    A GGUF file's config and tokenizer are written to a temporary folder.
+    """
+    if (file := find_gguf(Path(source))) is None:
+        if dtype is not None:
+            raise ValueError(f"dtype is {dtype}, but {source} is not a GGUF file: parameters keep their dtype")
+        folder, origin = _resolve(source, revision, progress)
+        yield folder, origin, _open_weights
+        return
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {source} is here: it is for models of the hub")
+    model = open_gguf(file)
+    weights = model.weights(dtype or "float32")
+    with TemporaryDirectory(prefix="iceformer-") as parent:
+        folder = Path(parent) / file.name
+        folder.mkdir()
+        model.unpack(folder)
+        if Path(source).is_dir():
+            copy_beside(file, folder)
+        yield folder, {"source": file.name}, lambda _: weights
+
+
 def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, dict[str, str]]:
     """The folder to convert, fetched from the hub if need be, and what the checkpoint says of where it came from."""
     folder = Path(source)
@@ -143,8 +188,8 @@ def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, d
         raise FileNotFoundError(not_a_folder(folder))
     if folder.exists() or not is_hub_id(source):
         raise FileNotFoundError(
-            f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights, or a model's name on "
-            "the hub (organisation/name)"
+            f"{source} is not a folder, expected a Hugging Face folder with {CONFIG} and weights, a GGUF file, or a "
+            "model's name on the hub (organisation/name)"
         )
     snapshot = download(source, revision, progress=progress)
     return snapshot.folder, {"source": snapshot.name, "commit": snapshot.commit}
