@@ -82,8 +82,7 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise self.wrong(name, value, "a number of at least 0")
-        # What was written as 1e-5 in float32 is 1e-5 again.
-        return float(np.format_float_positional(np.float32(value), unique=True)) if isinstance(value, float) else value
+        return _shortest(value)
 
     def has(self, name: str) -> bool:
         """Whether the file has a tensor."""
@@ -389,8 +388,8 @@ def _query_scalar(fields: Fields, sizes: Config, largest: int) -> float:
     if scale := fields.number("attention.scale", 0.0):
         return scale**-2
     if sizes["num_hidden_layers"] == largest:
-        return sizes["hidden_size"] // sizes["num_attention_heads"]
-    return sizes["head_dim"]
+        return float(sizes["hidden_size"] // sizes["num_attention_heads"])
+    return float(sizes["head_dim"])
 
 
 def _windows(fields: Fields, sizes: Config, *, period: int, default: int | None) -> Config:
@@ -494,7 +493,12 @@ def _factors(header: Header, name: str, rotated: int) -> list[float] | None:
         return None
     if tensor.shape != (rotated // 2,):
         raise ValueError(f"{header.path}: {name} is {list(tensor.shape)}, expected [{rotated // 2}], one for each pair")
-    return read_piece(header.tensors, Piece(name)).astype(np.float32).tolist()
+    return [_shortest(value) for value in read_piece(header.tensors, Piece(name))]
+
+
+def _shortest(value: float) -> float:
+    """The number with the fewest digits that is the same in float32: what was written as 1e-5 is 1e-5 again."""
+    return float(np.format_float_positional(np.float32(value)))
 
 
 def _without(config: Mapping[str, Any], *names: str) -> Config:

@@ -1,7 +1,7 @@
 """Writes GGUF files of tiny models as llama.cpp's converter would (convert_hf_to_gguf.py), and damages them.
 
 Names come from the `gguf` package's own maps. What the converter does to rows and numbers is written down here again,
-apart from the code under test: `checked against llama.cpp` by hand, which gives these files the logits of transformers.
+apart from the code under test. llama.cpp itself gives such files the logits of transformers (tried with each family).
 """
 
 import math
@@ -95,7 +95,7 @@ def add_tensor(writer: GGUFWriter, name: str, tensor: np.ndarray, kind: Type) ->
 
 
 def add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
-    """Writes keys with the types that llama.cpp gives them: uint32, float32, bool, string or an array of one of them."""
+    """Writes keys with the types that llama.cpp gives them: uint32, float32, bool, string or an array."""
     for key, value in metadata.items():
         if value is None:
             continue
@@ -307,7 +307,7 @@ SPM_WORDS = (
 
 
 def spm(words: Iterable[str] = SPM_WORDS, **options: Any) -> Callable[[GGUFWriter], None]:
-    """A SentencePiece vocabulary: unknown, begin, end, bytes, words by falling score, letters; `options` are its keys."""
+    """A SentencePiece vocabulary: special tokens, bytes, words by falling score, letters; `options` are its keys."""
     pieces = list(dict.fromkeys([*words, *"abcdefghijklmnopqrstuvwxyz.,!?0123456789"]))
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "<|user|>", "  "]
     types = [
@@ -326,10 +326,6 @@ def spm(words: Iterable[str] = SPM_WORDS, **options: Any) -> Callable[[GGUFWrite
         add_metadata(writer, options)
 
     return write
-
-
-def header_of(path: Path) -> bytes:
-    return path.read_bytes()
 
 
 def text(value: str) -> bytes:
