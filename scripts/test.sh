@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 install test
+fetch_models
 
 mkdir -p .venv/typing
 ln -sfn ../.. .venv/typing/iceformer

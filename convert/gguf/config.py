@@ -493,7 +493,7 @@ def _factors(header: Header, name: str, rotated: int) -> list[float] | None:
         return None
     if tensor.shape != (rotated // 2,):
         raise ValueError(f"{header.path}: {name} is {list(tensor.shape)}, expected [{rotated // 2}], one for each pair")
-    return [_shortest(value) for value in read_piece(header.tensors, Piece(name))]
+    return [_shortest(value) for value in read_piece(header.tensors, Piece(name)).tolist()]
 
 
 def _shortest(value: float) -> float:

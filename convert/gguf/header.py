@@ -166,15 +166,27 @@ class _Reader:
         kind, count = self._number("I"), self._count(f"elements of {key!r}", self.elements_left)
         self.elements_left -= count
         if kind == _STRING:
-            return [self._text() for _ in range(count)]
+            return self._texts(count)
         if kind not in _SCALARS:
             raise self._corrupt(f"{key!r} is an array of type {kind}")
         code = f"<{count}{_SCALARS[kind]}"
         return list(struct.unpack(code, self._take(struct.calcsize(code))))
 
     def _text(self) -> str:
-        # Texts of any encoding occur in descriptions; tokens that do not decode are found where they are used.
-        return self._take(self._count("bytes of a text", _MOST_TEXT)).decode("utf-8", "replace")
+        return self._texts(1)[0]
+
+    def _texts(self, count: int) -> list[str]:
+        """So many texts; a loop by itself, because vocabularies have hundreds of thousands."""
+        data, position, size, texts = self.data, self.position, len(self.data), []
+        for _ in range(count):
+            start = position + 8
+            position = start + int.from_bytes(data[position:start], "little")
+            if position > size or start > size or position - start > _MOST_TEXT:
+                raise self._corrupt(f"a text of {position - start} bytes goes on behind its end")
+            # Texts of any encoding occur in descriptions.
+            texts.append(data[start:position].decode("utf-8", "replace"))
+        self.position = position
+        return texts
 
     def _count(self, what: str, most: int) -> int:
         count = self._number("Q")

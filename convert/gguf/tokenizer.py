@@ -128,12 +128,6 @@ class Vocabulary:
         default = name == "bos" and (self.kind == "llama" or (pre is not None and pre.adds_bos))
         return self.get(f"add_{name}_token", default) and self.id_of(f"{name}_token") is not None
 
-    def is_special(self, index: int) -> bool:
-        """Whether a token is no text: control tokens, and those that end a text whatever their type."""
-        if self.types[index] in (_CONTROL, _UNKNOWN):
-            return True
-        return self.tokens[index] in _ENDS_BY_NAME
-
     def _id(self, key: str) -> int | None:
         found = self.get(key)
         return found if type(found) is int and 0 <= found < len(self.tokens) else None
@@ -186,7 +180,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         raise ValueError("it has no tokenizer.ggml.merges")
     model = models.BPE(
         vocab=_ids(vocabulary),
-        merges=[_pair(merge) for merge in merges],
+        merges=_pairs(merges),
         ignore_merges=pre.whole_words,
     )
     tokenizer = Tokenizer(model)
@@ -233,10 +227,10 @@ def _ids(vocabulary: Vocabulary) -> dict[str, int]:
     return ids
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    # From the second character on: the first may be the space itself.
-    end = merge.find(" ", 1)
-    return merge[:end], merge[end + 1 :]
+def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
+    """Both halves of each merge, which a space separates; the first character may be a space itself."""
+    ends = ((merge, merge.find(" ", 1)) for merge in merges)
+    return [(merge[:end], merge[end + 1 :]) for merge, end in ends]
 
 
 def _merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
@@ -254,10 +248,11 @@ def _merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, *, strips: bool) -> None:
     """Adds what is matched in a text as it is, before anything else: special tokens and the user's own."""
     special, own = [], []
-    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
         if not token or kind == _UNUSED:
             continue
-        if vocabulary.is_special(index):
+        # Those that end a text are no text whatever their type.
+        if kind in (_CONTROL, _UNKNOWN) or token in _ENDS_BY_NAME:
             special.append(
                 AddedToken(token, normalized=False, special=True, rstrip=strips and token not in _PHI3_PLAIN)
             )

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 _PROSE = (Path(__file__).parents[2] / "deploy" / "calibration.txt").read_text(encoding="utf-8")
-_CHOSEN = (
+_CHOSEN: tuple[str, ...] = (
     "",
     " ",
     "   ",
@@ -52,7 +52,7 @@ _CHOSEN = (
 def varied_texts() -> list[str]:
     """The same texts always: chosen ones, pieces of prose, and random mixtures of both."""
     draw = random.Random(0)
-    texts = list(_CHOSEN)
+    texts: list[str] = list(_CHOSEN)
     for _ in range(60):
         start = draw.randrange(len(_PROSE) - 400)
         texts.append(_PROSE[start : start + draw.randrange(1, 400)])
