@@ -217,6 +217,8 @@ def _doubts(source: Path, fields: Mapping[str, Any], config: ModelConfig) -> Ite
     """Sentences on what the folder's JSON files ask for and the checkpoint will not do."""
     if isinstance(config, DecoderConfig) and config.kind == "decoder":
         yield from unapplied(source, fields, config.vocab_size)
+    if isinstance(config, DecoderConfig) and config.ignored:
+        yield f"config: {', '.join(config.ignored)}, which {config.model_type} does not apply, here as in transformers"
     if config.task in CLASSIFYING and (unnamed := unnamed_labels(fields)):
         yield (
             f"config: id2label does not name each of the {config.num_labels} classes, of which some go by "

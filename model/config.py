@@ -79,6 +79,23 @@ def require(config: Mapping[str, Any], name: str, supported: object) -> None:
         raise ValueError(f"config: {name} is {json.dumps(value)}, supported is only {json.dumps(supported)}")
 
 
+def ignored(config: Mapping[str, Any], **usual: object) -> tuple[str, ...]:
+    """What a config asks for in fields that transformers reads but does not apply: neither null nor the usual value."""
+    return tuple(
+        f"{name} is {json.dumps(config[name])}"
+        for name, value in usual.items()
+        if config.get(name) is not None and config[name] != value
+    )
+
+
+def with_own_names(config: Mapping[str, Any], own_names: Mapping[str, str]) -> dict[str, Any]:
+    """The config with an architecture's own names for fields that it gives under those of others.
+
+    As in transformers, which reads both, a value under the other name wins.
+    """
+    return {**config, **{own: config[name] for name, own in own_names.items() if config.get(name) is not None}}
+
+
 def _value(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
     if value is not None:

@@ -5,7 +5,7 @@ parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class DecoderConfig:
         causal: whether a token sees only those before it; else the model can only encode.
         ropes: each layer's rotary embedding; None for a layer without.
         windows: each layer's sliding window in tokens, as `SelfAttention` has it; None for a layer that sees all.
+        ignored: what the Hugging Face config asks for in fields that transformers does not apply either.
     """
 
     model_type: ClassVar[str]
@@ -58,6 +59,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .bert import BertConfig, BertEncoder
-from .config import read_boolean, read_choice, read_integer, read_layers
+from .config import read_boolean, read_choice, read_integer, read_layers, with_own_names
 from .encoder import read_num_labels, read_task
 from .layers import ACTIVATIONS
+
+_COMMON_NAMES = {
+    "hidden_size": "dim",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+}
+"""Names of other configs that transformers reads here too, and the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,7 @@ class DistilBertConfig(BertConfig):
         Raises:
             ValueError: a field out of range.
         """
+        config = with_own_names(config, _COMMON_NAMES)
         layers = read_layers(config, "n_layers", 6)
         positions = read_integer(config, "max_position_embeddings", 512)
         return cls(

@@ -50,7 +50,6 @@ class EncoderConfig:
 
     Attributes:
         kind: "encoder", as the decoders' is "decoder".
-        causal: whether a token sees only those before it.
         distance_bias: whether attention logits have a bias by distance.
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
@@ -63,7 +62,6 @@ class EncoderConfig:
 
     model_type: ClassVar[str]
     kind: ClassVar[str] = "encoder"
-    causal: ClassVar[bool] = False
     distance_bias: ClassVar[bool] = False
 
     task: str
@@ -96,6 +94,11 @@ class EncoderConfig:
     def head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it: never."""
+        return False
 
     @property
     def num_key_value_heads(self) -> int:

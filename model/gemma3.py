@@ -4,14 +4,14 @@ Source: transformers' `modeling_gemma3.py`, whose logits for text these equal.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .config import read_boolean, read_integer, read_optional_number, require
+from .config import ignored, read_boolean, read_integer, read_optional_number, require
 from .gemma2 import read_gemma_layer, read_gemma_sizes
 from .rope import ropes_from_config
 from .sandwich_norm import SandwichCausalLM, SandwichConfig
@@ -32,8 +32,6 @@ class Gemma3TextConfig(SandwichConfig):
         Raises:
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
-        # Read into transformers' config, but not used by its model.
-        require(config, "attn_logit_softcapping", None)
         sizes = read_gemma_sizes(config, vocab_size=262208, max_position_embeddings=131072)
         pattern = read_integer(config, "sliding_window_pattern", 6)
         types = read_layer_types(
@@ -59,6 +57,7 @@ class Gemma3TextConfig(SandwichConfig):
             final_logit_softcapping=read_optional_number(config, "final_logit_softcapping", None),
             ropes=tuple(ropes[layer_type] for layer_type in types),
             windows=windows_by_type(types, window),
+            ignored=ignored(config, attn_logit_softcapping=None),
         )
 
 
@@ -78,12 +77,12 @@ class Gemma3Config(Gemma3TextConfig):
         text = config.get("text_config") or {}
         if not isinstance(text, Mapping):
             raise ValueError(f"config: text_config is {text!r}, expected an object")
-        # Read into transformers' config, but not used by its model.
-        require(text, "final_logit_softcapping", None)
         # Honoured there by some of its forms of attention only.
         require(text, "use_bidirectional_attention", False)
         # Whether the output layer is tied is said by the config of the whole.
-        return super().from_hf({**text, "tie_word_embeddings": config.get("tie_word_embeddings")})
+        whole = {"tie_word_embeddings": config.get("tie_word_embeddings"), "final_logit_softcapping": None}
+        checked = super().from_hf({**text, **whole})
+        return replace(checked, ignored=(*checked.ignored, *ignored(text, final_logit_softcapping=None)))
 
 
 class Gemma3ForCausalLM(SandwichCausalLM):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .blocks import PreNormLayer
-from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require, with_own_names
 from .decoder import CausalLM, DecoderConfig
 from .layers import ACTIVATIONS, MLP, LayerNorm
 from .self_attention import SelfAttention
@@ -52,7 +52,7 @@ class GPT2Config(DecoderConfig):
         Raises:
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
-        config = {**config, **{own: config[name] for name, own in _COMMON_NAMES.items() if name in config}}
+        config = with_own_names(config, _COMMON_NAMES)
         require(config, "add_cross_attention", False)
         hidden, heads = read_integer(config, "n_embd", 768), read_integer(config, "n_head", 12)
         if hidden % heads:

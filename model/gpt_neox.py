@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .blocks import ParallelLayer, PreNormLayer
-from .config import read_boolean, read_choice, read_number, require
+from .config import ignored, read_boolean, read_choice, read_number, require
 from .decoder import CausalLM, DecoderConfig, read_sizes
 from .layers import ACTIVATIONS, MLP, LayerNorm
 from .rope import rope_from_config
@@ -39,7 +39,7 @@ class GPTNeoXConfig(DecoderConfig):
             ValueError: a field out of range, or one that asks for mathematics that this model does not have.
         """
         sizes = read_sizes(
-            config,
+            {**config, "num_key_value_heads": None},
             vocab_size=50432,
             hidden_size=6144,
             intermediate_size=24576,
@@ -48,7 +48,6 @@ class GPTNeoXConfig(DecoderConfig):
             max_position_embeddings=2048,
         )
         require(config, "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
-        require(config, "num_key_value_heads", sizes["num_attention_heads"])
         layers, positions = sizes["num_hidden_layers"], sizes["max_position_embeddings"]
         rope = rope_from_config(
             config,
@@ -65,6 +64,7 @@ class GPTNeoXConfig(DecoderConfig):
             use_parallel_residual=read_boolean(config, "use_parallel_residual", True),
             ropes=(rope,) * layers,
             windows=(None,) * layers,
+            ignored=ignored(config, num_key_value_heads=sizes["num_attention_heads"]),
         )
 
 

@@ -16,10 +16,16 @@ from jaxtyping import Array, Float, Float32, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_accurate": jax.nn.gelu,
     "gelu_fast": jax.nn.gelu,
     "gelu_new": jax.nn.gelu,
+    "gelu_python": partial(jax.nn.gelu, approximate=False),
+    "gelu_python_tanh": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .config import read_boolean, read_choice, read_number, require
+from .config import ignored, read_boolean, read_choice, read_number
 from .decoder import read_sizes
 from .layers import ACTIVATIONS
 from .pre_norm import PreNormCausalLM, PreNormConfig
@@ -44,8 +44,6 @@ class LlamaConfig(PreNormConfig):
             max_position_embeddings=2048,
         )
         layers = sizes["num_hidden_layers"]
-        require(config, "sliding_window", None)
-        require(config, "layer_types", ["full_attention"] * layers)
         return cls(
             **sizes,
             hidden_act=read_choice(config, "hidden_act", ACTIVATIONS, "silu"),
@@ -54,6 +52,7 @@ class LlamaConfig(PreNormConfig):
             mlp_bias=read_boolean(config, "mlp_bias", False),
             ropes=(rope_from_config(config, sizes["max_position_embeddings"]),) * layers,
             windows=(None,) * layers,
+            ignored=ignored(config, sliding_window=None, layer_types=["full_attention"] * layers),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .config import read_choice, read_number, require
+from .config import ignored, read_choice, read_number
 from .decoder import read_sizes
 from .layers import ACTIVATIONS
 from .pre_norm import PreNormCausalLM, PreNormConfig
@@ -40,13 +40,13 @@ class MistralConfig(PreNormConfig):
         )
         window = read_window(config, 4096)
         layer_types = [FULL if window is None else SLIDING] * sizes["num_hidden_layers"]
-        require(config, "layer_types", layer_types)
         return cls(
             **sizes,
             hidden_act=read_choice(config, "hidden_act", ACTIVATIONS, "silu"),
             rms_norm_eps=read_number(config, "rms_norm_eps", 1e-6),
             ropes=(rope_from_config(config, sizes["max_position_embeddings"]),) * len(layer_types),
             windows=windows_by_type(layer_types, window),
+            ignored=ignored(config, layer_types=layer_types),
         )
 
 

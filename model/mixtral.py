@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .config import read_choice, read_integer, read_number, require
+from .config import ignored, read_choice, read_integer, read_number, with_own_names
 from .decoder import read_sizes
 from .layers import ACTIVATIONS
-from .moe import SparseMoE
+from .moe import SparseMoE, check_experts
 from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
 from .windows import FULL, SLIDING, read_window, windows_by_type
@@ -28,6 +28,10 @@ class MixtralConfig(PreNormConfig):
 
     num_local_experts: int
     num_experts_per_tok: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(self.num_experts_per_tok, self.num_local_experts)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "MixtralConfig":
@@ -48,16 +52,17 @@ class MixtralConfig(PreNormConfig):
         )
         window = read_window(config, None)
         layer_types = [FULL if window is None else SLIDING] * sizes["num_hidden_layers"]
-        require(config, "layer_types", layer_types)
+        experts = with_own_names(config, {"num_experts": "num_local_experts"})
         rope = rope_from_config(config, sizes["max_position_embeddings"], default_theta=1e6)
         return cls(
             **sizes,
             hidden_act=read_choice(config, "hidden_act", ACTIVATIONS, "silu"),
             rms_norm_eps=read_number(config, "rms_norm_eps", 1e-5),
-            num_local_experts=read_integer(config, "num_local_experts", 8),
+            num_local_experts=read_integer(experts, "num_local_experts", 8),
             num_experts_per_tok=read_integer(config, "num_experts_per_tok", 2),
             ropes=(rope,) * len(layer_types),
             windows=windows_by_type(layer_types, window),
+            ignored=ignored(config, layer_types=layer_types),
         )
 
 

@@ -57,8 +57,9 @@ class ModernBertConfig(EncoderConfig):
             default_thetas={FULL: 160000.0, SLIDING: 10000.0},
             scaled=(FULL, SLIDING),
         )
-        # Half of `local_attention` to each side, and the token itself.
-        window = read_integer(config, "local_attention", 128) // 2 + 1
+        # Half of `local_attention` to each side, or `sliding_window`, which wins, and the token itself.
+        reach = read_integer(config, "sliding_window", read_integer(config, "local_attention", 128) // 2, least=0)
+        window = reach + 1
         return cls(
             task=read_task(config),
             num_labels=read_num_labels(config),

@@ -22,6 +22,14 @@ _LEAST_ROWS, _MOST_ROWS = 8, 256
 _initial = nnx.initializers.normal(0.02)
 
 
+def check_experts(num_experts_per_tok: int, num_experts: int) -> None:
+    """ValueError if a token goes to more experts than there are."""
+    if num_experts_per_tok > num_experts:
+        raise ValueError(
+            f"config: num_experts_per_tok is {num_experts_per_tok}, expected at most {num_experts} experts"
+        )
+
+
 class SparseMoE(nnx.Module):
     """The sum over a token's experts of `weight * down(activation(gate(x)) * up(x))`.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .config import read_choice, read_number, require
+from .config import ignored, read_choice, read_number
 from .decoder import read_sizes
 from .layers import ACTIVATIONS
 from .pre_norm import PreNormCausalLM, PreNormConfig
@@ -40,7 +40,7 @@ class Phi3Config(PreNormConfig):
         )
         window = read_window(config, None)
         layer_types = [FULL if window is None else SLIDING] * sizes["num_hidden_layers"]
-        require(config, "layer_types", layer_types)
+        unapplied = ignored(config, layer_types=layer_types)
         if window is not None and window >= sizes["max_position_embeddings"]:
             # Wider than any row may be, as in the models with 128k tokens: so these layers see the whole row.
             layer_types, window = [FULL] * len(layer_types), None
@@ -50,6 +50,7 @@ class Phi3Config(PreNormConfig):
             rms_norm_eps=read_number(config, "rms_norm_eps", 1e-5),
             ropes=(_read_rope(config, sizes["max_position_embeddings"]),) * len(layer_types),
             windows=windows_by_type(layer_types, window),
+            ignored=unapplied,
         )
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .config import read_boolean, read_choice, read_integer, read_number, require
+from .config import ignored, read_boolean, read_choice, read_integer, read_number, with_own_names
 from .decoder import read_sizes
 from .layers import ACTIVATIONS
-from .moe import SparseMoE
+from .moe import SparseMoE, check_experts
 from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
 from .windows import FULL, SLIDING, read_window, windows_by_type
@@ -33,6 +33,10 @@ class Qwen3MoeConfig(PreNormConfig):
     norm_topk_prob: bool
     decoder_sparse_step: int
     mlp_only_layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(self.num_experts_per_tok, self.num_experts)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3MoeConfig":
@@ -54,22 +58,22 @@ class Qwen3MoeConfig(PreNormConfig):
         # Other than in Qwen3, all layers have the window, whatever max_window_layers says.
         window = read_window(config, 4096) if read_boolean(config, "use_sliding_window", False) else None
         layer_types = [FULL if window is None else SLIDING] * sizes["num_hidden_layers"]
-        require(config, "layer_types", layer_types)
         # transformers 5 writes the number of experts under Mixtral's name for it.
-        experts = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+        experts = with_own_names(config, {"num_local_experts": "num_experts"})
         return cls(
             **sizes,
             hidden_act=read_choice(config, "hidden_act", ACTIVATIONS, "silu"),
             rms_norm_eps=read_number(config, "rms_norm_eps", 1e-6),
             attention_bias=read_boolean(config, "attention_bias", False),
             moe_intermediate_size=read_integer(config, "moe_intermediate_size", 768),
-            num_experts=read_integer(config, experts, 128),
+            num_experts=read_integer(experts, "num_experts", 128),
             num_experts_per_tok=read_integer(config, "num_experts_per_tok", 8),
             norm_topk_prob=read_boolean(config, "norm_topk_prob", False),
             decoder_sparse_step=read_integer(config, "decoder_sparse_step", 1),
             mlp_only_layers=_read_mlp_only_layers(config),
             ropes=(rope_from_config(config, sizes["max_position_embeddings"]),) * len(layer_types),
             windows=windows_by_type(layer_types, window),
+            ignored=ignored(config, layer_types=layer_types),
         )
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .bert import BertConfig, BertEncoder
+from .config import require
 from .decoder import CausalLM, DecoderConfig
 from .decoder_encoder import encoder_of, with_task
 from .dinov2 import Dinov2Config, Dinov2Encoder, Dinov2WithRegistersConfig
@@ -177,8 +178,13 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
         ValueError: an unknown architecture, or a field that the architecture refuses.
     """
     architecture = find(config)
+    if config.get("per_layer_config"):
+        raise ValueError("config: per_layer_config has fields for single layers, supported is only one set for all")
     checked = architecture.config.from_hf(config)
-    return architecture, with_task(checked, config) if isinstance(checked, DecoderConfig) else checked
+    if isinstance(checked, DecoderConfig):
+        return architecture, with_task(checked, config)
+    require(config, "is_causal", False)
+    return architecture, checked
 
 
 def find(config: Mapping[str, Any]) -> Architecture:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .blocks import PreNormLayer
-from .config import read_choice, read_integer, read_layers, read_number, require
+from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require, with_own_names
 from .encoder import Encoder, EncoderConfig, TextEmbeddings, require_class
 from .layers import ACTIVATIONS, MLP, Embedding, GatedMLP, RMSNorm
 from .self_attention import SelfAttention
@@ -25,6 +25,14 @@ _PROJECTIONS = {name: (False, name) for name in ACTIVATIONS} | {f"gated-{name}":
 # By this name T5 means GELU's approximation.
 _PROJECTIONS["gated-gelu"] = (True, "gelu_new")
 
+_COMMON_NAMES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+"""Names of other configs that transformers reads here too, and the model's own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config(EncoderConfig):
@@ -32,7 +40,7 @@ class T5Config(EncoderConfig):
 
     Attributes:
         d_kv: width of a head.
-        gated, hidden_act: what `feed_forward_proj` says.
+        gated, hidden_act: what `feed_forward_proj` says, or `is_gated_act` and `dense_act_fn`, which win.
     """
 
     model_type: ClassVar[str] = "t5"
@@ -77,7 +85,8 @@ class T5Config(EncoderConfig):
         """
         require_class(config, [cls.class_prefix + end for end in ("EncoderModel", "ForConditionalGeneration", "Model")])
         require(config, "is_decoder", False)
-        fields = cls.defaults | {name: value for name, value in config.items() if value is not None}
+        given = {name: value for name, value in config.items() if value is not None}
+        fields = cls.defaults | with_own_names(given, _COMMON_NAMES)
         layers = read_layers(fields, "num_layers")
         gated, act = _PROJECTIONS[read_choice(fields, "feed_forward_proj", _PROJECTIONS, "relu")]
         return cls(
@@ -90,8 +99,8 @@ class T5Config(EncoderConfig):
             num_attention_heads=read_integer(fields, "num_heads"),
             d_kv=read_integer(fields, "d_kv", 64),
             max_tokens=None,
-            gated=gated,
-            hidden_act=act,
+            gated=read_boolean(fields, "is_gated_act", gated),
+            hidden_act=read_choice(fields, "dense_act_fn", ACTIVATIONS, act),
             layer_norm_epsilon=read_number(fields, "layer_norm_epsilon", 1e-6),
             relative_attention_num_buckets=read_integer(fields, "relative_attention_num_buckets", 32),
             relative_attention_max_distance=read_integer(fields, "relative_attention_max_distance", 128),

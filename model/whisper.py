@@ -15,13 +15,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .blocks import PreNormLayer
-from .config import read_choice, read_integer, read_layers
+from .config import read_choice, read_integer, read_layers, with_own_names
 from .encoder import Encoder, EncoderConfig, InputInfo, require_class
 from .layers import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
 from .self_attention import SelfAttention
 
 CLASSES = ("WhisperForConditionalGeneration", "WhisperModel", "WhisperEncoder")
 """What checkpoints with an encoder, and nothing behind it but a decoder, have under `architectures`."""
+
+_COMMON_NAMES = {
+    "hidden_size": "d_model",
+    "num_key_value_heads": "encoder_attention_heads",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
+"""Names of other configs that transformers reads here too, and the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,7 @@ class WhisperConfig(EncoderConfig):
             ValueError: a field out of range, or a class that has more than an encoder and a decoder.
         """
         require_class(config, CLASSES)
+        config = with_own_names(config, _COMMON_NAMES)
         layers = read_layers(config, "encoder_layers", 4)
         positions = read_integer(config, "max_source_positions", 1500)
         return cls(

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
@@ -14,6 +16,7 @@ import iceformer
 from iceformer.convert.quantization import without_quantization
 from iceformer.convert.tensor_file import TensorInfo
 from iceformer.model.encoder import read_labels, read_num_labels, unnamed_labels
+from iceformer.model.layers import ACTIVATIONS
 from iceformer.model.registry import ARCHITECTURES, build, find
 
 from .folders import edit_json, edit_tensors, read_json, refused, tiny
@@ -168,3 +171,94 @@ def test_a_merged_adapter_of_a_quantised_model(tmp_path: Path) -> None:
     iceformer.load_model(checkpoint)
     edit_tensors(source, {"model.layers.0.mlp.up_proj.weight": np.zeros((1920, 1), np.uint8)})
     assert "quant_method bitsandbytes, 4 bits" in refused(source)
+
+
+# Fields under other names, and those that only one side reads.
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "same"),
+    [
+        ("distilbert", {"hidden_size": 96, "dim": 48}, {"dim": 96}),
+        ("distilbert", {"num_attention_heads": 2, "num_hidden_layers": 3}, {"n_heads": 2, "n_layers": 3}),
+        ("gpt2", {"hidden_size": 96, "n_embd": 48, "n_positions": 7}, {"n_embd": 96, "n_positions": 7}),
+        ("t5", {"hidden_size": 96, "head_dim": 8}, {"d_model": 96, "d_kv": 8}),
+        ("t5", {"num_attention_heads": 3, "num_hidden_layers": 3}, {"num_heads": 3, "num_layers": 3}),
+        ("umt5", {"num_hidden_layers": 3, "num_layers": None}, {"num_layers": 3}),
+        ("whisper", {"hidden_size": 96, "num_hidden_layers": 3}, {"d_model": 96, "encoder_layers": 3}),
+        ("whisper", {"num_attention_heads": 3}, {"encoder_attention_heads": 3}),
+        ("mixtral", {"num_experts": 3, "num_local_experts": 4}, {"num_local_experts": 3}),
+        ("qwen3_moe", {"num_experts": 9, "num_local_experts": 10}, {"num_experts": 10}),
+        ("t5", {"feed_forward_proj": "gated-gelu", "is_gated_act": False}, {"feed_forward_proj": "gelu_new"}),
+        ("t5", {"dense_act_fn": "silu", "is_gated_act": True}, {"feed_forward_proj": "gated-silu"}),
+        ("modernbert", {"sliding_window": 7, "local_attention": 64}, {"local_attention": 14}),
+        ("gpt2", {"hidden_size": None}, {}),
+    ],
+)
+def test_fields_under_their_other_names(model_type: str, fields: dict[str, Any], same: dict[str, Any]) -> None:
+    assert build({"model_type": model_type, **fields}) == build({"model_type": model_type, **same})
+    assert build({"model_type": model_type, **fields}) != build({"model_type": model_type}) or not same
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {"sliding_window": 4}),
+        ("llama", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}),
+        ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("gpt_neox", {"num_key_value_heads": 1}),
+        ("gemma3_text", {"attn_logit_softcapping": 0.5}),
+        ("gemma3", {"text_config": {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.5}}),
+    ],
+)
+def test_what_transformers_does_not_apply_is_said(tmp_path: Path, model_type: str, fields: dict[str, Any]) -> None:
+    source = tmp_path / "source"
+    tiny(source, model_type, **({"sliding_window": 64} if model_type == "mistral" else {}))
+    edited = fields
+    if model_type == "gemma3":
+        edited = {"text_config": {**read_json(source / "config.json")["text_config"], **fields["text_config"]}}
+    ids = np.arange(3, 33)[None]
+
+    def logits() -> np.ndarray:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+        with torch.no_grad():
+            return model(torch.tensor(ids), use_cache=False).logits.numpy()
+
+    before, plain = logits(), build(read_json(source / "config.json"))
+    edit_json(source / "config.json", **edited)
+    np.testing.assert_array_equal(logits(), before)
+    architecture, config = build(read_json(source / "config.json"))
+    assert (architecture, config) == plain
+    named = {field.partition(" is ")[0] for field in config.ignored}
+    assert named == set(fields.get("text_config", {name: 0 for name, value in fields.items() if value is not None}))
+
+
+def test_an_ignored_field_is_warned_of(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny(source, "llama")
+    edit_json(source / "config.json", sliding_window=16)
+    with pytest.warns(UserWarning, match="sliding_window is 16, which llama does not apply, here as in transformers"):
+        iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "bert", "is_causal": True}, "is_causal is true"),
+        ({"model_type": "modernbert", "is_causal": True}, "is_causal is true"),
+        ({"model_type": "llama", "per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok is 3"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok is 8, expected at most 4"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ],
+)
+def test_what_transformers_applies_and_we_do_not_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build(fields)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_those_of_transformers(name: str) -> None:
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    expected = transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(np.asarray(ACTIVATIONS[name](jnp.asarray(x))), expected, atol=2e-6)

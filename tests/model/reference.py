@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 def shared_fields(config: Any) -> set[str]:
     """Fields of our configuration that transformers' has too, by the same name."""
-    ours = {"ropes", "windows", "task", "num_labels", "pad_token_id", "causal"}
+    ours = {"ropes", "windows", "task", "num_labels", "pad_token_id", "causal", "ignored"}
     return {each.name for each in dataclasses.fields(config)} - ours
 
 

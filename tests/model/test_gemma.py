@@ -69,10 +69,8 @@ def test_caps_may_be_switched_off() -> None:
         (Gemma2Config, {"layer_types": [FULL]}, "layer_types is"),
         (Gemma2Config, {"sliding_window": None}, "sliding_window"),
         (Gemma2Config, {"hidden_activation": "mish"}, "hidden_activation is 'mish'"),
-        (Gemma3TextConfig, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         (Gemma3TextConfig, {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         (Gemma3Config, {"text_config": {"use_bidirectional_attention": True}}, "use_bidirectional_attention is true"),
-        (Gemma3Config, {"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping is 30.0"),
         (Gemma3Config, {"text_config": "gemma"}, "text_config is 'gemma', expected an object"),
     ],
 )

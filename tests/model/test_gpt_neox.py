@@ -40,7 +40,6 @@ def test_defaults_are_those_of_transformers(config_class: Any, name: str, share:
     ("config_class", "fields", "message"),
     [
         (GPTNeoXConfig, {"head_dim": 7}, "head_dim is 7, supported is only 96"),
-        (GPTNeoXConfig, {"num_key_value_heads": 2}, "num_key_value_heads is 2, supported is only 64"),
         (GPTNeoXConfig, {"num_attention_heads": 5}, "hidden_size is 6144, expected a multiple"),
         (GPTNeoXConfig, {"rotary_pct": 1.5}, "partial_rotary_factor is 1.5"),
         (StableLmConfig, {"head_dim": 7}, "head_dim is 7, supported is only 80"),
