@@ -11,7 +11,7 @@ from typing import Any
 
 from ..model.pooling import MODES, TORCH_ACTIVATIONS, Dense, EmbeddingConfig, Normalize
 from .json_file import parse_json, read_json
-from .problems import listed
+from .problems import joined, listed, shown
 
 MODULES = "modules.json"
 MODEL_CONFIG = "config_sentence_transformers.json"
@@ -98,13 +98,13 @@ def open_sentence_folder(source: Path) -> SentenceFolder | None:
     config = read_optional(source / MODEL_CONFIG)
     kind = config.get("model_type", "SentenceTransformer")
     if kind not in _TASKS:
-        raise ValueError(f"{MODEL_CONFIG}: model_type is {kind!r}, supported are: {', '.join(_TASKS)}")
+        raise ValueError(f"{MODEL_CONFIG}: model_type is {shown(repr(kind))}, supported are: {', '.join(_TASKS)}")
     if not (source / MODULES).exists():
         _warn_of_lone_files(source)
         return None
     if unread := sorted(config.keys() - _MODEL_FIELDS):
         warnings.warn(
-            f"{MODEL_CONFIG} has {', '.join(unread)}, which sentence-transformers does not read and which changes "
+            f"{MODEL_CONFIG} has {joined(unread)}, which sentence-transformers does not read and which changes "
             "nothing here",
             stacklevel=3,
         )
@@ -116,7 +116,7 @@ def open_sentence_folder(source: Path) -> SentenceFolder | None:
     if kinds[: len(expected)] != expected or not {name for name, _ in steps} <= set(further):
         behind = f", then any of {', '.join(further)}" if further else ""
         raise ValueError(
-            f"{MODULES} has the modules {', '.join(kinds) or 'of an empty list'}, supported are {', '.join(expected)}"
+            f"{MODULES} has the modules {joined(kinds) or 'of an empty list'}, supported are {', '.join(expected)}"
             f"{behind} ({kind}){_WITHOUT}"
         )
     root = modules[0][1]
@@ -142,7 +142,7 @@ def module_path(module: Mapping[str, Any]) -> str:
     path = module["path"]
     parts = PureWindowsPath(path)
     if parts.anchor or ".." in parts.parts or "\0" in path:
-        raise ValueError(f"{MODULES} has the path {path!r}, expected a folder inside the model's")
+        raise ValueError(f"{MODULES} has the path {shown(repr(path))}, expected a folder inside the model's")
     return path
 
 
@@ -154,7 +154,7 @@ def _warn_of_lone_files(source: Path) -> None:
     found = [name for name in (MODEL_CONFIG, *TRANSFORMER_CONFIGS) if (source / name).exists()]
     if found:
         warnings.warn(
-            f"{source} has {', '.join(found)} but no {MODULES}: it is taken as a plain model, with no sentence "
+            f"{shown(source)} has {', '.join(found)} but no {MODULES}: it is taken as a plain model, with no sentence "
             "embedding, prompts or length. sentence-transformers would take the mean over its tokens; download "
             f"{MODULES} and the folders that it names if there are any",
             stacklevel=4,
@@ -165,7 +165,8 @@ def _class_of(module: Mapping[str, Any]) -> str:
     package, _, name = module["type"].rpartition(".")
     if package and package.partition(".")[0] != "sentence_transformers":
         raise ValueError(
-            f"{MODULES} names the module {module['type']}, which is code of the model's own and never run{_WITHOUT}"
+            f"{MODULES} names the module {shown(module['type'])}, which is code of the model's own and never run"
+            f"{_WITHOUT}"
         )
     return name
 
@@ -218,11 +219,11 @@ def _read_pooling(config: Mapping[str, Any], where: str) -> tuple[tuple[str, ...
     switches = {name: config[name] for name in _SWITCHES if name in config}
     wrong = {"include_prompt": include_prompt, **switches}
     if wrong := [f"{name} is {value!r}" for name, value in wrong.items() if not isinstance(value, bool)]:
-        raise ValueError(f"{where}: {', '.join(wrong)}, expected true or false{_WITHOUT}")
+        raise ValueError(f"{where}: {joined(wrong)}, expected true or false{_WITHOUT}")
     modes = config.get("pooling_mode", [_SWITCHES[name] for name, chosen in switches.items() if chosen] or "mean")
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or not modes or any(mode not in MODES for mode in modes):
-        raise ValueError(f"{where}: the pooling is {modes}, supported are: {', '.join(MODES)}{_WITHOUT}")
+        raise ValueError(f"{where}: the pooling is {shown(modes)}, supported are: {', '.join(MODES)}{_WITHOUT}")
     return tuple(modes), include_prompt
 
 
@@ -233,12 +234,14 @@ def _read_dense(config: Mapping[str, Any], where: str) -> Dense:
     )
     _check_names(config, where)
     if config.get("use_residual", False) is not False:
-        raise ValueError(f"{where}: use_residual is {config['use_residual']!r}, supported is false{_WITHOUT}")
+        raise ValueError(
+            f"{where}: use_residual is {shown(repr(config['use_residual']))}, supported is false{_WITHOUT}"
+        )
     sizes = [config.get(name) for name in ("in_features", "out_features")]
     use_bias = config.get("bias", True)
     if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(use_bias, bool):
         raise ValueError(
-            f"{where}: in_features, out_features and bias are {sizes[0]!r}, {sizes[1]!r} and {use_bias!r}, expected "
+            f"{where}: in_features, out_features and bias are {shown([*sizes, use_bias])}, expected "
             "two whole numbers above 0, and true or false"
         )
     activation = read_activation(config.get("activation_function", "torch.nn.Tanh"), where)
@@ -249,12 +252,14 @@ def _check_names(config: Mapping[str, Any], where: str) -> None:
     """ValueError unless a module reads and writes the sentence embedding."""
     for name in ("module_input_name", "module_output_name"):
         if config.get(name) not in (None, "sentence_embedding"):
-            raise ValueError(f"{where}: {name} is {config[name]!r}, supported is 'sentence_embedding'{_WITHOUT}")
+            raise ValueError(
+                f"{where}: {name} is {shown(repr(config[name]))}, supported is 'sentence_embedding'{_WITHOUT}"
+            )
 
 
 def _refuse_unknown(config: Mapping[str, Any], known: Collection[str], where: str) -> None:
     if unknown := sorted(config.keys() - set(known)):
-        raise ValueError(f"{where}: {', '.join(unknown)} is not known, expected: {', '.join(sorted(known))}{_WITHOUT}")
+        raise ValueError(f"{where}: {joined(unknown)} is not known, expected: {', '.join(sorted(known))}{_WITHOUT}")
 
 
 def read_activation(name: object, where: str) -> str:
@@ -262,6 +267,7 @@ def read_activation(name: object, where: str) -> str:
     package, _, found = str(name).rpartition(".")
     if found not in TORCH_ACTIVATIONS or (package != "torch.nn" and not package.startswith("torch.nn.modules.")):
         raise ValueError(
-            f"{where}: the activation is {name!r}, supported are, of torch.nn: {', '.join(sorted(TORCH_ACTIVATIONS))}"
+            f"{where}: the activation is {shown(repr(name))}, supported are, of torch.nn: "
+            f"{', '.join(sorted(TORCH_ACTIVATIONS))}"
         )
     return found

@@ -10,6 +10,7 @@ from typing import Any
 from ..model.pooling import Dense, EmbeddingConfig, Normalize
 from ..model.registry import ModelConfig
 from .json_file import read_json
+from .problems import joined, shown
 from .sentence_transformers import MODEL_CONFIG, TRANSFORMER_CONFIGS, SentenceFolder, read_activation, read_optional
 
 TEXT = "text.json"
@@ -82,6 +83,11 @@ def text_settings(
     tokenizer |= _loading(options)
     cuts = folder is not None or _is_cross_encoder(fields)
     classifies = config.task == "sequence_classification"
+    if folder is not None and folder.embedding is None and not classifies:
+        raise ValueError(
+            f"{MODEL_CONFIG} asks for scores, but {config.model_type} is converted for {config.task}: name its class "
+            "ForSequenceClassification under architectures in the config, with the weights of its head"
+        )
     settings = TextSettings(
         segments=_has_segments(tokenizer, fields),
         max_seq_length=_max_seq_length(options, tokenizer, fields, config) if cuts else None,
@@ -125,20 +131,23 @@ def _prompts(folder: SentenceFolder) -> dict[str, Any]:
     prompts = config.get("prompts") or {}
     texts = prompts.values() if isinstance(prompts, Mapping) else [prompts]
     if not isinstance(prompts, Mapping) or any(not isinstance(text, str | None) for text in texts):
-        raise ValueError(f"{MODEL_CONFIG}: prompts is {prompts!r}, expected texts by name")
+        raise ValueError(f"{MODEL_CONFIG}: prompts is {shown(repr(prompts))}, expected texts by name")
     # What encode_query and encode_document of sentence-transformers look for is there in every embedder.
     known = {"query": "", "document": ""} if folder.embedding is not None else {}
     prompts = known | {name: text or "" for name, text in prompts.items()}
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise ValueError(
-            f"{MODEL_CONFIG}: default_prompt_name is {default!r}, expected one of: {', '.join(prompts) or '(none)'}"
+            f"{MODEL_CONFIG}: default_prompt_name is {shown(repr(default))}, expected one of: "
+            f"{joined(list(prompts)) or '(none)'}"
         )
     if folder.embedding is None:
         return {"prompts": prompts, "default_prompt_name": default}
     truncate_dim = config.get("truncate_dim")
     if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
-        raise ValueError(f"{MODEL_CONFIG}: truncate_dim is {truncate_dim!r}, expected a whole number above 0, or null")
+        raise ValueError(
+            f"{MODEL_CONFIG}: truncate_dim is {shown(repr(truncate_dim))}, expected a whole number above 0, or null"
+        )
     similarity = config.get("similarity_fn_name")
     return {
         "prompts": prompts,
@@ -163,7 +172,7 @@ def _score_activation(folder: SentenceFolder | None, fields: Mapping[str, Any], 
     """
     own = fields.get("sentence_transformers") or {}
     if not isinstance(own, Mapping):
-        raise ValueError(f"config: sentence_transformers is {own!r}, expected an object")
+        raise ValueError(f"config: sentence_transformers is {shown(repr(own))}, expected an object")
     given = {
         MODEL_CONFIG: None if folder is None else folder.config.get("activation_fn"),
         "config: sentence_transformers": own.get("activation_fn"),
@@ -201,7 +210,7 @@ def _read_limit(value: Any, where: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value % 1:
-        raise ValueError(f"{where} is {value!r}, expected a whole number above 0")
+        raise ValueError(f"{where} is {shown(repr(value))}, expected a whole number above 0")
     return None if value >= _UNLIMITED else int(value)
 
 
@@ -212,7 +221,7 @@ def _truncation_side(tokenizer: Mapping[str, Any], root: Path) -> str:
         truncation = read_optional(root / "tokenizer.json").get("truncation")
         side = truncation.get("direction", "right") if isinstance(truncation, Mapping) else "right"
     if str(side).lower() not in ("right", "left"):
-        raise ValueError(f"{TOKENIZER_CONFIG}: truncation_side is {side!r}, expected right or left")
+        raise ValueError(f"{TOKENIZER_CONFIG}: truncation_side is {shown(repr(side))}, expected right or left")
     return str(side).lower()
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 import iceformer
 from iceformer.attention import LowRank
-from iceformer.convert.checkpoint import save_params
+from iceformer.convert.parameters import save_params
 from iceformer.deploy.session import Session
 from iceformer.model import registry
 from iceformer.model.blocks import PostNormLayer

@@ -23,7 +23,8 @@ def embed(config: EmbeddingConfig, prompt: int = 0, lengths: tuple[int, ...] = L
 
 
 def reference(modes: tuple[str, ...], include_prompt: bool, prompt: int) -> np.ndarray:
-    pooling = modules.Pooling(HIDDEN.shape[-1], modes, include_prompt=include_prompt)
+    given: Any = modes
+    pooling = modules.Pooling(HIDDEN.shape[-1], given, include_prompt=include_prompt)
     mask = torch.arange(HIDDEN.shape[1]) < torch.tensor(LENGTHS)[:, None]
     features: dict[str, Any] = {"token_embeddings": torch.tensor(HIDDEN), "attention_mask": mask.long()}
     if prompt:
