@@ -2,51 +2,70 @@
 
 import codecs
 import json
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .json_file import read_json
+from .older_tokenizers import make_tokenizer
+from .tokenizer import check_vocabulary, tokenizer_json
+from .tokenizer_settings import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja")
+"""Files, and a pattern of files, that hold the templates of chats that tokenizer_config.json does not."""
 COMPANIONS = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
     "generation_config.json",
-    "special_tokens_map.json",
     "preprocessor_config.json",
+    *CHAT_TEMPLATES,
 )
-"""Files that go to the checkpoint as they are, where the source has them."""
-TOKENIZER_SOURCES = (
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-"""Files of the older forms of a tokenizer, of which tokenizer.json is made where that is lacking."""
+"""Files that go to the checkpoint where the source has them, as they are except for the tokenizer."""
 
 
 def check_companions(source: Path) -> list[str]:
-    """The companions that a folder has; ValueError if one of them is not JSON."""
-    found = [name for name in COMPANIONS if (source / name).exists()]
+    """The companions that a folder has; ValueError if one of them is not JSON, as far as it should be."""
+    found = [str(file.relative_to(source)) for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
     for name in found:
-        read_json(source / name)
+        if name.endswith(".json"):
+            read_json(source / name)
     return found
 
 
-def copy_companions(source: Path, target: Path, names: list[str]) -> None:
-    """Copies the config and the companions of a source, and makes tokenizer.json if it has a tokenizer without."""
+def tokenizer_of(source: Path, fields: Mapping[str, Any], vocab_size: int | None) -> str | None:
+    """The text of the checkpoint's tokenizer.json, None for a folder without a tokenizer that can be read.
+
+    Args:
+        source: the folder.
+        fields: of its config.json.
+        vocab_size: rows of the model's embedding; None for a model that takes no tokens.
+
+    Raises:
+        ValueError: a tokenizer that `tokenizers` does not read, or whose ids go beyond the model's embedding.
+
+    Warns:
+        UserWarning: what was decided between files that contradict each other; why there is no tokenizer.
+    """
+    text = tokenizer_json(source, fields) if (source / TOKENIZER).is_file() else make_tokenizer(source)
+    if text is not None and vocab_size is not None:
+        check_vocabulary(text, vocab_size)
+    return text
+
+
+def copy_companions(source: Path, target: Path, names: list[str], tokenizer: str | None) -> None:
+    """Copies the config and the companions of a source, and writes its tokenizer."""
     for name in (CONFIG, *names):
+        (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_bytes((source / name).read_bytes().removeprefix(codecs.BOM_UTF8))
-    if TOKENIZER not in names:
-        _make_tokenizer(source, target / TOKENIZER)
+    if tokenizer is not None:
+        (target / TOKENIZER).write_bytes(tokenizer.encode())
 
 
-def lowercase(tokenizer: Path) -> None:
-    """Makes a tokenizer.json take texts without their capitals, as sentence-transformers does for `do_lower_case`."""
+def lowercase(folder: Path) -> None:
+    """Makes a folder's tokenizer.json take texts without capitals, as sentence-transformers' `do_lower_case` does."""
+    tokenizer = folder / TOKENIZER
     content = read_json(tokenizer)
     normalizer = content.get("normalizer")
     steps = [] if normalizer is None else [normalizer]
@@ -55,24 +74,3 @@ def lowercase(tokenizer: Path) -> None:
     if all(step["type"] != "Lowercase" for step in steps):
         content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
         tokenizer.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def _make_tokenizer(source: Path, target: Path) -> None:
-    """Writes tokenizer.json from older files with transformers; warns, with what to do, where that fails."""
-    older = [name for name in TOKENIZER_SOURCES if (source / name).is_file()]
-    if not older:
-        return
-    lack = f"{source} has its tokenizer in {', '.join(older)}, and the checkpoint goes without: {TOKENIZER} is"
-    try:
-        from transformers import AutoTokenizer
-    except ModuleNotFoundError:
-        warnings.warn(f"{lack} made of them where transformers is installed: pip install transformers", stacklevel=2)
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False, local_files_only=True)
-        tokenizer.backend_tokenizer.save(str(target))
-    except Exception as error:
-        # Each kind of tokenizer fails in its own way, for want of a file or of a package such as sentencepiece.
-        target.unlink(missing_ok=True)
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"{lack} not made ({reason}): save one beside them with transformers", stacklevel=2)

@@ -26,7 +26,7 @@ from ..model.pooling import Dense
 from ..model.registry import ModelConfig, abstract_module
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
 from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers, read_config
-from .companions import CONFIG, TOKENIZER, check_companions, copy_companions, lowercase
+from .companions import CONFIG, check_companions, copy_companions, lowercase, tokenizer_of
 from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
 from .folder import check_absent, new_folder
@@ -134,13 +134,14 @@ def _convert(
     check_dtypes(weights, [*plan.fills, *plan.ties])
     if plan.spare:
         _warn_of_spare(source, config.task, plan.spare)
+    tokenizer = tokenizer_of(source, given, getattr(config, "vocab_size", None))
     params = _fill(weights, plan, shapes, progress)
     behind, files = ({}, ()) if sentences is None else _fill_dense(sentences)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, unflatten_dict(params | behind))
-        copy_companions(source, folder, companions)
-        if sentences is not None and sentences.lowercases and (folder / TOKENIZER).exists():
-            lowercase(folder / TOKENIZER)
+        copy_companions(source, folder, companions, tokenizer)
+        if sentences is not None and sentences.lowercases and tokenizer is not None:
+            lowercase(folder)
         if settings is not None:
             (folder / TEXT).write_text(settings.to_json(), encoding="utf-8")
         if fields != given:

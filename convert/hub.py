@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .adapter import FILES as ADAPTER_FILES
-from .companions import COMPANIONS, CONFIG, TOKENIZER_SOURCES
+from .companions import COMPANIONS, CONFIG
+from .older_tokenizers import TOKENIZER_SOURCES
 from .reader import shard_names
 from .sentence_transformers import MODEL_CONFIG, MODULES, TRANSFORMER_CONFIGS, module_path, read_modules
 from .weight_files import SINGLE_FILES, is_index, weight_source

@@ -16,7 +16,9 @@ from ..host.text import read_text
 from ..model.encoder import Encoder
 from ..model.registry import Model
 from ..model.self_attention import Bases
+from .artifact import TOKENIZER_CONFIG
 from .manifest import CalibrationInfo
+from .tokenization import TextTokenizer
 
 MAX_TOKENS = 4096
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
@@ -77,9 +79,9 @@ def calibration_ids(
     if source is None and not tokenizer_json.exists():
         kind, ids = "random ids", np.random.default_rng(0).integers(0, vocab_size, limit)
     elif source is None:
-        kind, ids = "default text", _encode(DEFAULT_TEXT, tokenizer_json)
+        kind, ids = "default text", _encode(DEFAULT_TEXT, tokenizer_json, vocab_size)
     elif isinstance(source, str | Path):
-        kind, ids = "text", _encode(Path(source), tokenizer_json)
+        kind, ids = "text", _encode(Path(source), tokenizer_json, vocab_size)
     else:
         kind, ids = "ids", np.asarray(source)
     ids = _check(ids, vocab_size)[:limit].astype(np.int32)
@@ -119,17 +121,16 @@ def _random_inputs(model: Encoder, source: object) -> CalibrationInputs:
     return CalibrationInputs(inputs, tokens, CalibrationInfo("random inputs", tokens, digest))
 
 
-def _encode(text: Path, tokenizer_json: Path) -> NDArray[Any]:
-    from tokenizers import Tokenizer
-
+def _encode(text: Path, tokenizer_json: Path, vocab_size: int) -> NDArray[Any]:
     if not text.is_file():
         raise FileNotFoundError(f"{text} is not a file: calibration takes a text file or an array of token ids")
     if not tokenizer_json.exists():
         raise ValueError(f"the checkpoint has no tokenizer for the calibration text {text.name}: give token ids")
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return np.asarray(tokenizer.encode(read_text(text)).ids)
+    options = tokenizer_json.with_name(TOKENIZER_CONFIG)
+    tokenizer = TextTokenizer(
+        tokenizer_json.read_bytes(), options.read_bytes() if options.exists() else None, vocab_size
+    )
+    return tokenizer.encode(read_text(text)).ids
 
 
 def _check(ids: NDArray[Any], vocab_size: int) -> NDArray[Any]:

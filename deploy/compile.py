@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from .. import __version__, kernels
 from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
+from ..convert.companions import CHAT_TEMPLATES
 from ..convert.folder import check_absent, new_folder
 from ..convert.generation_config import eos_token_ids
 from ..convert.json_file import read_json
@@ -321,13 +322,10 @@ def _finite(value: Any) -> Any:
 
 
 def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
-    """Copies the tokenizer and the generation config where the checkpoint has them."""
-    names = (layout.TOKENIZER, layout.GENERATION_CONFIG)
-    return tuple(
-        layout.write_file(folder, name, (checkpoint / name).read_bytes())
-        for name in names
-        if (checkpoint / name).exists()
-    )
+    """Copies the tokenizer, templates of chats and the generation config where the checkpoint has them."""
+    patterns = (layout.TOKENIZER, layout.TOKENIZER_CONFIG, *CHAT_TEMPLATES, layout.GENERATION_CONFIG)
+    files = [file for pattern in patterns for file in sorted(checkpoint.glob(pattern))]
+    return tuple(layout.write_file(folder, str(file.relative_to(checkpoint)), file.read_bytes()) for file in files)
 
 
 @contextmanager

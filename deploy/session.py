@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .. import kernels
 from ..host.environment import check_platforms
-from .artifact import TOKENIZER, Artifact, Tier, open_artifact
+from .artifact import TOKENIZER, TOKENIZER_CONFIG, Artifact, Tier, open_artifact
 from .encoding import Encoding, bucket_for, check_outputs, check_truncate_dim, encode_rows
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
 from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_nested, read_rows
@@ -375,11 +375,10 @@ class Session:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the artifact has a tokenizer, so that prompts may be text."""
-        return self._tokenizer_file is not None
+        return self._file(TOKENIZER) is not None
 
-    @property
-    def _tokenizer_file(self) -> FileInfo | None:
-        return next((file for file in self.info.files if file.path == TOKENIZER), None)
+    def _file(self, path: str) -> FileInfo | None:
+        return next((file for file in self.info.files if file.path == path), None)
 
     def _tokenizer(self) -> TextTokenizer:
         self._check_open()
@@ -398,10 +397,11 @@ class Session:
         return self._text_cutter
 
     def _open_tokenizer(self, cut: Cut | None) -> TextTokenizer:
-        file = self._tokenizer_file
+        file, options = self._file(TOKENIZER), self._file(TOKENIZER_CONFIG)
         if file is None:
             raise ValueError("this model has no tokenizer: give and take token ids")
-        return TextTokenizer(self._artifact.read(file), self.info.model.vocab_size, cut)
+        read = self._artifact.read
+        return TextTokenizer(read(file), read(options) if options else None, self.info.model.vocab_size, cut)
 
     def _read_ids(self, given: Any, what: str, add_special_tokens: bool | None) -> NDArray[np.int32]:
         """Checked token ids of a text or of ids."""

@@ -1,6 +1,8 @@
 """Text to token ids and back, with the tokenizer.json of an artifact."""
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +10,11 @@ from numpy.typing import NDArray
 from .manifest import ArtifactError
 
 _SHOWN = 40
+_CLEANED = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
+    *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
+"""What `clean_up_tokenization_spaces` replaces, in transformers' order."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,28 @@ class Tokens:
 class TextTokenizer:
     """A tokenizer without padding, and without truncation but that of `cut`.
 
+    Args:
+        data: tokenizer.json.
+        options: tokenizer_config.json, of which two options are no part of tokenizer.json: `split_special_tokens` and
+            `clean_up_tokenization_spaces`; None if there is none.
+        vocab_size: ids that the model has; None for a model that takes no ids.
+        cut: what becomes of long texts.
+
     Raises:
-        ArtifactError: tokenizer.json cannot be read.
+        ArtifactError: a file cannot be read.
     """
 
-    def __init__(self, data: bytes, vocab_size: int | None, cut: Cut | None = None) -> None:
+    def __init__(self, data: bytes, options: bytes | None, vocab_size: int | None, cut: Cut | None = None) -> None:
         from tokenizers import Tokenizer
 
         self._vocab_size = vocab_size
         try:
+            settings = json.loads(options or b"{}")
             self._tokenizer = Tokenizer.from_str(data.decode())
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
+            self._cleans_up = _cleans_up(settings, type(self._tokenizer.model).__name__)
             if cut is not None:
                 # Of a pair, the longer text loses tokens first.
                 self._tokenizer.enable_truncation(cut.tokens, strategy="longest_first", direction=cut.side)
@@ -107,9 +124,13 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; ValueError if the tokenizer has none for them."""
         try:
-            return self._tokenizer.decode(ids, skip_special_tokens=True)
+            text = self._tokenizer.decode(ids, skip_special_tokens=True)
         except BaseException as error:
             raise ValueError(f"tokenizer.json cannot decode {str(ids)[:_SHOWN]} ({_reason(error)})") from error
+        if self._cleans_up:
+            for spaced, cleaned in _CLEANED:
+                text = text.replace(spaced, cleaned)
+        return text
 
     def _check_ids(self, ids: NDArray[np.int32]) -> None:
         limit = self._vocab_size
@@ -117,8 +138,14 @@ class TextTokenizer:
             beyond = int(ids.max())
             raise ValueError(
                 f"tokenizer.json gives {self._tokenizer.id_to_token(beyond)!r} the id {beyond}, but the model has "
-                f"{limit} ids: it is not the tokenizer of this model"
+                f"{limit} ids: leave it out of the text, if the tokenizer is that of this model"
             )
+
+
+def _cleans_up(settings: dict[str, Any], model: str) -> bool:
+    """Whether spaces before punctuation go away in decoded text; of byte pairs, the model wrote them, and they stay."""
+    forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
+    return settings.get("clean_up_tokenization_spaces") is True and (model != "BPE" or forced)
 
 
 def _once(tokens: Tokens) -> Tokens:

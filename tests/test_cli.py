@@ -159,6 +159,8 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(folder / "source" / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
         for name, text in (files or {}).items():
             (folder / "source" / name).parent.mkdir(exist_ok=True)
             (folder / "source" / name).write_text(text)

@@ -53,6 +53,11 @@ def save(folder: Path, auto_class: str, **config: Any) -> Any:
     # A session cuts nothing off, whatever the file says.
     tokenizer.enable_truncation(6)
     tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return reference
 
 
