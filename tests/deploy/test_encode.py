@@ -1,6 +1,5 @@
 """`session.encode` of tiny random BERTs against transformers, and what it refuses."""
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -329,12 +328,3 @@ def test_buckets_end_where_the_model_does(
 ) -> None:
     path = made("AutoModel", options={"buckets": buckets, "batch": 1}, num_hidden_layers=1, **model)[1]
     assert [bucket.capacity for bucket in iceformer.load(path).info.buckets] == expected
-
-
-def test_labels_out_of_order_and_missing(tmp_path: Path) -> None:
-    from iceformer.model.encoder import read_labels
-
-    assert read_labels({"id2label": {"1": "b", "0": "a"}}) == ("a", "b")
-    assert read_labels({"num_labels": 3}) == ("LABEL_0", "LABEL_1", "LABEL_2")
-    with pytest.raises(ValueError, match="id2label has the classes 1, 2, expected 0 to 1"):
-        read_labels(json.loads('{"id2label": {"1": "a", "2": "b"}}'))
