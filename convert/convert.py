@@ -60,6 +60,10 @@ def convert_checkpoint(
 ) -> Path:
     """Converts a Hugging Face folder, a model of the hub or a GGUF file to a checkpoint; parameters keep their dtype.
 
+    A decoder is converted to write text where its config names a class that does, such as LlamaForCausalLM, or none. It
+    is converted to encode where the config names a base class or a classifier (LlamaModel,
+    LlamaForSequenceClassification), or the folder is that of a sentence embedder.
+
     Args:
         source: the folder: config.json, weights (model.safetensors, pytorch_model.bin, the shards of either with their
             index, or one other file of torch's), tokenizer files if it has them; or the name of a model on the hub,

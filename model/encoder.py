@@ -396,7 +396,7 @@ class Encoder(nnx.Module):
 
     def queries_and_keys(
         self, inputs: Mapping[str, Array], lengths: Int[Array, " batch"]
-    ) -> list[tuple[Float[Array, "batch heads tokens head_dim"], Float[Array, "batch heads tokens head_dim"]]]:
+    ) -> list[tuple[Float[Array, "batch heads tokens head_dim"], Float[Array, "batch kv_heads tokens head_dim"]]]:
         """Each layer's queries and keys as attention takes them, in a model with exact attention."""
         collected: list[tuple[Array, Array]] = []
         self.encode(inputs, lengths, observe=lambda query, key: collected.append((query, key)))

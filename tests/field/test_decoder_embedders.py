@@ -138,18 +138,11 @@ def without_a_class(folder: Path) -> None:
     edit_json(folder / "config.json", tie_word_embeddings=False)
 
 
-def with_a_head_left_behind(folder: Path) -> None:
-    edit_tensors(folder, {"score.weight": np.ones((2, 48), np.float32)})
-
-
 @pytest.mark.parametrize(
     "change",
     [
         name_the_language_model,
-        *(
-            pytest.param(change, marks=pytest.mark.slow)
-            for change in (with_an_output_layer, without_a_class, with_a_head_left_behind)
-        ),
+        *(pytest.param(change, marks=pytest.mark.slow) for change in (with_an_output_layer, without_a_class)),
     ],
 )
 def test_whatever_class_a_sentence_embedder_names(
@@ -158,6 +151,13 @@ def test_whatever_class_a_sentence_embedder_names(
     change(copied)
     np.testing.assert_allclose(pooled(copied.parent), embedder[1], atol=1e-5)
     assert read_json(copied.parent / "checkpoint" / "config.json")["architectures"] == ["Qwen3Model"]
+
+
+@pytest.mark.slow
+def test_a_head_left_behind(embedder: tuple[Path, np.ndarray], copied: Path) -> None:
+    edit_tensors(copied, {"score.weight": np.ones((2, 48), np.float32)})
+    with pytest.warns(UserWarning, match="holds heads that a model for features does not use, and they are left out"):
+        np.testing.assert_allclose(pooled(copied.parent), embedder[1], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -174,7 +174,8 @@ def test_whatever_class_a_sentence_embedder_names(
 )
 def test_pooling_of_every_kind(model_type: str, pooling: str, fields: dict[str, Any], tmp_path: Path) -> None:
     save_embedder(tmp_path, model_type, pooling, **{"vocab_size": 288, **fields})
-    expected = SentenceTransformer(str(tmp_path / "source")).encode(TEXTS)
+    # One by one: padding in front moves the positions of GPT-2 and the weights of the mean.
+    expected = SentenceTransformer(str(tmp_path / "source")).encode(TEXTS, batch_size=1)
     np.testing.assert_allclose(pooled(tmp_path), expected, atol=1e-5)
 
 
