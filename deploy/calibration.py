@@ -126,10 +126,9 @@ def _encode(text: Path, tokenizer_json: Path, vocab_size: int) -> NDArray[Any]:
         raise FileNotFoundError(f"{text} is not a file: calibration takes a text file or an array of token ids")
     if not tokenizer_json.exists():
         raise ValueError(f"the checkpoint has no tokenizer for the calibration text {text.name}: give token ids")
-    options = tokenizer_json.with_name(TOKENIZER_CONFIG)
-    tokenizer = TextTokenizer(
-        tokenizer_json.read_bytes(), options.read_bytes() if options.exists() else None, vocab_size
-    )
+    file = tokenizer_json.with_name(TOKENIZER_CONFIG)
+    options = file.read_bytes() if file.exists() else None
+    tokenizer = TextTokenizer(tokenizer_json.read_bytes(), vocab_size, options=options)
     return tokenizer.encode(read_text(text)).ids
 
 

@@ -401,7 +401,8 @@ class Session:
         if file is None:
             raise ValueError("this model has no tokenizer: give and take token ids")
         read = self._artifact.read
-        return TextTokenizer(read(file), read(options) if options else None, self.info.model.vocab_size, cut)
+        content = read(options) if options else None
+        return TextTokenizer(read(file), self.info.model.vocab_size, cut, options=content)
 
     def _read_ids(self, given: Any, what: str, add_special_tokens: bool | None) -> NDArray[np.int32]:
         """Checked token ids of a text or of ids."""

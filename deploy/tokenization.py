@@ -53,16 +53,18 @@ class TextTokenizer:
 
     Args:
         data: tokenizer.json.
-        options: tokenizer_config.json, of which two options are no part of tokenizer.json: `split_special_tokens` and
-            `clean_up_tokenization_spaces`; None if there is none.
         vocab_size: ids that the model has; None for a model that takes no ids.
         cut: what becomes of long texts.
+        options: tokenizer_config.json, of which two options are no part of tokenizer.json: `split_special_tokens` and
+            `clean_up_tokenization_spaces`; None if there is none.
 
     Raises:
         ArtifactError: a file cannot be read.
     """
 
-    def __init__(self, data: bytes, options: bytes | None, vocab_size: int | None, cut: Cut | None = None) -> None:
+    def __init__(
+        self, data: bytes, vocab_size: int | None, cut: Cut | None = None, *, options: bytes | None = None
+    ) -> None:
         from tokenizers import Tokenizer
 
         self._vocab_size = vocab_size

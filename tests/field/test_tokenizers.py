@@ -155,7 +155,7 @@ def prepared(folder: Path, *, rows: int = 10**6) -> TextTokenizer:
     text = tokenizer_of(folder, read_json(folder / "config.json"), rows)
     assert text is not None
     settings = folder / "tokenizer_config.json"
-    return TextTokenizer(text.encode(), settings.read_bytes() if settings.exists() else None, rows)
+    return TextTokenizer(text.encode(), rows, options=settings.read_bytes() if settings.exists() else None)
 
 
 @contextmanager
