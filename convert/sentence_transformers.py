@@ -97,7 +97,7 @@ def open_sentence_folder(source: Path) -> SentenceFolder | None:
     """
     config = read_optional(source / MODEL_CONFIG)
     kind = config.get("model_type", "SentenceTransformer")
-    if kind not in _TASKS:
+    if not isinstance(kind, str) or kind not in _TASKS:
         raise ValueError(f"{MODEL_CONFIG}: model_type is {shown(repr(kind))}, supported are: {', '.join(_TASKS)}")
     if not (source / MODULES).exists():
         _warn_of_lone_files(source)

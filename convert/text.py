@@ -129,14 +129,14 @@ def _prompts(folder: SentenceFolder) -> dict[str, Any]:
     """The settings that config_sentence_transformers.json gives."""
     config = folder.config
     prompts = config.get("prompts") or {}
-    texts = prompts.values() if isinstance(prompts, Mapping) else [prompts]
-    if not isinstance(prompts, Mapping) or any(not isinstance(text, str | None) for text in texts):
+    texts = [*prompts, *prompts.values()] if isinstance(prompts, Mapping) else []
+    if not isinstance(prompts, Mapping) or not all(text is None or _is_text(text) for text in texts):
         raise ValueError(f"{MODEL_CONFIG}: prompts is {shown(repr(prompts))}, expected texts by name")
     # What encode_query and encode_document of sentence-transformers look for is there in every embedder.
     known = {"query": "", "document": ""} if folder.embedding is not None else {}
     prompts = known | {name: text or "" for name, text in prompts.items()}
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         raise ValueError(
             f"{MODEL_CONFIG}: default_prompt_name is {shown(repr(default))}, expected one of: "
             f"{joined(list(prompts)) or '(none)'}"
@@ -156,6 +156,11 @@ def _prompts(folder: SentenceFolder) -> dict[str, Any]:
         "truncate_dim": truncate_dim,
         "similarity_fn_name": None if similarity is None else str(similarity),
     }
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text, without halves of surrogate pairs, which JSON may hold."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_cross_encoder(fields: Mapping[str, Any]) -> bool:
