@@ -79,7 +79,8 @@ def tokens_of(checkpoint: Path, *texts: str) -> Tokens:
     """As a session cuts a text, or a pair of texts, into tokens."""
     settings = settings_of(checkpoint)
     cut = settings.max_seq_length and Cut(settings.max_seq_length, settings.truncation_side)
-    tokenizer = TextTokenizer((checkpoint / "tokenizer.json").read_bytes(), None, cut or None)
+    data, options = (checkpoint / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = TextTokenizer(data.read_bytes(), options.read_bytes(), None, cut or None)
     return tokenizer.encode(*texts, add_special_tokens=True)
 
 
