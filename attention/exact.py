@@ -148,9 +148,10 @@ def exact_block(
 ) -> Partial:
     """Exact attention of one query block, over key tiles from the first visible one to the last (FlashAttention's
     recurrence)."""
-    rows, end = query.shape[0], visibility.end()
+    rows = query.shape[0]
+    end = visibility.end()
 
-    def step(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(index: Int[Array, ""], state: tuple[Array, Array, Array], last: bool = False) -> tuple[Array, ...]:
         total, largest, weight = state
         start = index * key_block
         logits = cap(matmul_transposed(query, head_tile(key, head, start, key_block)) * scale, softcap)
@@ -164,14 +165,16 @@ def exact_block(
         weights = jnp.where(logits > MASKED, jnp.exp(logits - new_largest[:, None]), 0.0)
         decay = jnp.exp(largest - new_largest)
         values = head_tile(value, head, start, key_block)
-        # Past what is visible memory holds anything, and a weight of 0 does not make a NaN or an infinity 0.
-        values = jnp.where((position < end)[:, None], values, 0)
+        if last:
+            # Past the end memory holds anything, and a weight of 0 does not make a NaN or an infinity 0.
+            values = jnp.where((position < end)[:, None], values, 0)
         total = total * decay[:, None] + matmul(weights.astype(value.dtype), values)
         return total, new_largest, weight * decay + jnp.sum(weights, axis=1)
 
-    first, last = visibility.start() // key_block, (end + key_block - 1) // key_block
+    # Only the last tile reaches past the end. The others' values are multiplied where they lie.
+    first, last = visibility.start() // key_block, jnp.maximum(end - 1, 0) // key_block
     nothing = (jnp.zeros((rows, value.shape[3])), jnp.full((rows,), MASKED), jnp.zeros((rows,)))
-    return normalise(*lax.fori_loop(first, last, step, nothing))
+    return normalise(*step(last, lax.fori_loop(first, last, step, nothing), last=True))
 
 
 def normalise(

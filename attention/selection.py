@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from .blocks import MASKED, Visibility
 from .methods import Method
+from .ops import cap
 
 FORCED = float(jnp.finfo(jnp.float32).max)
 """The importance of what is always selected."""
@@ -47,17 +48,20 @@ def block_importance(
     head: Int[Array, ""],
     visible_blocks: Int[Array, ""],
     tile: int,
+    softcap: float | None,
 ) -> Float[Array, " blocks"]:
     """Stage 1: the importance of the first `visible_blocks` key blocks, `MASKED` for the rest.
 
-    Summaries are read `tile` blocks at a time up to the last visible one, so the cost follows what is visible.
+    A cap changes no query's order of the blocks, but how much of its weight it gives to the first of them. Summaries
+    are read `tile` blocks at a time up to the last visible one, so the cost follows what is visible.
     """
     blocks = summary.shape[1]
 
     def score(index: Int[Array, ""], logits: Array) -> Array:
         start = (head, index * tile, *(0,) * (summary.ndim - 2))
         part = lax.dynamic_slice(summary, start, (1, tile, *summary.shape[2:]))[0]
-        return lax.dynamic_update_slice(logits, method.block_products(features, part) * scale, (index * tile, 0))
+        products = cap(method.block_products(features, part) * scale, softcap)
+        return lax.dynamic_update_slice(logits, products, (index * tile, 0))
 
     tiles = (visible_blocks + tile - 1) // tile
     logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, features.shape[0]), MASKED))

@@ -206,7 +206,7 @@ def selected_block(
     block_length = config.key_block
     forced = forced_members(visibility, config.sink, config.local, block_length)
 
-    block, block_visible = _stage_1(config, ranking, keys, head, visibility, forced)
+    block, block_visible = _stage_1(config, ranking, keys, head, visibility, forced, softcap)
     position = (block[:, None] * block_length + jnp.arange(block_length, dtype=jnp.int32)).reshape(-1)
     candidate = keys.key.reshape(-1, block_length, head_dim)[head * (length // block_length) + block]
     candidate = candidate.reshape(-1, head_dim)
@@ -247,13 +247,14 @@ def _stage_1(
     head: Int[Array, ""],
     visibility: Visibility,
     forced: Forced,
+    softcap: float | None,
 ) -> tuple[Int[Array, " candidate_blocks"], Bool[Array, " candidate_blocks"]]:
     """The key blocks whose tokens stage 2 looks at, and whether each is visible."""
     block_length, blocks = config.key_block, keys.summary.shape[1]
     # Only blocks that every query sees whole are ranked; a block at the edge of what is visible is forced.
     ranked = (forced.start if visibility.causal else visibility.length) // block_length
     tile = min(blocks, _STAGE_1_TILE // block_length)
-    importance = block_importance(method_of(config), *ranking, keys.summary, head, ranked, tile)
+    importance = block_importance(method_of(config), *ranking, keys.summary, head, ranked, tile, softcap)
     block = jnp.arange(blocks, dtype=jnp.int32)
     always = forced.covers(block * block_length) | (block >= ranked)
     visible = block * block_length < visibility.end()

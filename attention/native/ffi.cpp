@@ -81,6 +81,8 @@ ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi
   return call;
 }
 
+bool between(int64_t least, int64_t value) { return value >= least && value <= INT32_MAX; }
+
 int64_t clip(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
 // Query blocks of a row that hold a query before the row's length.
@@ -123,8 +125,8 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
   auto described =
       describe({query, key, value, offset, lengths}, {query_block, window, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
-  if (query_block < 1 || window < 0 || window > INT32_MAX)
-    return ffi::Error::InvalidArgument("query_block: expected at least 1; window: 0 to 2^31 - 1");
+  if (!between(1, query_block) || !between(0, window))
+    return ffi::Error::InvalidArgument("query_block: expected 1 to 2^31 - 1; window: 0 to 2^31 - 1");
   const Attention& call = *described;
   std::vector<Task> tasks;
   for (int64_t head = 0; head < call.batch * call.kv_heads; ++head) {
@@ -145,9 +147,11 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   auto described =
       describe({query, key, value, offset, lengths}, {query_block, 0, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
-  if (query_block < 1 || key_block < 1 || budget < 1 || candidate_blocks < 1 || sink < 0 || local < 0)
+  if (!between(1, query_block) || !between(1, key_block) || !between(1, budget) || !between(1, candidate_blocks) ||
+      !between(0, sink) || !between(0, local) || !between(0, exact_keys))
     return ffi::Error::InvalidArgument(
-        "query_block, key_block, budget, candidate_blocks: expected at least 1; sink, local: at least 0");
+        "query_block, key_block, budget, candidate_blocks: expected 1 to 2^31 - 1; sink, local, exact_keys: 0 to "
+        "2^31 - 1");
   const Attention& call = *described;
   const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
   const int64_t rank = projected.dimensions()[3];

@@ -110,7 +110,7 @@ class Ranking {
   // From integer products to logits, in place; raises the largest of each lane.
   void scale_products(float* logits) {
     for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
-      const Floats logit = to_floats(load<Ints>(logits + lane)) * load<Floats>(scale_ + lane);
+      const Floats logit = cap(to_floats(load<Ints>(logits + lane)) * load<Floats>(scale_ + lane), call_.softcap);
       store(logits + lane, logit);
       store(normaliser_ + lane, larger(load<Floats>(normaliser_ + lane), logit));
     }

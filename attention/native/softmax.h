@@ -48,6 +48,11 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Logits after a cap, 0 for none.
+ICEFORMER_INLINE Floats cap(Floats logits, float softcap) {
+  return softcap > 0 ? softcap * hyperbolic_tangent(logits * (1.0f / softcap)) : logits;
+}
+
 template <class Format>
 class QueryBlock {
  public:
@@ -216,7 +221,7 @@ class QueryBlock {
     for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
       Floats logit = load<Floats>(logits + lane);
       if (!scale_waits_) logit *= call_.scale;
-      if (call_.softcap > 0) logit = call_.softcap * hyperbolic_tangent(logit * (1.0f / call_.softcap));
+      logit = cap(logit, call_.softcap);
       const Ints position = load<Ints>(position_ + lane);
       if (masked) logit = (position >= first) & (position <= last) ? logit : fill(kMasked);
       store(logits + lane, logit);

@@ -229,7 +229,8 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"query_block": 0}, "query_block: expected at least 1"),
+        ({"query_block": 0}, "query_block: expected 1 to 2\\^31 - 1"),
+        ({"query_block": 2**62}, "query_block: expected 1 to 2\\^31 - 1"),
         ({"window": -1}, "window: 0 to 2\\^31 - 1"),
         ({"head_dim": 7}, "an even head_dim"),
         ({"kv_heads": 3}, "query_heads a multiple of kv_heads"),
@@ -250,3 +251,91 @@ def test_calls_that_do_not_fit_are_refused(changed: dict[str, int], message: str
     with refused:
         output, _ = call(query, key, key, *rows, scale=np.float32(1), softcap=np.float32(0), **options)
         assert (output == 0).all()
+
+
+TWO_STAGE_SHAPES: dict[str, tuple[int, ...]] = {
+    "query": (2, 4, 20, 8),
+    "key": (2, 2, 24, 8),
+    "value": (2, 2, 24, 5),
+    "projected": (2, 2, 24, 12),
+    "projected_queries": (4, 3, 16, 12),
+    "offset": (2,),
+    "lengths": (2,),
+}
+TWO_STAGE_OPTIONS: dict[str, int] = {
+    "query_block": 8,
+    "budget": 16,
+    "key_block": 4,
+    "candidate_blocks": 4,
+    "sink": 4,
+    "local": 0,
+    "exact_keys": 16,
+    "ranking_queries": 16,
+}
+TYPES = {"projected": "int8", "projected_queries": "float32", "offset": "int32", "lengths": "int32"}
+
+
+def call_two_stage(changed: dict[str, Any]) -> Array:
+    """The output of the custom call for arrays of zeros, after a change of their shapes or types, or of options."""
+    shapes = {name: changed.get(name, shape) for name, shape in TWO_STAGE_SHAPES.items()}
+    types = {name: changed.get("types", {}).get(name, TYPES.get(name, "float32")) for name in shapes}
+    options = {name: np.int64(changed.get(name, value)) for name, value in TWO_STAGE_OPTIONS.items()}
+    output = (2, 4, 20, 5)
+    results = (jax.ShapeDtypeStruct(output, jnp.float32), jax.ShapeDtypeStruct(output[:3], jnp.float32))
+    arrays = [jnp.zeros(shape, types[name]) for name, shape in shapes.items()]
+    call = jax.ffi.ffi_call(kernels.TWO_STAGE, results)
+    options |= {"causal": True, "exact_last_block": False, "scale": np.float32(1), "softcap": np.float32(0)}
+    return call(*arrays, **options)[0].block_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"query": (2, 4, 20, 6)}, "expected query"),
+        ({"query": (2, 3, 20, 8)}, "expected query"),
+        ({"query": (2, 4, 160)}, "expected four axes"),
+        ({"key": (2, 2, 20, 8)}, "expected query"),
+        ({"key": (1, 2, 24, 8)}, "expected query"),
+        ({"value": (2, 2, 24, 6)}, "expected query"),
+        ({"value": (2, 2, 20, 5)}, "expected query"),
+        ({"offset": (1,)}, "expected query"),
+        ({"lengths": (3,)}, "expected query"),
+        ({"projected": (2, 2, 20, 12)}, "expected projected"),
+        ({"projected": (2, 1, 24, 12)}, "expected projected"),
+        ({"projected": (1, 2, 24, 12)}, "expected projected"),
+        ({"projected": (2, 2, 24, 8)}, "expected projected"),
+        ({"projected": (2, 2, 24, 10), "projected_queries": (4, 3, 16, 10)}, "expected projected"),
+        ({"projected": (2, 2, 24, 0), "projected_queries": (4, 3, 16, 0)}, "expected projected"),
+        ({"projected": (2, 2, 288)}, "rank"),
+        ({"projected_queries": (2, 3, 16, 12)}, "expected projected"),
+        ({"projected_queries": (4, 2, 16, 12)}, "expected projected"),
+        ({"projected_queries": (4, 3, 8, 12)}, "expected projected"),
+        ({"projected_queries": (4, 3, 16, 16)}, "expected projected"),
+        ({"key_block": 5}, "keys one of key_block"),
+        ({"key_block": 0}, "key_block, budget, candidate_blocks: expected 1"),
+        ({"query_block": 2**40}, "key_block, budget, candidate_blocks: expected 1"),
+        ({"budget": 0}, "key_block, budget, candidate_blocks: expected 1"),
+        ({"candidate_blocks": -1}, "key_block, budget, candidate_blocks: expected 1"),
+        ({"sink": -1}, "sink, local, exact_keys: 0"),
+        ({"local": 2**62}, "sink, local, exact_keys: 0"),
+        ({"exact_keys": -1}, "sink, local, exact_keys: 0"),
+        ({"ranking_queries": 0}, "1 to all of the rows"),
+        ({"ranking_queries": 17}, "1 to all of the rows"),
+        ({"types": {"projected": "float32"}}, "dtype"),
+        ({"types": {"lengths": "float32"}}, "dtype"),
+        ({"types": {"key": "bfloat16"}}, "expected the type of query"),
+        ({"types": {"query": "float16", "key": "float16", "value": "float16"}}, "expected float32 or bfloat16"),
+    ],
+    ids=str,
+)
+def test_two_stage_calls_that_do_not_fit_are_refused(changed: dict[str, Any], message: str) -> None:
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call_two_stage(changed)
+
+
+def test_a_two_stage_call_that_fits_is_not_refused() -> None:
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    assert (call_two_stage({}) == 0).all()
