@@ -107,18 +107,19 @@ def test_other_encodings_are_refused_by_name_and_place(data: bytes, message: str
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[" * 100_000, "nested deeper than"),
-        (b"[" * 500 + b"]" * 500, "nested deeper than"),
-        (b'{"a":' * 500 + b"1" + b"}" * 500, "nested deeper than"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 500 + b"]" * 500, "nested too deeply"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, "nested too deeply"),
         (b"[NaN]", "it has NaN"),
         (b"[-Infinity]", "it has -Infinity"),
         (b"[1e999]", "it has 1e999, which is too large"),
         (b"[" + b"9" * 5000 + b"]", "an integer of 5000 digits"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' twice"),
-        (b"\xff", "f is not JSON"),
-        (b"\xef\xbb\xbf{}", "f is not JSON"),
-        (b"", "f is not JSON"),
-        (b"{} {}", "f is not JSON"),
+        (b'{"c": 1, "c": 2}', "two values for 'c'"),
+        (b"\xff", "f is not valid JSON"),
+        (b"\xef\xbb\xbf{}", "f is not valid JSON"),
+        (b"", "f is not valid JSON"),
+        (b"{} {}", "f is not valid JSON"),
     ],
 )
 def test_json_that_could_mean_nothing_or_two_things(data: bytes, message: str) -> None:

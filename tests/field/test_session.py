@@ -311,7 +311,7 @@ def extended(header: Any) -> None:
         (lambda h: first(h)["shape"].reverse(), "does not fit manifest.json"),
         (lambda h: h.update(extra=3), "'extra' of dtype"),
         (lambda h: h.update(zzz={"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}), "zzz is int8"),
-        (lambda h: h.update(deep=json.loads("[" * 200 + "]" * 200)), "nested deeper than"),
+        (lambda h: h.update(deep=json.loads("[" * 200 + "]" * 200)), "nested too deeply"),
         (lambda h: h.update(nan=float("nan")), "it has NaN"),
     ],
 )
@@ -328,7 +328,7 @@ def test_weights_that_lie_elsewhere_are_refused(copy: Path, edit: Edit, message:
         ((2**60).to_bytes(8, "little") + b"{}", f"names a header of {2**60}"),
         ((2**64 - 1).to_bytes(8, "little") + b"{}", "names a header of"),
         ((2).to_bytes(8, "little") + b"[]", "is no object"),
-        ((2).to_bytes(8, "little") + b"{x", "is not JSON"),
+        ((2).to_bytes(8, "little") + b"{x", "is not valid JSON"),
         ((2).to_bytes(8, "little") + b"{}", "is missing, expected"),
         ((22).to_bytes(8, "little") + b'{"a":{},"a":{},"b":{}}', "the key 'a' twice"),
     ],
@@ -341,11 +341,11 @@ def test_headers_that_are_none_are_refused(copy: Path, data: bytes, message: str
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[" * 10**6, "nested deeper than"),
+        (b"[" * 10**6, "nested too deeply"),
         (b'{"schema": NaN}', "it has NaN"),
         (b'{"schema": 4, "schema": 4}', "the key 'schema' twice"),
         (b'{"schema": ' + b"4" * 10**5 + b"}", "an integer of 100000 digits"),
-        (b"\xff\xfe{\0}\0", "is not JSON"),
+        (b"\xff\xfe{\0}\0", "is not valid JSON"),
         (b"3", "has schema None"),
     ],
 )
