@@ -1,6 +1,6 @@
 """The checkpoint: a folder with Orbax parameters, the config and tokenizer files of its source, and where it came from.
 
-params/   config.json   text.json   tokenizer.json, ... (where the source has them)   iceformer.json
+params/   params.sha256   config.json   text.json   tokenizer.json, ... (where the source has them)   iceformer.json
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 
 from ..model.encoder import Encoder
 from ..model.pooling import SentenceEmbedding
-from ..model.registry import Architecture, Model, ModelConfig, abstract_module, build
+from ..model.registry import Model, ModelConfig, abstract_module, build
 from .companions import CONFIG
 from .finite import all_finite
 from .json_file import read_json
 from .parameters import restore_params, stored_params
-from .problems import listed, shown
+from .problems import listed, plain_errors, shown
 from .rules import dotted
 from .text import TextSettings, read_text_settings
 
@@ -31,6 +31,7 @@ FORMAT_VERSION = 2
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+@plain_errors()
 def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
 
@@ -49,7 +50,7 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     if (name := jnp.dtype(dtype).name) not in _DTYPES:
         raise ValueError(f"dtype is {name}, expected one of: {', '.join(_DTYPES)}")
     _check(checkpoint)
-    architecture, config = read_config(read_json(checkpoint / CONFIG))
+    architecture, config = build(read_json(checkpoint / CONFIG))
     stored = stored_params(checkpoint / PARAMS)
     check_layers(config, len(stored), checkpoint)
     module = abstract_module(architecture, config, dtype)
@@ -59,14 +60,6 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     graph, state = nnx.split(module)
     nnx.replace_by_pure_dict(state, _restore(checkpoint / PARAMS, stored, nnx.to_pure_dict(state)))
     return nnx.merge(graph, state)
-
-
-def read_config(fields: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
-    """As `build`, with errors of one line, whatever the fields hold."""
-    try:
-        return build(fields)
-    except ValueError as error:
-        raise ValueError(shown(error)) from error
 
 
 def check_layers(config: ModelConfig, tensors: int, folder: Path) -> None:

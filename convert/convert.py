@@ -1,6 +1,5 @@
 """`convert_checkpoint`: a Hugging Face folder in, a checkpoint folder out, whole or not at all."""
 
-import hashlib
 import json
 import math
 import warnings
@@ -23,9 +22,9 @@ from ..host.terminal import Description, progress_bar
 from ..model.decoder import DecoderConfig
 from ..model.encoder import CLASSIFYING, EncoderConfig, unnamed_labels
 from ..model.pooling import Dense
-from ..model.registry import ModelConfig, abstract_module
+from ..model.registry import ModelConfig, abstract_module, build
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
-from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers, read_config
+from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers
 from .companions import CONFIG, check_companions, copy_companions, lowercase, tokenizer_of
 from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
@@ -36,8 +35,8 @@ from .gguf import copy_beside, find_gguf, open_gguf
 from .hub import download, is_hub_id
 from .json_file import read_json
 from .layouts import TRANSPOSED
-from .parameters import save_params
-from .problems import joined, listed, shown
+from .parameters import save_params, sha256_of
+from .problems import joined, listed, plain_errors, shown
 from .quantization import without_quantization
 from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath
@@ -49,6 +48,7 @@ from .text import TEXT, TextSettings, text_settings
 _DENSE = (Rule(r"linear\.weight", "kernel", TRANSPOSED), Rule(r"linear\.bias", "bias"))
 
 
+@plain_errors()
 def convert_checkpoint(
     source: str | Path,
     target: str | Path,
@@ -113,7 +113,7 @@ def _convert(
     given = read_json(source / CONFIG)
     pooled = sentences is not None and sentences.embedding is not None
     fields = as_embedder(given) if pooled else given
-    architecture, config = read_config(fields)
+    architecture, config = build(fields)
     weights = open_weights_of(source)
     fields = without_quantization(fields, weights.tensors)
     check_layers(config, len(weights.tensors), source)
@@ -123,7 +123,7 @@ def _convert(
         fields = settle_task(fields, architecture, config, weights.tensors, pooled=pooled)
     elif _lacks_pooler(config, rules, weights.tensors):
         fields = {**fields, "add_pooling_layer": False}
-    _, config = read_config(fields)
+    _, config = build(fields)
     for sentence in _doubts(source, fields, config):
         warnings.warn(sentence, stacklevel=2)
     settings = _text_settings(sentences, source, fields, config)
@@ -367,10 +367,5 @@ def _provenance(origin: dict[str, str], source: Path, files: Iterable[Path]) -> 
         "format": FORMAT_VERSION,
         "iceformer": __version__,
         **origin,
-        "sha256": {name: _sha256(file) for file, name in names.items()},
+        "sha256": {name: sha256_of(file) for file, name in names.items()},
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

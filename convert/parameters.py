@@ -6,6 +6,7 @@ does not reach into it.
 
 import asyncio
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -34,6 +35,8 @@ _Result = TypeVar("_Result")
 def save_params(folder: Path, params: dict[str, Any]) -> None:
     """Writes a tree of jax arrays to a folder that does not exist yet, whose parent does, and has any name.
 
+    Beside it goes a file of checksums, as `sha256sum` writes and checks them: Orbax has none of the numbers.
+
     Raises:
         OSError: it cannot be written, as on a full disk.
     """
@@ -45,6 +48,9 @@ def save_params(folder: Path, params: dict[str, Any]) -> None:
 
     try:
         _run(save, folder, writes=True)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        lines = [f"{sha256_of(file)}  {file.relative_to(folder.parent).as_posix()}\n" for file in files]
+        _sums_of(folder).write_text("".join(lines))
     except (ValueError, OSError) as error:
         if (number := _error_number(error)) is None:
             raise
@@ -66,6 +72,7 @@ def stored_params(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     for path in (folder, *folder.rglob("*")):
         if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    _check_sums(folder)
     metadata = _read(read, folder)
     tree = getattr(getattr(metadata, "item_metadata", None), "tree", None)
     if not isinstance(tree, Mapping) or not tree:
@@ -77,6 +84,12 @@ def stored_params(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
             raise ValueError(f"{shown(folder)} cannot be read ({shown(path)} is no array): convert the source again")
         stored[".".join(map(str, path))] = jax.ShapeDtypeStruct(shape, dtype)
     return stored
+
+
+def sha256_of(file: Path) -> str:
+    """The digest of a file, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def restore_params(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +115,27 @@ def _read(work: Callable[[Path], _Result], folder: Path) -> _Result:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{shown(folder)} cannot be read ({shown(reason)}): convert the source again") from error
+
+
+def _sums_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.sha256")
+
+
+def _check_sums(folder: Path) -> None:
+    """ValueError if a file is not as it was written; there are no checksums in checkpoints of earlier versions."""
+    if not _sums_of(folder).exists():
+        return
+    for line in _sums_of(folder).read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        file = folder.parent / name
+        if Path(name).parts[:1] != (folder.name,) or ".." in Path(name).parts:
+            raise ValueError(f"{shown(_sums_of(folder))} is damaged ({name!r}): convert the source again")
+        if not file.is_file():
+            raise ValueError(f"{shown(folder)} cannot be read ({name} is missing): convert the source again")
+        if sha256_of(file) != digest:
+            raise ValueError(
+                f"{shown(folder)} cannot be read ({name} was changed or damaged): convert the source again"
+            )
 
 
 def _run(work: Callable[[Path], _Result], folder: Path, *, writes: bool = False) -> _Result:

@@ -128,8 +128,6 @@ def _check_zip(path: Path) -> None:
             large = sum(record.file_size for record in records) > path.stat().st_size
             large = large or any(record.file_size > _MAX_PICKLE_BYTES for record in pickles)
             zeros = not packed and not large and any(_ZEROS.search(archive.read(record)) for record in pickles)
-    except OSError:
-        raise
     except Exception as error:
         # As of torch's readers, there are errors of many kinds.
         raise _corrupt(path, _reason(error)) from error

@@ -126,8 +126,11 @@ def require_class(config: Mapping[str, Any], classes: Collection[str]) -> None:
     For encoders of models that have a decoder too: what else stands behind an encoder would be left out silently.
     """
     names = config.get("architectures")
-    if names and names[0] not in classes:
-        raise ValueError(f"config: architectures names {names[0]}, supported are: {', '.join(classes)}")
+    if not names:
+        return
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in classes:
+        raise ValueError(f"config: architectures names {name}, supported are: {', '.join(classes)}")
 
 
 def read_pooler(config: Mapping[str, Any], task: str) -> bool:

@@ -82,6 +82,7 @@ def _read_rotated_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
     if flags is None:
         interval = read_integer(config, "no_rope_layer_interval", 4)
         return [(layer + 1) % interval != 0 for layer in range(layers)]
-    if not isinstance(flags, list | tuple) or len(flags) < layers or not set(flags) <= {0, 1}:
+    known = isinstance(flags, list | tuple) and all(flag in (0, 1) for flag in flags)
+    if not known or len(flags) < layers:
         raise ValueError(f"config: no_rope_layers is {flags!r}, expected 0 or 1 for each of {layers} layers")
     return [flag == 1 for flag in flags[:layers]]

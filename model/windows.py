@@ -28,7 +28,8 @@ def read_layer_types(config: Mapping[str, Any], default: Sequence[str]) -> tuple
     types = config.get("layer_types")
     if types is None:
         return tuple(default)
-    if not isinstance(types, list | tuple) or len(types) != len(default) or not set(types) <= {FULL, SLIDING}:
+    known = isinstance(types, list | tuple) and all(kind in (FULL, SLIDING) for kind in types)
+    if not known or len(types) != len(default):
         raise ValueError(
             f"config: layer_types is {types!r}, expected {FULL!r} or {SLIDING!r} for each of {len(default)} layers"
         )

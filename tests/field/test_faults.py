@@ -17,6 +17,7 @@ import pytest
 import iceformer
 from iceformer.convert.finite import all_finite
 from iceformer.convert.json_file import parse_json
+from iceformer.convert.problems import MAX_LINE
 
 from .folders import edit_json, edit_tensors, read_json, refused, rename_tensors, tensors_of, tiny, write_tensors
 
@@ -82,10 +83,19 @@ def test_damaged_parameters_are_one_line(
 ) -> None:
     for file in (checkpoint / "params").glob(name):
         spoil(file)
-    with pytest.raises(ValueError, match="params cannot be read") as caught:
+    with pytest.raises(ValueError, match=r"params cannot be read \(params/.* (damaged|missing)\)") as with_sums:
         iceformer.load_model(checkpoint)
-    assert "\n" not in str(caught.value)
+    (checkpoint / "params.sha256").unlink()
+    with pytest.raises(ValueError, match="params cannot be read") as without:
+        iceformer.load_model(checkpoint)
+    assert "\n" not in str(with_sums.value) + str(without.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_checksums_lead_nowhere_else(checkpoint: Path) -> None:
+    (checkpoint / "params.sha256").write_text("0  params/../../outside\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        iceformer.load_model(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +115,8 @@ def test_a_cast_that_overflows_names_the_tensor(source: Path, stored: Any, value
         iceformer.load_model(checkpoint, wanted)
     line = f"model.norm.scale: {np.dtype(stored)} in the checkpoint, {wanted} asked for"
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [line]
-    kept = iceformer.load_model(checkpoint, np.dtype(stored)).model.norm.scale[7]
-    assert float(kept) == pytest.approx(value, rel=0.01)
+    model: Any = iceformer.load_model(checkpoint, np.dtype(stored))
+    assert float(model.model.norm.scale[7]) == pytest.approx(value, rel=0.01)
 
 
 def test_rows_of_several_dtypes_go_into_one_that_holds_them_all(tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ def test_rows_of_several_dtypes_go_into_one_that_holds_them_all(tmp_path: Path) 
                 block = name.replace("mlp.experts", "block_sparse_moe.experts").rpartition(".")[0]
                 tensors[f"{block}.{expert}.{part}.weight"] = (piece * 1e5 * (expert > 0)).astype(dtype)
     write_tensors(tmp_path / "source", tensors)
-    model = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
+    model: Any = iceformer.load_model(iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint"))
     assert all_finite(np.asarray(model.model.layers[0].mlp.down_proj[...]))
 
 
@@ -186,7 +196,7 @@ def test_lists_of_a_config_that_are_long(source: Path) -> None:
     edit_json(source / "config.json", model_type="qwen3", layer_types=["full_attention"] * 10**5)
     message = refused(source)
     assert "layer_types" in message
-    assert len(message) < 1000
+    assert len(message) <= MAX_LINE
 
 
 DEEP = "[" * 10**5 + "]" * 10**5
