@@ -31,7 +31,6 @@ FORMAT_VERSION = 2
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-@plain_errors()
 def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
     """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
 
@@ -46,7 +45,11 @@ def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
         FileNotFoundError: no such folder, or not a checkpoint.
         ValueError: a checkpoint of another format, parameters that do not fit its config, or an unknown dtype.
     """
-    checkpoint = Path(checkpoint)
+    with plain_errors():
+        return _load(Path(checkpoint), dtype)
+
+
+def _load(checkpoint: Path, dtype: DTypeLike) -> Model:
     if (name := jnp.dtype(dtype).name) not in _DTYPES:
         raise ValueError(f"dtype is {name}, expected one of: {', '.join(_DTYPES)}")
     _check(checkpoint)

@@ -48,7 +48,6 @@ from .text import TEXT, TextSettings, text_settings
 _DENSE = (Rule(r"linear\.weight", "kernel", TRANSPOSED), Rule(r"linear\.bias", "bias"))
 
 
-@plain_errors()
 def convert_checkpoint(
     source: str | Path,
     target: str | Path,
@@ -91,7 +90,7 @@ def convert_checkpoint(
     """
     target = Path(target)
     check_absent(target)
-    with _opened(str(source), dtype, revision, progress) as (whole, origin, open_weights_of):
+    with plain_errors(), _opened(str(source), dtype, revision, progress) as (whole, origin, open_weights_of):
         return _convert(whole, origin, open_weights_of, target, adapter, progress)
 
 

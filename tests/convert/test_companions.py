@@ -32,7 +32,7 @@ def test_companions_are_copied_and_nothing_else(source: Path, tmp_path: Path) ->
     name = "preprocessor_config.json"
     assert (target / name).read_bytes() == (source / name).read_bytes()
     copied = {str(file.relative_to(target)) for file in target.rglob("*.*") if "params" not in file.parts}
-    assert copied == {name, "config.json", "generation_config.json", "iceformer.json"}
+    assert copied == {name, "config.json", "generation_config.json", "iceformer.json", "params.sha256"}
 
 
 def save_wordpiece(folder: Path) -> None:
