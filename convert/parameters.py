@@ -122,7 +122,7 @@ def _sums_of(folder: Path) -> Path:
 
 
 def _check_sums(folder: Path) -> None:
-    """ValueError if a file is not as it was written; there are no checksums in checkpoints of earlier versions."""
+    """ValueError if a file is not as it was written. A checkpoint may go without the checksums."""
     if not _sums_of(folder).exists():
         return
     for line in _sums_of(folder).read_text(errors="replace").splitlines():

@@ -59,7 +59,7 @@ def test_every_parameter_is_its_tensor(tiny_llama: Path, tiny_checkpoint: Path) 
 
 def test_the_folder_is_complete(tiny_llama: Path, tiny_checkpoint: Path) -> None:
     copied = {"config.json", "generation_config.json", "tokenizer.json"}
-    assert {path.name for path in tiny_checkpoint.iterdir()} == {"params", "iceformer.json", *copied}
+    assert {path.name for path in tiny_checkpoint.iterdir()} == {"params", "params.sha256", "iceformer.json", *copied}
     for name in copied:
         assert (tiny_checkpoint / name).read_bytes() == (tiny_llama / name).read_bytes()
     provenance = json.loads((tiny_checkpoint / "iceformer.json").read_text())
@@ -77,7 +77,7 @@ def test_a_folder_with_weights_and_config_only(tiny_llama: Path, tmp_path: Path)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_llama / name, tmp_path / "bare")
     target = iceformer.convert_checkpoint(tmp_path / "bare", tmp_path / "made" / "on" / "the" / "way")
-    assert {path.name for path in target.iterdir()} == {"params", "iceformer.json", "config.json"}
+    assert {path.name for path in target.iterdir()} == {"params", "params.sha256", "iceformer.json", "config.json"}
 
 
 def test_shards_give_the_same_as_one_file(

@@ -225,7 +225,7 @@ def test_code_beside_a_known_architecture_is_not_needed(source: Path, tmp_path: 
     assert "modeling.py" not in {path.name for path in target.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "tf_model.h5", "flax_model.msgpack"])
+@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack"])
 def test_weights_of_other_frameworks_are_named(source: Path, name: str) -> None:
     (source / "model.safetensors").rename(source / name)
     assert f"has its weights only in {name}, expected model.safetensors" in refused(source, FileNotFoundError)
