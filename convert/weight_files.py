@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection
 
+from .problems import joined
+
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 SINGLE_FILES = (SAFETENSORS, PICKLE)
 """Files that hold a whole model, in order of preference; the name and `.index.json` is that of the index of shards."""
@@ -12,7 +14,7 @@ _INDEX = re.compile(r"[^/]+\.(safetensors|bin)\.index(?:\.\w+)?\.json")
 _SHARD = re.compile(r"[^/]+-\d+-of-(\d+)(?:\.\w+)?\.(?:safetensors|bin)")
 # What trainers leave beside the weights, and adapters.
 _OTHERS = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state\w*|adapter_model)\.\w+")
-_FOREIGN = ("gguf", "h5", "msgpack", "npz", "onnx", "ot")
+_FOREIGN = ("h5", "msgpack", "npz", "onnx", "ot")
 
 
 def weight_source(names: Collection[str]) -> str:
@@ -42,9 +44,19 @@ def weight_source(names: Collection[str]) -> str:
         if sources:
             return sources[0]
     expected = f"expected {SAFETENSORS} or {PICKLE}, or the index of either with its shards"
+    if files := sorted(name for name in names if name.endswith(".gguf")):
+        raise FileNotFoundError(
+            f"has its weights only in {joined(files)}: fetch the one to convert, and give that file"
+        )
     if foreign := sorted(name for name in names if name.rpartition(".")[2] in _FOREIGN):
         raise FileNotFoundError(f"has its weights only in {', '.join(foreign)}, {expected}: download those")
     raise FileNotFoundError(f"has no weights, {expected}")
+
+
+def holds_weights(names: Collection[str]) -> bool:
+    """Whether any of a folder's files is one of weights, whole or not, by its name."""
+    suffixes = {suffix for group in _SUFFIXES.values() for suffix in group}
+    return any(name.rpartition(".")[2] in suffixes and not _OTHERS.fullmatch(name) for name in names)
 
 
 def is_index(name: str) -> bool:

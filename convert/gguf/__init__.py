@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,12 @@ def copy_beside(file: Path, folder: Path) -> None:
             shutil.copyfile(file.parent / name, folder / name)
 
 
-def _chat_template(metadata: Any) -> str | list[dict[str, str]] | None:
+def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
     """One template, or several by name as transformers has them."""
     prefix = "tokenizer.chat_template."
-    default = metadata.get(prefix.rstrip("."))
-    others = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    default = texts.get(prefix.rstrip("."))
+    others = {key.removeprefix(prefix): value for key, value in texts.items() if key.startswith(prefix)}
     if not others:
         return default
     named = {**({} if default is None else {"default": default}), **others}

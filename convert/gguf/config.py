@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ...model.registry import ARCHITECTURES
 from ...model.windows import FULL, SLIDING
-from ..problems import listed
+from ..problems import listed, shown
 from .header import Header
 from .names import CONFIG_TENSORS, FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Piece
 from .reader import read_piece
@@ -132,11 +133,10 @@ def _architecture(header: Header) -> str:
             "file"
         )
     if kind != "model":
-        raise ValueError(f"{path} is of general.type {kind!r}, expected a model")
-    if architecture not in _BUILDERS:
-        raise ValueError(
-            f"{path} has general.architecture {architecture!r}, supported are: {', '.join(sorted(_BUILDERS))}"
-        )
+        raise ValueError(f"{path} is of general.type {shown(repr(kind))}, expected a model")
+    if not isinstance(architecture, str) or architecture not in _BUILDERS:
+        found, supported = shown(repr(architecture)), ", ".join(sorted(_BUILDERS))
+        raise ValueError(f"{path} has general.architecture {found}, supported are: {supported}")
     if not header.tensors:
         raise ValueError(f"{path} has no tensors: it holds a vocabulary only")
     return architecture
@@ -171,14 +171,21 @@ def _sizes(fields: Fields) -> Config:
         "head_dim": head_dim,
         "max_position_embeddings": fields.size("context_length"),
         "tie_word_embeddings": not fields.has("output.weight"),
-        **_token_ids(header),
+        **_token_ids(header, vocab_size),
     }
 
 
-def _token_ids(header: Header) -> Config:
-    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    found = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    return {name: value for name, value in found.items() if value is not None}
+def _token_ids(header: Header, vocab_size: int) -> Config:
+    """Ids of the tokens that begin and end a text, and of padding; warns of those that no token has."""
+    ids: Config = {}
+    for name, spelling in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        key = f"tokenizer.ggml.{spelling}_token_id"
+        value = header.metadata.get(key)
+        if type(value) is int and 0 <= value < vocab_size:
+            ids[f"{name}_token_id"] = value
+        elif value is not None:
+            warnings.warn(f"{header.path}: {key} is {value!r}, which is no token's, and is left out", stacklevel=2)
+    return ids
 
 
 def _llama(fields: Fields, sizes: Config) -> Config:
@@ -286,7 +293,7 @@ def _gpt2(fields: Fields, sizes: Config) -> Config:
         "n_positions": sizes["max_position_embeddings"],
         "tie_word_embeddings": sizes["tie_word_embeddings"],
         "layer_norm_epsilon": fields.number("attention.layer_norm_epsilon"),
-        **_token_ids(fields.header),
+        **_token_ids(fields.header, sizes["vocab_size"]),
     }
 
 

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..problems import shown
 from .types import block_of, type_name
 
 MAGIC = b"GGUF"
@@ -117,7 +118,7 @@ class _Reader:
         for _ in range(count):
             key = self._text()
             if key in metadata:
-                raise self._corrupt(f"{key!r} is there twice")
+                raise self._corrupt(f"the key {shown(key)} is there twice")
             metadata[key] = self._value(self._number("I"), key)
         return metadata
 
@@ -127,7 +128,7 @@ class _Reader:
             name = self._text()
             dimensions = self._number("I")
             if name in entries or not 1 <= dimensions <= _MOST_DIMENSIONS:
-                raise self._corrupt(f"{name!r} is there twice or has {dimensions} dimensions")
+                raise self._corrupt(f"{shown(name)} is there twice or has {dimensions} dimensions")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             entries[name] = shape, self._number("I"), self._number("Q")
         return entries
@@ -139,21 +140,25 @@ class _Reader:
         for name, (shape, number, offset) in entries.items():
             known = block_of(number)
             if known is None:
-                raise ValueError(f"{self.path}: {name} is of type {number}, which is not known: get a newer `gguf`")
+                raise ValueError(
+                    f"{self.path}: {shown(name)} is of type {number}, which is not known: get a newer `gguf`"
+                )
             elements, size = known
             if 0 in shape or shape[-1] % elements:
                 kind = type_name(number)
-                raise self._corrupt(f"{name} is {list(shape)}, but a row of {kind} is of blocks of {elements} numbers")
+                raise self._corrupt(
+                    f"{shown(name)} is {list(shape)}, but a row of {kind} is of blocks of {elements} numbers"
+                )
             tensor = StoredTensor(self.path, shape, number, start + offset, prod(shape) // elements * size)
             if offset % alignment or tensor.start + tensor.size > len(self.data):
                 raise self._corrupt(
-                    f"{name} lies at {tensor.start} to {tensor.start + tensor.size} of {len(self.data)} bytes"
+                    f"{shown(name)} lies at {tensor.start} to {tensor.start + tensor.size} of {len(self.data)} bytes"
                 )
             tensors[name] = tensor
         by_start = sorted(tensors.items(), key=lambda entry: entry[1].start)
         for (first, tensor), (second, next_tensor) in pairwise(by_start):
             if tensor.start + tensor.size > next_tensor.start:
-                raise self._corrupt(f"{first} and {second} overlap")
+                raise self._corrupt(f"{shown(first)} and {shown(second)} overlap")
         return tensors
 
     def _value(self, kind: int, key: str) -> Any:
@@ -162,13 +167,13 @@ class _Reader:
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
-            raise self._corrupt(f"{key!r} is of type {kind}")
-        kind, count = self._number("I"), self._count(f"elements of {key!r}", self.elements_left)
+            raise self._corrupt(f"{shown(key)} is of type {kind}")
+        kind, count = self._number("I"), self._count(f"elements of {shown(key)}", self.elements_left)
         self.elements_left -= count
         if kind == _STRING:
             return self._texts(count)
         if kind not in _SCALARS:
-            raise self._corrupt(f"{key!r} is an array of type {kind}")
+            raise self._corrupt(f"{shown(key)} is an array of type {kind}")
         code = f"<{count}{_SCALARS[kind]}"
         return list(struct.unpack(code, self._take(struct.calcsize(code))))
 

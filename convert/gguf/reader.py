@@ -11,13 +11,12 @@ import numpy as np
 from ..problems import listed
 from ..reader import Weights
 from ..tensor_file import TensorInfo, read_mapped
+from ..weight_files import holds_weights
 from .header import Header, StoredTensor, read_header
 from .names import Piece
 from .types import DTYPES, PLAIN, is_readable, need_gguf, to_numbers, type_name
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def find_gguf(source: Path) -> Path | None:
         return source if source.suffix == ".gguf" or _begins_as_gguf(source) else None
     if not source.is_dir():
         return None
-    if any(path.suffix in _OTHER_WEIGHTS for path in source.iterdir()):
+    if holds_weights([path.name for path in source.iterdir()]):
         return None
     found = [path for path in sorted(source.glob("*.gguf")) if not path.name.lower().startswith("mmproj")]
     firsts = [path for path in found if (match := _SPLIT.fullmatch(path.name)) is None or int(match["number"]) == 1]

@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from ..problems import shown
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\u2581"
 _SPECIAL_IDS = {
@@ -165,7 +167,7 @@ def build_tokenizer(vocabulary: Vocabulary, *, architecture: str) -> Tokenizer:
     elif vocabulary.kind == "llama":
         tokenizer = _sentencepiece(vocabulary)
     else:
-        raise ValueError(f"tokenizer.ggml.model is {vocabulary.kind!r}, supported are 'gpt2' and 'llama'")
+        raise ValueError(f"tokenizer.ggml.model is {shown(repr(vocabulary.kind))}, supported are 'gpt2' and 'llama'")
     _add_tokens(tokenizer, vocabulary, strips=architecture == "phi3" and vocabulary.kind == "llama")
     tokenizer.post_processor = _post_processor(vocabulary)
     return tokenizer
@@ -175,7 +177,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     name, merges = vocabulary.get("pre"), vocabulary.get("merges")
     pre = PRE_TOKENIZERS.get("default" if name is None else str(name))
     if pre is None:
-        raise ValueError(f"tokenizer.ggml.pre is {name!r}, which is not known")
+        raise ValueError(f"tokenizer.ggml.pre is {shown(repr(name))}, which is not known")
     if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
         raise ValueError("it has no tokenizer.ggml.merges")
     model = models.BPE(
@@ -222,7 +224,7 @@ def _ids(vocabulary: Vocabulary) -> dict[str, int]:
         if kind == _UNUSED:
             continue
         if token in ids:
-            raise ValueError(f"tokens {ids[token]} and {index} are both {token!r}")
+            raise ValueError(f"tokens {ids[token]} and {index} are both {shown(repr(token))}")
         ids[token] = index
     return ids
 

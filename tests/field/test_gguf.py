@@ -397,7 +397,7 @@ def test_the_real_model_gives_the_logits_of_its_dequantised_folder(smollm2: Path
         dtype=getattr(torch, dtype),
         quantization_config=GgufConfig(dequantize=True),
     )
-    delattr(model.config, "quantization_config")
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(tmp_path / "folder")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
     ids = np.array([Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(varied_texts()[50]).ids[:64]])
@@ -461,6 +461,7 @@ def test_an_adapter_is_merged_into_the_weights_of_a_file(tiny_source: Path, tiny
     ("metadata", "message"),
     [
         ({"general.architecture": "mamba"}, "'mamba', supported are: gemma"),
+        ({"general.architecture": ["llama"]}, "['llama'], supported are: gemma"),
         ({"general.type": "adapter"}, "is a LoRA adapter"),
         ({"general.type": "mmproj"}, "give the language model's file"),
         ({"general.architecture": "clip"}, "give the language model's file"),
@@ -502,6 +503,14 @@ def test_keys_without_an_effect_and_lists_of_one_value(tiny_source: Path, tmp_pa
     neutral = {"expert_count": 0, "attention.causal": True, "feed_forward_length": [96, 96], "logit_scale": 0.0}
     keys = {f"llama.{name}": value for name, value in neutral.items()}
     assert open_gguf(write_gguf(tmp_path / "model.gguf", tiny_source, metadata=keys)).config["intermediate_size"] == 96
+
+
+def test_ids_that_no_token_has_are_a_warning(tiny_source: Path, tmp_path: Path) -> None:
+    ids = {"tokenizer.ggml.bos_token_id": 2**32 - 1, "tokenizer.ggml.eos_token_id": 2}
+    file = write_gguf(tmp_path / "model.gguf", tiny_source, metadata=ids)
+    with pytest.warns(UserWarning, match="bos_token_id is 4294967295, which is no token's"):
+        config = open_gguf(file).config
+    assert (config.get("bos_token_id"), config["eos_token_id"]) == (None, 2)
 
 
 def test_foreign_keys_are_a_warning(tiny_source: Path, tmp_path: Path) -> None:
@@ -564,7 +573,7 @@ def _behind(text: str, skip: int, code: str, value: int) -> Callable[[bytes], by
         (_put(24, "<Q", 2**25), "a text of 33554432 bytes goes on behind its end"),
         (_behind("llama.block_count", 0, "<I", 77), "is of type 77"),
         (_behind("tokenizer.ggml.tokens", 4, "<I", 9), "is an array of type 9"),
-        (_behind("tokenizer.ggml.tokens", 8, "<Q", 2**60), "elements of 'tokenizer.ggml.tokens'"),
+        (_behind("tokenizer.ggml.tokens", 8, "<Q", 2**60), "elements of tokenizer.ggml.tokens"),
         (_behind("tokenizer.ggml.scores", 8, "<Q", 2**22), "goes on behind its end"),
         (_behind("blk.0.attn_q.weight", 0, "<I", 2**31), "dimensions"),
         (_behind("blk.0.attn_q.weight", 4, "<Q", 2**62), "bytes"),
