@@ -1,5 +1,6 @@
 """`session.encode` of tiny random BERTs against transformers, and what it refuses."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -289,7 +290,7 @@ def test_bfloat16_gives_float32_near_float32(made: Callable[..., tuple[Any, Path
         ({"input_ids": [5, 6], "token_type_ids": [0]}, r"token_type_ids of shape \(1,\) .* expected integers of shape"),
         ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "token type 2 at position 1, expected types from 0 to 1"),
         ({"input_ids": [[5], [6]], "token_type_ids": [[0]]}, "2 of input_ids, 1 of token_type_ids, expected as many"),
-        (("a", "b", "c"), "expected 1-D integers"),
+        (("a", "b", "c"), "the input is a tuple with texts, expected one text, or token ids"),
     ],
 )
 def test_refuses(features: tuple[Any, Session], inputs: Any, message: str) -> None:
