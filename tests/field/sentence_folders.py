@@ -80,7 +80,7 @@ def tokens_of(checkpoint: Path, *texts: str) -> Tokens:
     settings = settings_of(checkpoint)
     cut = settings.max_seq_length and Cut(settings.max_seq_length, settings.truncation_side)
     data, options = (checkpoint / name for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = TextTokenizer(data.read_bytes(), options.read_bytes(), None, cut or None)
+    tokenizer = TextTokenizer(data.read_bytes(), None, cut or None, options=options.read_bytes())
     return tokenizer.encode(*texts, add_special_tokens=True)
 
 
