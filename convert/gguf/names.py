@@ -122,6 +122,8 @@ _NEIGHBOURS_ROTATE = {"llama", "granite", "smollm3"}
 _NORMS_WITH_ONE = {"gemma", "gemma2", "gemma3"}
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
 _GATE_AND_UP = "ffn_gate_up_exps"
+# More would be read as what a damaged file claims: they keep their name, and the plan reports it.
+_MOST_EXPERTS = 2**12
 
 
 def pieces_of(tensors: Mapping[str, StoredTensor], architecture: str, config: Mapping[str, Any]) -> dict[str, Piece]:
@@ -155,6 +157,8 @@ def _targets(name: str, tensor: StoredTensor, family: Family) -> Iterator[tuple[
     prefix = "" if layer is None else f"{family.prefix}{layer}."
     plain = (family.outer if layer is None else family.layer).get(stem)
     stacked = None if layer is None else family.experts.get(stem.removesuffix("_exps"))
+    if expert is None and tensor.shape[0] > _MOST_EXPERTS:
+        stacked = None
     if stacked and expert is not None:
         yield f"{prefix}{stacked.format(expert)}.{kind}", (), False
     elif expert is not None:
@@ -162,7 +166,7 @@ def _targets(name: str, tensor: StoredTensor, family: Family) -> Iterator[tuple[
     elif stacked:
         for index in range(tensor.shape[0]):
             yield f"{prefix}{stacked.format(index)}.{kind}", (index,), False
-    elif stem == _GATE_AND_UP and layer is not None and family.experts and len(tensor.shape) == 3:
+    elif stem == _GATE_AND_UP and family.experts and len(tensor.shape) == 3 and tensor.shape[0] <= _MOST_EXPERTS:
         middle = tensor.shape[1] // 2
         for index in range(tensor.shape[0]):
             for part, rows in (("ffn_gate", slice(None, middle)), ("ffn_up", slice(middle, None))):

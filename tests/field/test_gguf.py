@@ -596,7 +596,7 @@ def test_damaged_files(damage: Callable[[bytes], bytes], message: str, tiny_gguf
     assert len(found.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_fuzzed_headers_give_an_error_or_a_model(seed: int, tiny_gguf: Path, tmp_path: Path) -> None:
     content, draw = tiny_gguf.read_bytes(), np.random.default_rng(seed)
     end = content.index(b"output_norm.weight") + 64
