@@ -9,6 +9,8 @@ from typing import Any
 
 MAX_INTEGER = 2**31 - 1
 MAX_LAYERS = 10_000
+MAX_NUMBER = 1e30
+"""Whose products with other fields are finite."""
 
 
 def read_integer(
@@ -41,10 +43,10 @@ def read_pair(config: Mapping[str, Any], name: str, default: int | tuple[int, in
 
 
 def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A finite number above 0; ValueError if it is something else, or absent without a default."""
+    """A number above 0, up to `MAX_NUMBER`; ValueError if it is something else, or absent without a default."""
     value = _value(config, name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"config: {name} is {value!r}, expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
+        raise ValueError(f"config: {name} is {value!r}, expected a number above 0, and at most {MAX_NUMBER:g}")
     return float(value)
 
 

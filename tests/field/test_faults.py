@@ -151,7 +151,7 @@ def test_finite(dtype: Any) -> None:
 SIZES = {
     "llama": ["num_hidden_layers", "vocab_size", "intermediate_size", "hidden_size", "head_dim", "num_attention_heads"],
     "mixtral": ["num_local_experts"],
-    "qwen3_moe": ["num_experts", "moe_intermediate_size"],
+    "qwen3_moe": ["num_local_experts", "moe_intermediate_size"],
     "gpt2": ["n_layer", "n_positions", "n_inner", "n_embd", "n_head"],
     "gemma3_text": ["num_hidden_layers", "vocab_size"],
     "bert": ["num_hidden_layers", "max_position_embeddings", "type_vocab_size"],
