@@ -26,7 +26,7 @@ from .blocks import (
     visibility_of_block,
 )
 from .distance import DistanceTable, distance_tile, table_of_heads
-from .ops import cap, matmul, matmul_transposed
+from .ops import cap, check_logit_options, matmul, matmul_transposed
 
 Mask = Bool[Array, "#batch #query_heads queries keys"] | Float[Array, "#batch #query_heads queries keys"]
 
@@ -84,8 +84,10 @@ def exact_attention(
         The attention output in the query's dtype; 0 for a query that sees no key.
 
     Raises:
-        ValueError: `window` is not a number of tokens, or `distance_bias` has an even number of distances.
+        ValueError: `window` is not a number of tokens, `distance_bias` has an even number of distances, or `scale` or
+            `softcap` is not a number that logits can be multiplied or capped with.
     """
+    check_logit_options(scale, softcap)
     if window is not None and not 1 <= window < 2**31:
         raise ValueError(f"window is {window}, expected 1 to 2**31 - 1 tokens, or None for no window")
     batch, kv_heads, keys, head_dim = key.shape

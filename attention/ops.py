@@ -4,6 +4,8 @@ XLA on CPU reaches its fast kernels for bfloat16 inputs only with a float32 resu
 faster than one batched product that writes a large buffer.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -22,6 +24,14 @@ def matmul_transposed(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[A
 def transposed_matmul(a: Float[Array, "k m"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """a.T @ b in float32."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def check_logit_options(scale: float | None, softcap: float | None) -> None:
+    """ValueError unless the scale of logits is a finite number, and the cap one above 0; None stands for neither."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, expected a finite number, or None for 1 / sqrt(head_dim)")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, expected a finite number above 0, or None for no cap")
 
 
 def cap(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:

@@ -30,7 +30,7 @@ from .config import TwoStage, method_of
 from .distance import DistanceTable, distance_tile, table_of_heads
 from .exact import Partial, exact_block, normalise
 from .methods import LowRank, RankingQueries, project_keys, project_queries, required
-from .ops import cap, matmul_transposed, transposed_matmul
+from .ops import cap, check_logit_options, matmul_transposed, transposed_matmul
 from .selection import Forced, block_importance, forced_members, largest_weight, select
 
 _STAGE_1_TILE = 4096
@@ -68,8 +68,9 @@ def two_stage_attention(
     selection among its candidates and the softmax have it.
 
     Raises:
-        ValueError: a `distance_bias` with compensation, whose mean keys have no distance.
+        ValueError: a `distance_bias` with compensation, whose mean keys have no distance; or as `exact_attention`.
     """
+    check_logit_options(scale, softcap)
     if distance_bias is not None and config.compensation != "none":
         raise ValueError(
             f"compensation is {config.compensation!r}, which cannot go with a distance_bias, expected 'none'"

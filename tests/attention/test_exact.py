@@ -1,5 +1,6 @@
 """Exact attention against plain numpy, over shapes, lengths and offsets."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iceformer.attention import Dense, TwoStage, attend, exact_attention
+from iceformer.attention import Dense, TwoStage, attend, exact_attention, two_stage_attention
 from iceformer.attention.exact import Partial, merge
 
 from .reference import naive_attention, random_inputs
@@ -99,3 +100,20 @@ def test_attend_is_exact_where_the_budget_covers_every_key(config) -> None:
     rows: dict[str, Any] = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, 40, np.int32)}
     output = attend(config, *map(jnp.asarray, (query, key, value)), **{k: jnp.asarray(v) for k, v in rows.items()})
     np.testing.assert_allclose(output, naive_attention(query, key, value, causal=True, **rows), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, "softcap is 0.0, expected a finite number above 0"),
+        ({"softcap": -50.0}, "softcap is -50.0"),
+        ({"softcap": math.nan}, "softcap is nan"),
+        ({"softcap": math.inf}, "softcap is inf"),
+        ({"scale": math.nan}, "scale is nan, expected a finite number"),
+    ],
+)
+@pytest.mark.parametrize("attention", [exact_attention, partial(two_stage_attention, TwoStage(budget=1024))])
+def test_what_no_logit_can_be_scaled_or_capped_with_is_refused(attention, options, message) -> None:
+    query, key, value = map(jnp.asarray, random_inputs(2, 1, 4, 2, 4, 4, 16))
+    with pytest.raises(ValueError, match=message):
+        attention(query, key, value, offset=jnp.zeros(1, jnp.int32), lengths=jnp.full(1, 4), **options)
