@@ -22,6 +22,8 @@ from .tokenizer_settings import TOKENIZER, TOKENIZER_CONFIG, TokenizerSettings, 
 Result = TypeVar("Result")
 
 CONFIG = "config.json"
+MAX_ID = 2**22
+"""More ids than any vocabulary has."""
 PROBES = (
     "",
     "Hello world",
@@ -49,6 +51,7 @@ def tokenizer_json(source: Path, config: Mapping[str, Any]) -> str:
     """
     file = source / TOKENIZER
     content = read_json(file)
+    _check_ids(file, content)
     text = file.read_text(encoding="utf-8-sig")
     try:
         plain = _guarded(lambda: _parse(text))
@@ -140,6 +143,18 @@ def _class_for(content: Mapping[str, Any], name: str, source: Path) -> Tokenizer
         )
         return None
     return of_class
+
+
+def _check_ids(file: Path, content: Mapping[str, Any]) -> None:
+    """ValueError for an id that no vocabulary reaches: a tokenizer is written with memory for all ids below."""
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    ids = vocabulary.values() if isinstance(vocabulary, Mapping) else ()
+    added = content.get("added_tokens")
+    tokens = added if isinstance(added, list) else ()
+    ids = [*ids, *(token.get("id") for token in tokens if isinstance(token, Mapping))]
+    if (largest := max((id for id in ids if isinstance(id, int)), default=0)) >= MAX_ID:
+        raise ValueError(f"{shown(file)} has a token with id {largest}, expected less than {MAX_ID}")
 
 
 def _guarded(action: Callable[[], Result]) -> Result:

@@ -19,7 +19,17 @@ from iceformer.convert.finite import all_finite
 from iceformer.convert.json_file import parse_json
 from iceformer.convert.problems import MAX_LINE
 
-from .folders import edit_json, edit_tensors, read_json, refused, rename_tensors, tensors_of, tiny, write_tensors
+from .folders import (
+    edit_json,
+    edit_tensors,
+    read_json,
+    refused,
+    rename_tensors,
+    tensors_of,
+    tiny,
+    write_json,
+    write_tensors,
+)
 
 
 @pytest.fixture
@@ -272,3 +282,15 @@ def test_what_is_no_file(source: Path) -> None:
     (source / "generation_config.json").unlink()
     (source / "generation_config.json").mkdir()
     assert refused(source, OSError) == f"{source / 'generation_config.json'} is not a file"
+
+
+@pytest.mark.parametrize("number", [2**22, 2**31, 2**63])
+def test_an_id_that_no_vocabulary_reaches(source: Path, number: int) -> None:
+    content = read_json(source / "tokenizer.json")
+    content["model"]["vocab"]["a"] = number
+    write_json(source / "tokenizer.json", content)
+    assert f"has a token with id {number}, expected less than {2**22}" in refused(source)
+    content["model"]["vocab"]["a"] = 0
+    content["added_tokens"] = [{"id": number, "content": "<x>", "special": True}]
+    write_json(source / "tokenizer.json", content)
+    assert f"has a token with id {number}, expected less than {2**22}" in refused(source)
