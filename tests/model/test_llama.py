@@ -45,9 +45,6 @@ def test_null_fields_take_their_defaults() -> None:
     ("fields", "message"),
     [
         ({"hidden_act": "mish"}, "hidden_act is 'mish', supported are: gelu"),
-        ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, "layer_types"),
-        ({"layer_types": 5}, "layer_types is 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number"),
         ({"vocab_size": "32000"}, "vocab_size is '32000'"),
         ({"hidden_size": 4096.0}, "hidden_size is 4096.0"),
