@@ -30,7 +30,9 @@ def save_random(
     Every parameter is random, biases and norms too, and large enough that a mistake shows in the logits.
     """
     torch.manual_seed(seed)
-    model = auto_class.from_config(AutoConfig.for_model(model_type, **config)).eval()
+    # The default ends of texts are ids of full vocabularies, which tiny ones do not have.
+    fields = {"eos_token_id": None, **config}
+    model = auto_class.from_config(AutoConfig.for_model(model_type, **fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
