@@ -1,7 +1,6 @@
 """weights.safetensors: any reader opens it, every tensor is aligned, and jax computes from the memory map."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
-from iceformer.deploy.weights import ALIGNMENT, put_weights, read_weights, write_weights
+from iceformer.deploy.manifest import parse_manifest
+from iceformer.deploy.weights import ALIGNMENT, described, put_weights, read_weights, write_weights
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.int8)]
 
@@ -34,7 +34,7 @@ def test_safetensors_reads_back_what_was_written(
         assert {name for name in opened.keys() if not name.startswith("__padding__.")} == set(tensors)  # noqa: SIM118
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(opened.get_tensor(name), tensor)
-    views = read_weights(path)
+    views = read_weights(path, described(tensors))
     assert set(views) == set(tensors)
     for name, view in views.items():
         assert view.ctypes.data % ALIGNMENT == 0
@@ -44,8 +44,9 @@ def test_safetensors_reads_back_what_was_written(
 
 def test_jax_shares_memory_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    write_weights(path, {"a": np.ones((3, 5), np.float32), "b": np.ones((64, 64), ml_dtypes.bfloat16)})
-    views = read_weights(path)
+    tensors = {"a": np.ones((3, 5), np.float32), "b": np.ones((64, 64), ml_dtypes.bfloat16)}
+    write_weights(path, tensors)
+    views = read_weights(path, described(tensors))
     for name, array in put_weights(views).items():
         assert array.unsafe_buffer_pointer() == views[name].ctypes.data
 
@@ -53,7 +54,7 @@ def test_jax_shares_memory_with_the_file(tmp_path: Path) -> None:
 def test_a_non_contiguous_tensor_is_written_in_order(tmp_path: Path) -> None:
     tensor = np.arange(12, dtype=np.float32).reshape(3, 4).T
     write_weights(tmp_path / "w", {"a": tensor})
-    np.testing.assert_array_equal(read_weights(tmp_path / "w")["a"], tensor)
+    np.testing.assert_array_equal(read_weights(tmp_path / "w", described({"a": tensor}))["a"], tensor)
 
 
 def test_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
@@ -63,9 +64,9 @@ def test_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
 
 def test_artifact_weights_equal_the_checkpoint(dense_artifact: Path, source: tuple[Path, object]) -> None:
     """Kernels are the transposed weights of the Hugging Face file."""
-    views = read_weights(dense_artifact / "weights.safetensors")
+    manifest = parse_manifest((dense_artifact / "manifest.json").read_bytes())
+    views = read_weights(dense_artifact / "weights.safetensors", manifest.weights.tensors)
     with safe_open(source[0] / "model.safetensors", framework="numpy") as opened:
         kernel = opened.get_tensor("model.layers.1.mlp.up_proj.weight").T
     np.testing.assert_array_equal(views["model.layers.1.mlp.up_proj.kernel"], kernel)
-    manifest = json.loads((dense_artifact / "manifest.json").read_text())
-    assert sorted(views) == manifest["weights"]["names"]
+    assert sorted(views) == list(manifest.weights.tensors)
