@@ -77,6 +77,7 @@ def test_wide_instructions_are_in_the_functions_of_their_instruction_set_only() 
     } == set()
 
 
+@pytest.mark.slow
 @needs_binutils
 def test_no_object_offers_the_linker_a_function_that_another_instruction_set_could_get(tmp_path: Path) -> None:
     # Nothing is inlined that need not be, so that every function that could be offered is.
@@ -116,6 +117,7 @@ def sanitized(*arguments: str, examples: int) -> None:
     assert re.search(r"\d+ passed", result.stdout)
 
 
+@pytest.mark.slow
 @needs_sanitizers
 def test_sanitizers_find_nothing_in_some_cases() -> None:
     cases = "library_is or log_sum or (bfloat16 and odd) or (large and blocks) or refused or (float64 and 33)"
