@@ -113,7 +113,8 @@ def test_the_best_blocks_are_the_candidates(
             ranked = (forced_start if causal else length) // KEY_BLOCK
             group = query[row, 2 * head : 2 * head + 2, queries].reshape(-1, HEAD_DIM).astype(np.float64)
             logits = estimate(group, key[row, head].astype(np.float64), basis[head].astype(np.float64))[:ranked]
-            chosen = attended[row, head, :, block].any(axis=(0, 1)).reshape(-1, KEY_BLOCK).any(axis=1)[:ranked]
+            keys = np.asarray(attended[row, head, :, block].any(axis=(0, 1)))
+            chosen = np.asarray(keys.reshape(-1, KEY_BLOCK).any(axis=1))[:ranked]
             start = np.arange(ranked) * KEY_BLOCK
             forced = (start < SINK) | ((start >= forced_start) & (start < forced_end))
             assert chosen[forced].all()
