@@ -8,7 +8,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Entries(ABC):
         """What is compiled for a bucket, by name."""
 
     @classmethod
-    def of(cls, model: nnx.Module, bases: Bases | None) -> Self:
+    def of(cls, model: nnx.Module, bases: Bases | None) -> "Entries":
         """Takes a model and its calibrated bases (one for each layer that needs one, or None for all) apart."""
         graph, state = nnx.split(model)
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))

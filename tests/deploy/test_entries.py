@@ -69,9 +69,10 @@ class Compiled:
 @pytest.mark.parametrize("name", few(ATTENTIONS, ["low_rank"]))
 def test_what_a_cache_held_before_counts_for_nothing(entries: DecoderEntries, name: str) -> None:
     with kernels.disabled():
-        if name != "low_rank":
-            entries = DecoderEntries.of(entries._model(entries.weights)[0], None)
-        compiled = Compiled(dataclasses.replace(entries, attention=ATTENTIONS[name]))
+        without_basis = DecoderEntries.of(entries._model(entries.weights)[0], None)
+        assert isinstance(without_basis, DecoderEntries)
+        chosen = entries if name == "low_rank" else without_basis
+        compiled = Compiled(dataclasses.replace(chosen, attention=ATTENTIONS[name]))
         cache, after_prompt = compiled.prefill(0.0)
         after_token = compiled.decode(cache)
         assert np.isfinite(after_prompt).all()
