@@ -1,6 +1,6 @@
 """Builds the native kernels where a C++ compiler is present; everything else stands in pyproject.toml.
 
-attention/native/kernels.cpp is compiled once for each instruction set, with its flags; the library chooses among them
+kernels/native/kernels.cpp is compiled once for each instruction set, with its flags; the library chooses among them
 at run time. With a compiler that does not know AMX (GCC before 11) that set is left out. Without a compiler, or with
 ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and runs in pure XLA.
 """
@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-NATIVE = Path("attention", "native")
+NATIVE = Path("kernels", "native")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 AVX512_BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 INSTRUCTION_SETS = {
@@ -39,7 +39,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", *os.environ
 def sources_version() -> str:
     """A version that changes with every change of the sources and of how they are built."""
     digest = hashlib.sha256()
-    for file in sorted([*NATIVE.glob("*.cpp"), *NATIVE.glob("*.h"), Path("setup.py")]):
+    for file in sorted([*NATIVE.rglob("*.cpp"), *NATIVE.rglob("*.h"), Path("setup.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -70,9 +70,10 @@ class BuildKernels(build_ext):
         include = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
         output = Path(self.build_temp)
         objects = self.compiler.compile(
-            [str(NATIVE / name) for name in ("ffi.cpp", "linear_ffi.cpp", "dispatch.cpp", "amx.cpp", "select.cpp")],
+            [str(source) for source in sorted(NATIVE.glob("*/*.cpp"))],
             output_dir=str(output),
             macros=macros,
+            include_dirs=[str(NATIVE)],
             extra_postargs=[*FLAGS, *include],
         )
         for name, flags in sets.items():
@@ -80,6 +81,7 @@ class BuildKernels(build_ext):
                 [str(NATIVE / "kernels.cpp")],
                 output_dir=str(output / name),
                 macros=[*macros, ("ICEFORMER_ISA", name)],
+                include_dirs=[str(NATIVE)],
                 extra_postargs=[*FLAGS, *flags],
             )
         target = self.get_ext_fullpath(extension.name)
@@ -106,6 +108,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("iceformer.attention.native.libiceformer", sources=[])],
+    ext_modules=[Extension("iceformer.kernels.native.libiceformer", sources=[])],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -12,7 +12,7 @@ install() {
     }
     "${PYTHON:-python3}" -m venv .venv
   fi
-  if [ ! -f "$stamp" ] || [ -n "$(find pyproject.toml setup.py attention/native/*.{cpp,h} -newer "$stamp")" ]; then
+  if [ ! -f "$stamp" ] || [ -n "$(find pyproject.toml setup.py kernels/native -type f ! -name "*.so" -newer "$stamp")" ]; then
     echo "installing iceformer[$extra] into .venv ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" >&2
     touch "$stamp"

@@ -27,5 +27,5 @@ CXX=g++ LDFLAGS="$sanitizers" \
 # Leaks are not looked for: Python and XLA keep memory until the process ends. Output is captured above the level of file
 # descriptors, because the report of an abort would be lost with it.
 LD_PRELOAD="$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  ICEFORMER_KERNELS="$folder/iceformer/attention/native/libiceformer.so" ICEFORMER_SANITIZED=1 \
+  ICEFORMER_KERNELS="$folder/iceformer/kernels/native/libiceformer.so" ICEFORMER_SANITIZED=1 \
   "$PYTHON" -m pytest tests/attention/test_custom_calls.py tests/attention/test_int8_linear.py --capture=sys "$@"

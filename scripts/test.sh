@@ -7,8 +7,6 @@ source scripts/environment.sh
 install test
 fetch_models
 
-mkdir -p .venv/typing
-ln -sfn ../.. .venv/typing/iceformer
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright --pythonpath .venv/bin/python

@@ -14,7 +14,7 @@ import pytest
 from iceformer import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-NATIVE, HERE = ROOT / "attention" / "native", Path(__file__).parent
+NATIVE, HERE = ROOT / "kernels" / "native", Path(__file__).parent
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16"]
 VECTORS = [*AVX512, "-mavx2", "-mfma"]
 TILES = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
@@ -22,8 +22,8 @@ SETS = ["-DICEFORMER_AMX", "-DICEFORMER_EMULATE_AMX"]
 HEADERS = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
 # Object: source and flags. trap.cpp stands in for amx.cpp.
 OBJECTS = {
-    "ffi": (NATIVE / "ffi.cpp", HEADERS),
-    "linear_ffi": (NATIVE / "linear_ffi.cpp", HEADERS),
+    "ffi": (NATIVE / "attention" / "ffi.cpp", HEADERS),
+    "linear_ffi": (NATIVE / "linear" / "ffi.cpp", HEADERS),
     "amx": (NATIVE / "kernels.cpp", [*VECTORS, *TILES, "-DICEFORMER_TILES", "-DICEFORMER_ISA=amx"]),
     "amx_emulated": (
         NATIVE / "kernels.cpp",
@@ -31,8 +31,8 @@ OBJECTS = {
     ),
     "baseline": (NATIVE / "kernels.cpp", ["-DICEFORMER_ISA=baseline"]),
     "trap": (HERE / "amx" / "trap.cpp", VECTORS),
-    "dispatch": (NATIVE / "dispatch.cpp", SETS),
-    "select": (NATIVE / "select.cpp", []),
+    "dispatch": (NATIVE / "common" / "dispatch.cpp", SETS),
+    "select": (NATIVE / "attention" / "select.cpp", []),
 }
 
 

@@ -94,7 +94,7 @@ def test_no_object_offers_the_linker_a_function_that_another_instruction_set_cou
         assert {symbol for symbol in weak if not re.match(rf"_ZZ?NK?9iceformer{len(name)}{name}\d", symbol)} == set(), (
             name
         )
-    for file in [*(tmp_path / "objects" / "attention").rglob("*.o"), objects["baseline"]]:
+    for file in [*(tmp_path / "objects" / "kernels").rglob("*.o"), objects["baseline"]]:
         assert list(wide_functions(file)) == [], file
 
 
@@ -140,12 +140,12 @@ def test_a_wheel_from_the_source_archive_has_the_library_that_was_built_with_it(
 
     shutil.unpack_archive(make("sdist", ROOT), tmp_path / "source", filter="data")
     folder = next((tmp_path / "source").iterdir())
-    library = "iceformer/attention/native/libiceformer.so"
+    library = "iceformer/kernels/native/libiceformer.so"
     assert not list(folder.rglob("*.so"))
     with zipfile.ZipFile(make("wheel", folder)) as wheel:
         assert library in wheel.namelist()
         assert not str(wheel.filename).endswith("-any.whl")
     # In the same folder: what was built before stays out.
     with zipfile.ZipFile(make("wheel", folder, ICEFORMER_BUILD_KERNELS="0")) as wheel:
-        assert "iceformer/kernels.py" in wheel.namelist()
+        assert "iceformer/kernels/__init__.py" in wheel.namelist()
         assert library not in wheel.namelist()

@@ -1,4 +1,4 @@
-// AMX tiles in plain C++, for processors that have none: the intrinsics that attention/native/tiles.h uses, on a tile
+// AMX tiles in plain C++, for processors that have none: the intrinsics that kernels/native/common/tiles.h uses, on a tile
 // file of each thread. Aborts where the processor would raise an exception (Intel's manual, volume 2, LDTILECFG and
 // chapter "AMX instruction set reference").
 #pragma once

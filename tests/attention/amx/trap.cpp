@@ -5,7 +5,7 @@
 #include <ucontext.h>
 
 #include "amx_emulation.h"
-#include "dispatch.h"
+#include "common/dispatch.h"
 
 namespace iceformer {
 

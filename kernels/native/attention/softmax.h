@@ -2,8 +2,8 @@
 // recurrence). Every array has the block's queries in its lanes.
 #pragma once
 
-#include "pack_tiles.h"
-#include "problem.h"
+#include "attention/problem.h"
+#include "common/pack_tiles.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

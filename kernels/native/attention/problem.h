@@ -7,10 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "linear.h"
-
-// Inlined always: a copy compiled for one instruction set could be the one that the linker keeps for all of them.
-#define ICEFORMER_INLINE inline __attribute__((always_inline))
+#include "common/inline.h"
 
 namespace iceformer {
 
@@ -60,16 +57,6 @@ struct Selection {
 struct Task {
   int64_t head, block;
   const Selection* selection;
-};
-
-// The kernels of one instruction set.
-struct Kernels {
-  // Bytes of scratch, aligned to 64, that a task of this call needs.
-  size_t (*scratch_bytes)(const Attention&, const Selection*);
-  void (*run)(const Attention&, const Task&, void* scratch);
-  // The same two for a product with a kernel of int8.
-  size_t (*linear_scratch_bytes)(const Linear&, const LinearTask&);
-  void (*run_linear)(const Linear&, const LinearTask&, void* scratch);
 };
 
 // Writes the indices of the `count` largest of `values`, rising; of equal values the lower index wins. No NaN.

@@ -3,7 +3,7 @@
 // use their instructions does not say so.
 #pragma once
 
-#include "matmul.h"
+#include "common/matmul.h"
 
 #if defined(ICEFORMER_EMULATE_AMX)
 #define ICEFORMER_TILES

@@ -1,6 +1,6 @@
 """The native kernels: a shared library of XLA custom calls for attention, found, registered, chosen.
 
-The library is built when the package is installed (setup.py) from attention/native. Where it is missing, or switched
+The library is built when the package is installed (setup.py) from kernels/native. Where it is missing, or switched
 off with ICEFORMER_KERNELS=0, attention runs in pure XLA, which computes the same. ICEFORMER_KERNELS may also be the
 path of another build of the library. ICEFORMER_ISA names the instruction set that the library uses, among those that
 the processor has; by default it takes the best.
@@ -25,7 +25,7 @@ TARGETS = frozenset({EXACT, TWO_STAGE, INT8_LINEAR})
 
 _STRINGS = ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets")
 _CHOOSE = "iceformer_choose_instruction_set"
-_LIBRARY = Path(__file__).parent / "attention" / "native" / "libiceformer.so"
+_LIBRARY = Path(__file__).parent / "native" / "libiceformer.so"
 _allowed: ContextVar[bool] = ContextVar("iceformer_kernels", default=True)
 
 

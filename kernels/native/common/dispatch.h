@@ -1,7 +1,7 @@
 // Which instruction set's kernels run on this processor.
 #pragma once
 
-#include "problem.h"
+#include "kernels.h"
 
 namespace iceformer {
 

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace ffi = xla::ffi;
 

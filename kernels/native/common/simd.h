@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "problem.h"
+#include "common/inline.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>

@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-#include "problem.h"
+#include "attention/problem.h"
 
 namespace iceformer {
 namespace {

@@ -2,9 +2,9 @@
 // convert a panel at a time, which stays in the cache. An int8 is exact in bfloat16, too, so that no precision is lost.
 #pragma once
 
-#include "linear.h"
-#include "pack.h"
-#include "softmax.h"
+#include "attention/softmax.h"
+#include "common/pack.h"
+#include "linear/problem.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {

@@ -1,6 +1,6 @@
 // Whether this process may run the kernels with AMX. Linux hands out tiles only on request.
 
-#include "dispatch.h"
+#include "common/dispatch.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 

@@ -1,7 +1,7 @@
 // How float32 and bfloat16 arrays become the packed words of matmul.h.
 #pragma once
 
-#include "tiles.h"
+#include "common/tiles.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {

@@ -1,7 +1,7 @@
 // How bfloat16 arrays become operands for tiles: pairs of elements in each word, and zeros up to whole tiles.
 #pragma once
 
-#include "pack.h"
+#include "common/pack.h"
 
 #if defined(ICEFORMER_TILES)
 

@@ -1,9 +1,11 @@
 // The kernels of one instruction set: this file is compiled once for each, with ICEFORMER_ISA naming it and the
 // compiler's flags allowing its instructions.
 
-#include "int8_linear.h"
-#include "maxima.h"
-#include "softmax.h"
+#include "kernels.h"
+
+#include "attention/maxima.h"
+#include "attention/softmax.h"
+#include "linear/int8_linear.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {

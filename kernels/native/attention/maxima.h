@@ -1,8 +1,8 @@
 // Stage 1's products: integer products of keys with the queries that rank them, of which each key block's largest stay.
 #pragma once
 
-#include "problem.h"
-#include "softmax.h"
+#include "attention/problem.h"
+#include "attention/softmax.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {

@@ -5,7 +5,7 @@
 // the dot-product instructions of each type take.
 #pragma once
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
