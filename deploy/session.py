@@ -7,7 +7,9 @@ under XLA are the artifact's own entries.
 import gc
 import os
 import threading
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_neste
 from .manifest import ENTRIES, ArrayInfo, BucketInfo, FileInfo, Manifest
 from .sampling import check_temperature, sample
 from .tokenization import Cut, TextTokenizer
-from .weights import cpu_device, put_weights, read_weights
+from .weights import cpu_device, memory_map, put_weights, read_weights
 
 FinishReason = Literal["stop", "length", "capacity"]
 Progress = Callable[[int, int], None]
@@ -80,6 +82,7 @@ class Generation:
     prompt_tokens: int
 
 
+_UNMAP_SECONDS = 5.0
 _NO_FORK = 'start it with the method "spawn" or "forkserver" of multiprocessing instead, and load the artifact there'
 _process_of_jax: int | None = None
 
@@ -148,7 +151,18 @@ class Session:
             self._weights, self._text_tokenizer, self._text_cutter = (), None, None
             self._caches.clear()
             self._entries.clear()
-        gc.collect(0)  # jax lets go of memory that it borrowed when Python collects garbage
+        self._unmap()
+
+    def _unmap(self) -> None:
+        """Waits until jax has let go of the weights' file.
+
+        It does so when Python collects garbage, and XLA's threads hold on to what a call took for a moment after the
+        call's results are there.
+        """
+        end = time.monotonic() + _UNMAP_SECONDS
+        while self._weight_map() is not None and time.monotonic() < end:
+            gc.collect(0)
+            time.sleep(0.001)
 
     def __enter__(self) -> "Session":
         return self
@@ -474,7 +488,9 @@ class Session:
 
     def _load_weights(self) -> tuple[jax.Array, ...]:
         weights = self.info.weights
-        arrays = put_weights(read_weights(self._artifact.path / weights.file.path, weights.tensors))
+        views = read_weights(self._artifact.path / weights.file.path, weights.tensors)
+        self._weight_map = weakref.ref(memory_map(views))
+        arrays = put_weights(views)
         return tuple(arrays[name] for name in weights.tensors)
 
     def _score_rows(self, rows: list[NDArray[np.int32]], progress: Progress | None) -> Scores:

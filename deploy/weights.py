@@ -93,6 +93,16 @@ def read_weights(path: Path, expected: Mapping[str, ArrayInfo]) -> dict[str, NDA
     return {name: header[name].view(data, start) for name in expected}
 
 
+def memory_map(views: Mapping[str, NDArray[Any]]) -> mmap.mmap:
+    """The map of the file that these views of `read_weights` look into."""
+    base: Any = next(iter(views.values()))
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, memoryview)
+    assert isinstance(base.obj, mmap.mmap)
+    return base.obj
+
+
 def cpu_device() -> Any:
     """The device that everything runs on.
 
