@@ -1,6 +1,7 @@
 """Fixtures that all folders share: outside data, and a tiny random Llama as a source folder and as a checkpoint."""
 
 import importlib.util
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ TINY_LLAMA: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """Shells tell what they run in the background to ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -267,9 +267,11 @@ def interrupted(checkpoint: Path, target: Path, seconds: float) -> tuple[int | N
     options = ["--buckets", "32,64", "--chunk", "32", "--attention", "two_stage", "--method", "mean_pool"]
     # A process in the background may have been told to ignore the signal, and its children with it.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{heard}; from iceformer.__main__ import main; main()"
+    code = f"{heard}; from iceformer.__main__ import main; print(flush=True); main()"
     arguments = [sys.executable, "-c", code, "compile", str(checkpoint), str(target), *options]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()  # Python has started, which takes its time on a busy machine.
     try:
         process.wait(seconds)
         return None, ""
