@@ -1,14 +1,18 @@
 """Fixtures that all folders share: outside data, and a tiny random Llama as a source folder and as a checkpoint."""
 
 import importlib.util
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import iceformer
+
+from . import native_proof
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -24,10 +28,32 @@ TINY_LLAMA: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests with the mark `native` are skipped where they have passed for these sources, unless -m asks for them."""
+    native = [item for item in items if item.get_closest_marker("native")]
+    if native and "native" not in config.option.markexpr and native_proof.holds():
+        for item in native:
+            item.add_marker(pytest.mark.skip(reason="has passed for these native sources; -m native runs it again"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_is_heard() -> None:
     """Shells tell what they run in the background to ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilations_are_shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """XLA compiles a function once in a run: what another test or worker has compiled is read from a folder.
+
+    Most of a run's time goes into compiling small functions, many of them equal. JAX_COMPILATION_CACHE_DIR keeps them
+    for the next run.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        base = tmp_path_factory.getbasetemp()
+        run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        jax.config.update("jax_compilation_cache_dir", str(run / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def run(library: Path, instruction_set: str, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.native
 def test_tiles_agree_with_xla(library: Path) -> None:
     names = run(library, "amx_emulated", "-c", "from iceformer import kernels; print(*kernels.instruction_sets())")
     assert names.split() == ["amx", "baseline", "amx_emulated"]
@@ -83,7 +83,7 @@ def test_tiles_agree_with_xla(library: Path) -> None:
     assert re.search(r"^\d\d passed, \d+ deselected in", report, re.MULTILINE), report
 
 
-@pytest.mark.slow
+@pytest.mark.native
 def test_tiles_multiply_by_int8(library: Path) -> None:
     """Every case runs in XLA and with the library's three instruction sets."""
     report = run(

@@ -1,5 +1,6 @@
 """The share of keys attended, against counting the non-zero weights of the attention matrix itself."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from iceformer.attention import Dense, LowRank, TwoStage, attend
 from iceformer.attention.coverage import keys_attended
 
 from .reference import random_inputs
+
+run = jax.jit(attend, static_argnums=0)
 
 
 @pytest.mark.parametrize(("length", "crossover"), [(40, 0), (90, 0), (96, 0), (90, 60), (90, 92)])
@@ -24,7 +27,7 @@ def test_counts_what_is_attended(length, exact_last_block, crossover) -> None:
         crossover=crossover,
     )
     query, key, _ = random_inputs(0, 1, 1, 1, 96, 96, 4)
-    weights = attend(
+    weights = run(
         config,
         jnp.asarray(query),
         jnp.asarray(key),

@@ -19,15 +19,22 @@ from .reference import naive_attention, random_inputs
 run = jax.jit(partial(exact_attention, query_block=8, key_block=16), static_argnames=("causal", "scale", "softcap"))
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize(
+    ("heads", "sizes", "causal", "softcap"),
+    [
+        ((4, 2), (1, 40), True, None),
+        ((1, 1), (1, 40), False, 2.0),
+        ((4, 2), (13, 40), False, None),
+        ((1, 1), (13, 40), True, 2.0),
+        ((4, 2), (40, 40), True, 2.0),
+        ((1, 1), (40, 40), False, None),
+    ],
+)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
-    heads=st.sampled_from([(1, 1), (4, 2)]),
-    sizes=st.sampled_from([(1, 40), (13, 40), (40, 40)]),
     offset=st.integers(0, 50),
     lengths=st.tuples(st.integers(0, 40), st.integers(0, 40)),
-    causal=st.booleans(),
-    softcap=st.sampled_from([None, 2.0]),
 )
 def test_equals_numpy(seed, heads, sizes, offset, lengths, causal, softcap) -> None:
     query, key, value = random_inputs(seed, 2, heads[0], heads[1], sizes[0], sizes[1], 16)

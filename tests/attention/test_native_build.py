@@ -77,7 +77,7 @@ def test_wide_instructions_are_in_the_functions_of_their_instruction_set_only() 
     } == set()
 
 
-@pytest.mark.slow
+@pytest.mark.native
 @needs_binutils
 def test_no_object_offers_the_linker_a_function_that_another_instruction_set_could_get(tmp_path: Path) -> None:
     # Nothing is inlined that need not be, so that every function that could be offered is.
@@ -117,7 +117,7 @@ def sanitized(*arguments: str, examples: int) -> None:
     assert re.search(r"\d+ passed", result.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.native
 @needs_sanitizers
 def test_sanitizers_find_nothing_in_some_cases() -> None:
     cases = "library_is or log_sum or (bfloat16 and odd) or (large and blocks) or refused or (float64 and 33)"
@@ -130,7 +130,7 @@ def test_sanitizers_find_nothing() -> None:
     sanitized(examples=10)
 
 
-@pytest.mark.slow
+@pytest.mark.native
 def test_a_wheel_from_the_source_archive_has_the_library_that_was_built_with_it(tmp_path: Path) -> None:
     def make(kind: str, folder: Path, **environment: str) -> Path:
         code = f"import sys; from setuptools import build_meta as backend; backend.build_{kind}(sys.argv[1])"

@@ -6,6 +6,7 @@ queries see a key, a last tile is cut short. Each case sets all options at once,
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -169,14 +170,15 @@ def test_exact_in_xla(case: Case) -> None:
         tiles = bias[:, distances(case).clip(-case["reach"], case["reach"]) + case["reach"]].swapaxes(0, 1)
     query_block, key_block = case["blocks"]
     blocks = {"query_block": query_block, "key_block": key_block}
+    call = partial(
+        exact_attention,
+        **options_of(case),
+        **blocks,
+        window=case["window"],
+        distance_bias=None if bias is None else jnp.asarray(bias),
+    )
     with kernels.disabled():
-        output = exact_attention(
-            *arrays,
-            **options_of(case),
-            **blocks,
-            window=case["window"],
-            distance_bias=None if bias is None else jnp.asarray(bias),
-        )
+        output = jax.jit(call)(*arrays)
     rows = promised(case, padded=case["causal"] or case["window"] is not None)
     check(case, output, reference(case, arrays, visible(case), tiles), rows, "XLA")
 
@@ -236,7 +238,7 @@ def test_two_stage_in_xla(case: Case) -> None:
     config, arrays = two_stage_inputs(case)
     basis = jnp.asarray(np.random.default_rng(2).standard_normal((2, 2, case["head_dim"], 4)), jnp.float32)
     with kernels.disabled():
-        output = two_stage_attention(config, *arrays, **options_of(case), basis=basis)
+        output = jax.jit(partial(two_stage_attention, config, **options_of(case), basis=basis))(*arrays)
     check_two_stage(case, config, arrays, output, "XLA")
 
 

@@ -36,7 +36,7 @@ STRATEGIES = {
 # Queries of the call, offsets and lengths of three rows. The chunk fills no whole number of query blocks, and ends
 # before, at and after the end of its row.
 CALLS = {
-    "chunk": (20, (100, 200, 250), (300, 220, 263)),
+    "chunk": (20, (100, 200, 250), (300, 220, 259)),
     "prompt": (300, (0, 0, 0), (300, 277, 70)),
     "decode": (1, (99, 299, 0), (100, 300, 1)),
 }

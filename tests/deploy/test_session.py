@@ -1,5 +1,7 @@
 """Scores and generated tokens of a session against transformers, and what it refuses."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,18 @@ def test_generate_in_a_batch_artifact(two_stage_session: Session, reference: Lla
     assert two_stage_session.generate(ids, max_new_tokens=8).ids.tolist() == greedy(reference, ids, 8)
 
 
+def test_generate_beyond_the_budget_in_a_batch_artifact(two_stage_session: Session) -> None:
+    """A prompt of 97 tokens with the 6 after it has the same two query blocks at its end, which attend exactly, as new
+    tokens do: so `score` makes the choices that `generate` makes."""
+    assert two_stage_session.info.batch == 2
+    ids = random_ids(97, seed=3)
+    generation = two_stage_session.generate(ids, max_new_tokens=7)
+    score = two_stage_session.score(np.concatenate([ids, generation.ids[:-1]]))
+    assert generation.finish_reason == "length"
+    assert len(set(generation.ids.tolist())) > 1
+    np.testing.assert_array_equal(score.argmax[96:], generation.ids)
+
+
 def test_text_in_and_out(dense_session: Session) -> None:
     generation = dense_session.generate("Once upon a time", max_new_tokens=5)
     ids = dense_session.tokenize("Once upon a time")
@@ -116,6 +130,48 @@ def test_ends_when_the_largest_bucket_is_full(dense_session: Session, reference:
     generation = dense_session.generate(ids, max_new_tokens=50)
     assert generation.finish_reason == "capacity"
     assert generation.ids.tolist() == greedy(reference, ids, 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "max_new_tokens", "reason"),
+    [(128, 1, "length"), (128, 9, "capacity"), (64, 1, "length"), (64, 2, "length")],
+)
+def test_a_prompt_as_long_as_a_bucket(
+    dense_session: Session, reference: LlamaForCausalLM, length: int, max_new_tokens: int, reason: str
+) -> None:
+    ids = random_ids(length, seed=7)
+    generation = dense_session.generate(ids, max_new_tokens)
+    assert generation.finish_reason == reason
+    assert generation.ids.tolist() == greedy(reference, ids, 1 if length == 128 else max_new_tokens)
+
+
+def test_a_prompt_as_long_as_the_bucket_beyond_the_budget(two_stage_session: Session) -> None:
+    ids = random_ids(128, seed=8)
+    generation = two_stage_session.generate(ids, 9)
+    assert generation.finish_reason == "capacity"
+    np.testing.assert_array_equal(generation.ids, two_stage_session.score(ids).argmax[-1:])
+
+
+def test_calls_of_several_threads_do_not_meet(dense_session: Session, two_stage_session: Session) -> None:
+    """Those of one session share its caches, and those of two sessions XLA's threads."""
+
+    def scores(session: Session, length: int) -> Callable[[], NDArray[Any]]:
+        return lambda: session.score(random_ids(length, seed=length)).logprobs
+
+    def tokens(session: Session, length: int) -> Callable[[], NDArray[Any]]:
+        return lambda: session.generate(random_ids(length, seed=length), 6).ids
+
+    calls = [
+        call(session, length)
+        for session in (dense_session, two_stage_session)
+        for call, length in ((scores, 90), (tokens, 97), (scores, 40), (tokens, 20))
+    ]
+    alone = [call() for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        rounds = [[pool.submit(call) for call in calls] for _ in range(5)]
+        for futures in rounds:
+            for future, expected in zip(futures, alone, strict=True):
+                np.testing.assert_array_equal(future.result(timeout=120), expected)
 
 
 def test_progress_reaches_the_end(dense_session: Session) -> None:

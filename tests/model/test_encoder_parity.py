@@ -134,7 +134,7 @@ def test_options_equal_transformers(model_type: str, case: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
-@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("model_type", few(ENCODERS, ("bert", "modernbert", "nomic_bert", "t5", "vit")))
 def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path: Path, record_property: Record) -> None:
     cases = ENCODERS[model_type]
     reference = save(tmp_path, model_type, cases.tasks[seed % len(cases.tasks)], seed=seed, **cases.draw(seed))
@@ -143,7 +143,7 @@ def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path:
     assert worst < TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", few(ENCODERS, ("bert", "modernbert", "t5", "vit")))
+@pytest.mark.parametrize("model_type", few(ENCODERS, ("bert", "modernbert", "t5")))
 def test_two_stage_and_bfloat16(model_type: str, tmp_path: Path) -> None:
     """With a budget below the length, the model is near the exact one and no longer equal to it; so in bfloat16."""
     save(tmp_path, model_type, ENCODERS[model_type].tasks[0])

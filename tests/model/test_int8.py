@@ -52,9 +52,21 @@ def test_every_weight_is_within_half_a_step(kernel: np.ndarray) -> None:
     assert (np.abs(rounded.astype(int)).max(axis=0)[largest > 1e-30] == 127).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (3, 7, 24)])
-@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "use_bias"),
+    [
+        ("float32", (24,), False),
+        ("float32", (1, 1, 24), True),
+        ("float32", (3, 7, 24), False),
+        ("bfloat16", (24,), True),
+        ("bfloat16", (1, 1, 24), False),
+        ("bfloat16", (3, 7, 24), True),
+        ("float16", (24,), False),
+        ("float16", (1, 1, 24), True),
+        ("float16", (3, 7, 24), True),
+    ],
+    ids=str,
+)
 def test_layer_is_a_linear_layer_with_the_rounded_weights(dtype: str, shape: tuple[int, ...], use_bias: bool) -> None:
     rng = np.random.default_rng(0)
     linear = Linear(24, 600, use_bias=use_bias, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))

@@ -160,7 +160,7 @@ def save(folder: Path, preset: str, **changes: Any) -> Reference:
     return reference
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [pytest.param("listops", marks=pytest.mark.slow), *list(PRESETS)[1:]])
 def test_published_sizes_equal_torch(preset: str, tmp_path: Path) -> None:
     reference = save(tmp_path / "source", preset)
     lengths = np.array([57, 1, 36], np.int32)
