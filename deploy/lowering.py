@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from .. import kernels
 from ..attention import attention_to_dict
@@ -68,7 +70,8 @@ def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cach
     specs = (weights, spec_of_cache, *(_spec(array) for array in entry.arguments.values()))
     lowered = jax.jit(entry.function, donate_argnums=1).lower(*specs)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    with _without_compilation_cache():
+        compiled = lowered.compile()
     seconds = time.perf_counter() - start
     custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
     check_custom_calls(name, custom_calls)
@@ -85,6 +88,19 @@ def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cach
         memory=_memory(compiled),
         compile_seconds=round(seconds, 3),
     )
+
+
+@contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """Inside, jax compiles anew: what comes out of its cache on disk lacks functions when it is serialised again."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # Whether the cache is used is remembered until then.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def portable_code(function: Callable[..., Any], specs: tuple[Any, ...]) -> bytes:

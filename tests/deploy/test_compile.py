@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from iceformer.deploy.calibration import calibration_ids
 from iceformer.deploy.compile import check_options, default_buckets
 from iceformer.deploy.entries import score_block
 from iceformer.deploy.lowering import check_custom_calls, portable_code
+from iceformer.deploy.session import Session
 from iceformer.model.registry import build
 
 from .conftest import TEXT, VOCABULARY
@@ -158,3 +160,17 @@ class TestCalibrationIds:
             calibration_ids(tmp_path / "text", tmp_path / "tokenizer.json", 10, 10)
         with pytest.raises(ValueError, match="at least one token id"):
             calibration_ids([], tmp_path / "tokenizer.json", 10, 10)
+
+
+def test_an_artifact_compiled_with_a_compilation_cache_runs(
+    checkpoint: Path, tmp_path: Path, dense_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Executables that jax reads from its cache cannot be serialised: an equal one was stored there before."""
+    assert jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    options: dict[str, Any] = {"buckets": (32,), "attention": iceformer.Dense(), "chunk": 32}
+    with monkeypatch.context() as patch:
+        patch.setattr("iceformer.deploy.lowering._without_compilation_cache", nullcontext)
+        iceformer.compile(checkpoint, tmp_path / "first", **options)
+    session = iceformer.load(iceformer.compile(checkpoint, tmp_path / "second", **options))
+    assert session.tier == "native"
+    np.testing.assert_allclose(session.score([5, 6, 7]).logprobs, dense_session.score([5, 6, 7]).logprobs, atol=1e-5)

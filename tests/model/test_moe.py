@@ -99,7 +99,6 @@ def random_tokens(*shape: int) -> np.ndarray:
         (qwen3, 4, 4, False, (1, 67)),
         (qwen3, 1, 1, False, (2, 700)),
     ],
-    ids=str,
 )
 def test_equals_transformers(
     make: Callable[[int, int, bool], Any], experts: int, chosen: int, norm_topk_prob: bool, shape: tuple[int, ...]
