@@ -1,8 +1,8 @@
 """Whether the tests with the mark `native` have passed for the sources as they are.
 
-They build the kernels again, for every instruction set and with sanitizers, which takes minutes, so they run only where
-something that they test has changed since: native_proof.sha256 holds the digest that they passed for. It needs no
-history, so it works in any clone, and scripts/prove_native.sh renews it.
+They build the kernels again, for every instruction set and with sanitizers, or sweep over the kernels' options. That
+takes minutes, so they run only where something that they test has changed since: native_proof.sha256 holds the digest
+that they passed for. It needs no history, so it works in any clone, and scripts/prove_native.sh renews it.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ TESTED = (
     "tests/attention/amx",
     "tests/attention/test_amx.py",
     "tests/attention/test_native_build.py",
+    "tests/attention/test_option_pairs.py",
 )
 """Files and folders whose change makes the tests run."""
 

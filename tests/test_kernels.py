@@ -55,7 +55,7 @@ def in_xla() -> np.ndarray:
         return attend()
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", [0, *(pytest.param(index, marks=pytest.mark.native) for index in range(1, 5))])
 @pytest.mark.usefixtures("built")
 def test_every_instruction_set_gives_the_same_in_a_process_of_its_own(index: int, in_xla: np.ndarray) -> None:
     names = (*kernels.instruction_sets(), "")

@@ -13,8 +13,14 @@ from .reference import random_inputs
 run = jax.jit(attend, static_argnums=0)
 
 
-@pytest.mark.parametrize(("length", "crossover"), [(40, 0), (90, 0), (96, 0), (90, 60), (90, 92)])
-@pytest.mark.parametrize("exact_last_block", [True, False])
+@pytest.mark.parametrize(
+    ("length", "exact_last_block", "crossover"),
+    [
+        *((length, last, 0) for length in (40, 90, 96) for last in (True, False)),
+        (90, True, 60),
+        (90, False, 92),
+    ],
+)
 def test_counts_what_is_attended(length, exact_last_block, crossover) -> None:
     config = TwoStage(
         method=LowRank(rank=4),

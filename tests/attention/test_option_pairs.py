@@ -150,9 +150,9 @@ def name_of(case: Case) -> str:
     return " ".join(f"{name}={value}" for name, value in case.items())
 
 
-def in_slow_run(cases: Sequence[Case], default: int) -> list[Any]:
+def sweep(cases: Sequence[Case], default: int, mark: pytest.MarkDecorator) -> list[Any]:
     """All cases, of which the first few run by default."""
-    marks = [() if index < default else (pytest.mark.slow,) for index in range(len(cases))]
+    marks = [() if index < default else (mark,) for index in range(len(cases))]
     return [pytest.param(case, marks=mark, id=name_of(case)) for case, mark in zip(cases, marks, strict=True)]
 
 
@@ -161,7 +161,7 @@ def form() -> None:
     """Each test says for itself in which form it runs."""
 
 
-@pytest.mark.parametrize("case", in_slow_run(covering(IN_XLA), default=6))
+@pytest.mark.parametrize("case", sweep(covering(IN_XLA), 6, pytest.mark.slow))
 def test_exact_in_xla(case: Case) -> None:
     arrays = arrays_of(case, case["value_dim"])
     bias = tiles = None
@@ -183,7 +183,7 @@ def test_exact_in_xla(case: Case) -> None:
     check(case, output, reference(case, arrays, visible(case), tiles), rows, "XLA")
 
 
-@pytest.mark.parametrize("case", covering(EXACT), ids=name_of)
+@pytest.mark.parametrize("case", sweep(covering(EXACT), 16, pytest.mark.native))
 def test_exact_in_kernels(case: Case) -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
@@ -233,7 +233,7 @@ def check_two_stage(case: Case, config: TwoStage, arrays: Sequence[jax.Array], o
 TWO_STAGE_CASES = covering(TWO_STAGE)
 
 
-@pytest.mark.parametrize("case", in_slow_run(TWO_STAGE_CASES, default=1))
+@pytest.mark.parametrize("case", sweep(TWO_STAGE_CASES, 1, pytest.mark.slow))
 def test_two_stage_in_xla(case: Case) -> None:
     config, arrays = two_stage_inputs(case)
     basis = jnp.asarray(np.random.default_rng(2).standard_normal((2, 2, case["head_dim"], 4)), jnp.float32)
@@ -242,7 +242,7 @@ def test_two_stage_in_xla(case: Case) -> None:
     check_two_stage(case, config, arrays, output, "XLA")
 
 
-@pytest.mark.parametrize("case", TWO_STAGE_CASES, ids=name_of)
+@pytest.mark.parametrize("case", sweep(TWO_STAGE_CASES, 16, pytest.mark.native))
 def test_two_stage_in_kernels(case: Case) -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
