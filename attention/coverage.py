@@ -1,10 +1,9 @@
 """How many keys a configuration attends to, counted from its blocks; needs no model and no data."""
 
-from .strategy import Attention
-from .two_stage import TwoStage
+from .config import AttentionConfig, TwoStage
 
 
-def keys_attended(config: Attention, length: int) -> float:
+def keys_attended(config: AttentionConfig, length: int) -> float:
     """The share of visible keys that the queries of a causal prompt attend to, 1.0 where attention is exact.
 
     Args:
