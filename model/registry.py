@@ -52,7 +52,7 @@ class Architecture:
     The configuration has the name that it has in transformers, and so has a decoder's module.
 
     Attributes:
-        name: as people write it, for tables.
+        name: for display.
         config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
@@ -68,61 +68,61 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(
-        "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, norms that count from 1"
+        "Gemma 1", GemmaConfig, GemmaForCausalLM, "llama", "scaled embeddings, RMSNorm weights offset by 1"
     ),
     "gemma2": Architecture(
         "Gemma 2",
         Gemma2Config,
         Gemma2ForCausalLM,
         "gemma2",
-        "as Gemma 1, with capped logits, norms before and behind, local and global layers",
+        "as Gemma 1, with logit softcapping, pre- and post-norms, local and global layers",
     ),
     "gemma3": Architecture(
         "Gemma 3 with images",
         Gemma3Config,
         Gemma3ForConditionalGeneration,
         "gemma3",
-        "its language model only, as Gemma 3",
+        "language model only, as Gemma 3",
     ),
     "gemma3_text": Architecture(
         "Gemma 3",
         Gemma3TextConfig,
         Gemma3ForCausalLM,
         "gemma3",
-        "as Gemma 2, with norms of queries and keys, rotary embeddings by layer type",
+        "as Gemma 2, with query and key norms, rotary embeddings per layer type",
     ),
-    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2", "learned positions, fused qkv"),
+    "gpt2": Architecture("GPT-2", GPT2Config, GPT2LMHeadModel, "gpt2", "learned position embeddings, fused QKV"),
     "gpt_neox": Architecture(
         "GPT-NeoX, Pythia",
         GPTNeoXConfig,
         GPTNeoXForCausalLM,
         "gpt_neox",
-        "parallel residual, partial rotary embedding, fused qkv",
+        "parallel residual, partial rotary embedding, fused QKV",
     ),
     "granite": Architecture(
         "Granite",
         GraniteConfig,
         GraniteForCausalLM,
         "llama",
-        "multipliers of embeddings, residuals, attention and logits",
+        "multipliers for embeddings, residuals, attention and logits",
     ),
-    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama", "every rope type"),
+    "llama": Architecture("Llama 1, 2, 3.x; Vicuna", LlamaConfig, LlamaForCausalLM, "llama", "every RoPE type"),
     "mistral": Architecture("Mistral", MistralConfig, MistralForCausalLM, "llama", "sliding window"),
     "mixtral": Architecture("Mixtral", MixtralConfig, MixtralForCausalLM, "mixtral", "mixture of experts"),
     "olmo2": Architecture(
-        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "norms behind, norms of all queries and keys together"
+        "OLMo 2", Olmo2Config, Olmo2ForCausalLM, "olmo2", "post-norms, query and key norms across all heads"
     ),
     "phi3": Architecture(
         "Phi-3, Phi-4",
         Phi3Config,
         Phi3ForCausalLM,
         "phi3",
-        "LongRoPE, partial rotary embedding, sliding window, fused qkv",
+        "LongRoPE, partial rotary embedding, sliding window, fused QKV",
     ),
     "qwen2": Architecture(
-        "Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama", "biases of qkv, sliding window in some layers"
+        "Qwen2, Qwen2.5", Qwen2Config, Qwen2ForCausalLM, "llama", "QKV biases, sliding window in some layers"
     ),
-    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3", "as Qwen2, with norms of queries and keys"),
+    "qwen3": Architecture("Qwen3", Qwen3Config, Qwen3ForCausalLM, "qwen3", "as Qwen2, with query and key norms"),
     "qwen3_moe": Architecture(
         "Qwen3-MoE",
         Qwen3MoeConfig,
@@ -130,22 +130,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen3_moe",
         "as Qwen3, with a mixture of experts in some layers",
     ),
-    "smollm3": Architecture("SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama", "layers without positions"),
+    "smollm3": Architecture(
+        "SmolLM3", SmolLM3Config, SmolLM3ForCausalLM, "llama", "some layers without rotary embedding"
+    ),
     "stablelm": Architecture(
         "StableLM",
         StableLmConfig,
         StableLmForCausalLM,
         "stablelm",
-        "partial rotary embedding, parallel residual, a norm for every head",
+        "partial rotary embedding, parallel residual, per-head query and key norms",
     ),
-    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert", "two segments"),
-    "dinov2": Architecture(
-        "DINOv2", Dinov2Config, Dinov2Encoder, "dinov2", "layers' outputs scaled, images of any one size"
-    ),
+    "bert": Architecture("BERT", BertConfig, BertEncoder, "bert", "segment embeddings"),
+    "dinov2": Architecture("DINOv2", Dinov2Config, Dinov2Encoder, "dinov2", "LayerScale, images of any fixed size"),
     "dinov2_with_registers": Architecture(
         "DINOv2 with registers", Dinov2WithRegistersConfig, Dinov2Encoder, "dinov2", "as DINOv2, with registers"
     ),
-    "distilbert": Architecture("DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segments"),
+    "distilbert": Architecture(
+        "DistilBERT", DistilBertConfig, DistilBertEncoder, "distilbert", "no segment embeddings"
+    ),
     "lra": Architecture(
         "Long Range Arena's Transformer", LraConfig, LraEncoder, "lra", "the sizes and names of the published code"
     ),
@@ -156,16 +158,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         "modernbert",
         "8192 tokens, rotary embeddings, local and global layers",
     ),
-    "mt5": Architecture("mT5", MT5Config, T5Encoder, "t5", "its encoder only, as T5"),
+    "mt5": Architecture("mT5", MT5Config, T5Encoder, "t5", "encoder only, as T5"),
     "nomic_bert": Architecture(
         "Nomic-BERT", NomicBertConfig, NomicBertEncoder, "nomic_bert", "rotary embeddings, gated MLP"
     ),
-    "roberta": Architecture("RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "positions from the padding id on"),
-    "t5": Architecture("T5, Flan-T5", T5Config, T5Encoder, "t5", "its encoder only; a bias by distance, in XLA"),
-    "umt5": Architecture("umT5", UMT5Config, T5Encoder, "t5", "its encoder only, as T5 with a bias for every layer"),
-    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of any one size"),
+    "roberta": Architecture(
+        "RoBERTa", RobertaConfig, RobertaEncoder, "roberta", "position ids start after the padding id"
+    ),
+    "t5": Architecture("T5, Flan-T5", T5Config, T5Encoder, "t5", "encoder only; relative position bias, in XLA"),
+    "umt5": Architecture(
+        "umT5", UMT5Config, T5Encoder, "t5", "encoder only, as T5 with a relative position bias in every layer"
+    ),
+    "vit": Architecture("ViT, DINO", ViTConfig, ViTEncoder, "vit", "images of any fixed size"),
     "whisper": Architecture(
-        "Whisper", WhisperConfig, WhisperEncoder, "whisper", "its encoder only; two convolutions, no bias of keys"
+        "Whisper", WhisperConfig, WhisperEncoder, "whisper", "encoder only; two convolutions, no key bias"
     ),
     "xlm-roberta": Architecture("XLM-RoBERTa", XLMRobertaConfig, RobertaEncoder, "roberta", "as RoBERTa"),
 }
