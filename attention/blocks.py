@@ -2,14 +2,16 @@
 bounds.
 
 A query block holds the `query_block` consecutive queries of all query heads that share one KV head, so that grouped-
-query attention selects and gathers once a group. Rows of a block are group-major: row = group * query_block + query.
+query attention selects and gathers once a group. These are a block's lanes, group-major: lane = group * query_block +
+query.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from .rows import Mask, Rows
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 """The logit of a key that is not visible. Finite, so that no subtraction of it gives NaN."""
@@ -23,7 +25,7 @@ class Visibility(NamedTuple):
     """Which keys the queries of one block may see: key j iff j < length, (not causal or j <= position), and, where
     there is a window, |position - j| < window."""
 
-    position: Int[Array, " rows"]
+    position: Int[Array, " lanes"]
     length: Int[Array, ""]
     causal: bool
     window: int | None = None
@@ -43,7 +45,7 @@ class Visibility(NamedTuple):
         # The smaller of window and length is added, because a window may be as large as an integer gets.
         return jnp.minimum(self.length, jnp.max(self.position) + jnp.minimum(self.window, self.length))
 
-    def mask(self, key_position: Int[Array, " keys"]) -> Bool[Array, "#rows keys"]:
+    def mask(self, key_position: Int[Array, " keys"]) -> Bool[Array, "#lanes keys"]:
         """The visible keys among those at the given positions."""
         visible = (key_position < self.length)[None, :]
         behind = self.position[:, None] - key_position[None, :]
@@ -69,21 +71,9 @@ def pad_axis(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def head_tile(
-    x: Float[Array, "batch kv_heads keys width"], head: Int[Array, ""], start: Int[Array, ""], size: int
-) -> Float[Array, "size width"]:
-    """`size` consecutive keys or values of one head, counted through batch rows and KV heads.
-
-    Keys keep their four axes up to here: were they reshaped before the loops, XLA would copy the whole KV cache into
-    each loop instead of reading it in place.
-    """
-    kv_heads, _, width = x.shape[1:]
-    return lax.dynamic_slice(x, (head // kv_heads, head % kv_heads, start, 0), (1, 1, size, width))[0, 0]
-
-
 def split_queries(
     query: Float[Array, "batch query_heads queries width"], kv_heads: int, query_block: int
-) -> Float[Array, "heads blocks rows width"]:
+) -> Float[Array, "heads blocks lanes width"]:
     """Groups queries into blocks, behind each batch row and KV head, padded to whole blocks."""
     batch, query_heads, _, width = query.shape
     query = pad_axis(query, 2, query_block)
@@ -93,11 +83,11 @@ def split_queries(
 
 
 def join_queries(
-    blocked: Float[Array, "heads blocks rows width"], batch: int, queries: int, query_block: int
+    blocked: Float[Array, "heads blocks lanes width"], batch: int, queries: int, query_block: int
 ) -> Float[Array, "batch query_heads queries width"]:
     """Undoes `split_queries`, without the padding."""
-    heads, blocks, rows, width = blocked.shape
-    blocked = blocked.reshape(heads, blocks, rows // query_block, query_block, width).transpose(0, 2, 1, 3, 4)
+    heads, blocks, lanes, width = blocked.shape
+    blocked = blocked.reshape(heads, blocks, lanes // query_block, query_block, width).transpose(0, 2, 1, 3, 4)
     return blocked.reshape(batch, -1, blocks * query_block, width)[:, :, :queries]
 
 
@@ -105,28 +95,27 @@ def visibility_of_block(
     block: Int[Array, ""],
     offset: Int[Array, ""],
     length: Int[Array, ""],
-    causal: bool,
-    rows: int,
+    mask: Mask,
+    lanes: int,
     query_block: int,
-    window: int | None = None,
 ) -> Visibility:
-    """What the rows of a query block see, when the call's first query stands at `offset`."""
-    within = jnp.arange(rows, dtype=jnp.int32) % query_block
-    return Visibility(offset + block * query_block + within, length, causal, window)
+    """What the lanes of a query block see, when the call's first query stands at `offset`."""
+    within = jnp.arange(lanes, dtype=jnp.int32) % query_block
+    return Visibility(offset + block * query_block + within, length, mask.causal, mask.window)
 
 
-def seen_lengths(
-    lengths: Int[Array, " batch"], offset: Int[Array, " batch"], queries: int, keys: int, causal: bool
-) -> Int[Array, " batch"]:
+def seen_lengths(rows: Rows, queries: int, capacity: int, causal: bool) -> Int[Array, " rows"]:
     """The first position of each row that no query of a call sees.
 
     Under the causal mask that is no later than the call's end, whatever the row's length: there the queries that fill
     up the last block would see what memory held before.
     """
-    lengths = jnp.minimum(lengths, keys)
-    return jnp.minimum(lengths, offset + queries) if causal else lengths
+    lengths = jnp.minimum(rows.length, capacity)
+    return jnp.minimum(lengths, rows.offset + queries) if causal else lengths
 
 
-def valid_blocks(offset: Int[Array, ""], length: Int[Array, ""], blocks: int, query_block: int) -> Int[Array, ""]:
+def valid_blocks(
+    offset: Int[Array, "*rows"], length: Int[Array, "*rows"], blocks: int, query_block: int
+) -> Int[Array, "*rows"]:
     """How many of the query blocks hold a query before `length`; the rest is padding, which nobody computes."""
     return jnp.clip((length - offset + query_block - 1) // query_block, 0, blocks)

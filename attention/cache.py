@@ -1,60 +1,205 @@
-"""The KV cache: one fixed-capacity key and value buffer per layer, explicit in every call and donated by the caller.
+"""The KV cache: the arrays of each layer by name, explicit in every call and donated by the caller.
 
-A pytree of plain arrays, so that an executable takes it as an argument and gives it back without copying.
+A layer holds keys and values, and whatever the attention keeps of its keys (`Field`). A layer with a sliding window
+holds a ring: the last tokens of each row, the one at position p in place p % ring.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from .methods import project_keys
+from .keys import KeyView
+from .rows import Mask, Rows
 
-
-class LayerCache(NamedTuple):
-    """Keys (after the rotary embedding) and values of one layer, and what stage 1 keeps of the keys, where it does."""
-
-    key: Float[Array, "batch kv_heads capacity head_dim"]
-    value: Float[Array, "batch kv_heads capacity head_dim"]
-    projected: Int8[Array, "batch kv_heads capacity padded_rank"] | None = None
-
-
+LayerCache = dict[str, Array]
+"""`key` and `value` [pages, kv_heads, page, width], and fields [pages, kv_heads, entries, ...] by their names."""
 KVCache = tuple[LayerCache, ...]
 
 
-def empty_cache(
-    num_layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jax.typing.DTypeLike
-) -> KVCache:
-    """A cache of zeros for `capacity` tokens a row."""
-    shape = (batch, kv_heads, capacity, head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+@dataclass(frozen=True)
+class Field:
+    """An array that an attention asks a layer's cache to keep of the keys.
 
-
-def write(
-    cache: LayerCache,
-    key: Float[Array, "batch kv_heads tokens head_dim"],
-    value: Float[Array, "batch kv_heads tokens head_dim"],
-    offset: Int[Array, " batch"],
-    basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
-) -> LayerCache:
-    """Puts new tokens at positions `offset .. offset + tokens` of each row; their projections too where the cache has
-    them, which takes the basis.
-
-    The caller sees to it that `offset + tokens <= capacity`: past the end, XLA would move the write back.
+    Attributes:
+        shape: of an entry.
+        dtype: its name.
+        tokens: consecutive tokens, a power of two, for which there is one entry for each KV head.
     """
 
-    def put(buffer: Array, update: Array) -> Array:
-        # Row by row, because one batched update with an offset per row becomes a scatter, which copies the buffer.
-        for row in range(buffer.shape[0]):
-            block = update[row : row + 1].astype(buffer.dtype)
-            buffer = lax.dynamic_update_slice(buffer, block, (row, 0, offset[row], 0))
-        return buffer
+    shape: tuple[int, ...]
+    dtype: str
+    tokens: int = 1
 
-    projected = cache.projected
-    if projected is not None:
-        if basis is None:
-            raise ValueError("the cache keeps projected keys: writing to it needs the basis that projects them")
-        projected = put(projected, project_keys(key, basis))
-    return LayerCache(put(cache.key, key), put(cache.value, value), projected)
+
+Fields = Mapping[str, Field]
+Entries = Callable[[str, Float[Array, "heads runs tokens head_dim"]], Shaped[Array, "heads runs ..."]]
+"""Makes the entries of a field, by its name, from runs of as many tokens as an entry stands for."""
+
+
+class Extended(NamedTuple):
+    """A layer's cache with the tokens of a call in it, and how these attend to it."""
+
+    cache: LayerCache
+    keys: KeyView
+    rows: Rows
+    mask: Mask
+
+
+def extend(
+    cache: LayerCache,
+    key: Float[Array, "rows kv_heads tokens head_dim"],
+    value: Float[Array, "rows kv_heads tokens value_dim"],
+    rows: Rows,
+    mask: Mask,
+    fields: Fields,
+    entries: Entries,
+    table: Int[Array, "slots slot_pages"] | None = None,
+) -> Extended:
+    """Puts the tokens of a call at positions `offset .. offset + tokens` of their slots. Idle rows write nothing.
+
+    The caller sees to it that `offset + tokens <= capacity`: past the end, XLA would move the write back.
+
+    Args:
+        cache: of one layer; a ring where the mask has a window.
+        key, value: of the new tokens.
+        rows: of the call.
+        mask: of the layer.
+        fields: what is kept of keys besides, in a layer without a window.
+        entries: makes it.
+        table: the pages of each slot; None where a slot is one page. Rings have none.
+
+    Raises:
+        ValueError: the cache has other fields, or arrays of another dtype than what is written to them.
+    """
+    _check(cache, key, value, {} if mask.window is not None else fields)
+    if mask.window is not None:
+        return _extend_ring(cache, key, value, rows, mask)
+    cache = dict(cache)
+    cache["key"], cache["value"] = (
+        _put(cache[name], new, rows.slot, rows.offset, table) for name, new in (("key", key), ("value", value))
+    )
+    keys = KeyView(cache["key"], cache["value"], {}, table)
+    for name, field in fields.items():
+        start, runs = _runs(keys, key, rows, field.tokens)
+        cache[name] = _put(cache[name], _as_entries(entries(name, runs), key), rows.slot, start, table)
+    return Extended(cache, keys._replace(fields={name: cache[name] for name in fields}), rows, mask)
+
+
+def _check(cache: LayerCache, key: Array, value: Array, fields: Fields) -> None:
+    if cache.keys() != {"key", "value", *fields}:
+        raise ValueError(
+            f"the cache has {', '.join(cache)}, expected key, value{''.join(f', {name}' for name in fields)}"
+        )
+    written = {"key": key.dtype, "value": value.dtype} | {name: field.dtype for name, field in fields.items()}
+    for name, dtype in written.items():
+        if cache[name].dtype != dtype:
+            raise ValueError(f"the cache's {name} is {cache[name].dtype}, and what is written to it is {dtype}")
+
+
+def _put(buffer: Array, update: Array, slot: Array, start: Array, table: Array | None) -> Array:
+    """Writes a run of entries of each row, from `start` on, and leaves what idle rows point to as it is."""
+    # Row by row, because one batched update with an offset per row becomes a scatter, which copies the buffer.
+    for row in range(update.shape[0]):
+        if table is None:
+            buffer = _put_run(buffer, update[row], slot[row], start[row], slot[row] >= 0)
+        else:
+            buffer = _put_pages(buffer, update[row], slot[row] >= 0, table[slot[row]], start[row])
+    return buffer
+
+
+def _put_run(
+    buffer: Array, update: Array, page: Array, start: Array, mine: Bool[Array, ""] | Bool[Array, " entries"]
+) -> Array:
+    """Writes entries of one page where they are the row's, and what is there already where they are not."""
+    at = (jnp.maximum(page, 0), 0, start, *(0,) * (buffer.ndim - 3))
+    before = lax.dynamic_slice(buffer, at, (1, *update.shape))
+    mine = mine.reshape(-1, *(1,) * (buffer.ndim - 3))
+    return lax.dynamic_update_slice(buffer, jnp.where(mine, update, before), at)
+
+
+def _put_pages(buffer: Array, update: Array, busy: Array, pages: Array, start: Array) -> Array:
+    """A run that may cross from page to page, each of which gets its part."""
+    page, count = buffer.shape[2], update.shape[1]
+    number, within = start // page, start % page
+    if count == 1:
+        return _put_run(buffer, update, pages[number], within, busy)
+    parts = -(-(count - 1) // page) + 1
+    aligned = jnp.zeros((update.shape[0], parts * page, *update.shape[2:]), update.dtype)
+    aligned = lax.dynamic_update_slice_in_dim(aligned, update, within, axis=1)
+    place = jnp.arange(page)
+    for part in range(parts):
+        piece = aligned[:, part * page : (part + 1) * page]
+        mine = busy & (place + part * page >= within) & (place + part * page < within + count)
+        # Behind the last page stands nothing of the run.
+        buffer = _put_run(buffer, piece, pages[jnp.minimum(number + part, pages.shape[0] - 1)], jnp.int32(0), mine)
+    return buffer
+
+
+def _runs(keys: KeyView, key: Array, rows: Rows, tokens: int) -> tuple[Array, Array]:
+    """The runs of tokens whose entries change, [heads, runs, tokens, head_dim], and where they begin, in entries.
+
+    Entries of single tokens come from the new keys alone, others from the cache: a run may have begun in an earlier
+    call. What a run holds of tokens that are yet to come means nothing until they are there.
+    """
+    count, kv_heads, new, head_dim = key.shape
+    if tokens == 1:
+        return rows.offset, key.reshape(count * kv_heads, new, 1, head_dim)
+    span = min(-(-(new - 1) // tokens) + 1, keys.capacity // tokens)
+    start = jnp.clip(rows.offset // tokens, 0, keys.capacity // tokens - span)
+    position = (start[:, None] + jnp.arange(span)) * tokens
+    heads = [
+        keys.gather(keys.key, jnp.maximum(rows.slot[row], 0), jnp.int32(head), position[row], tokens)
+        for row in range(count)
+        for head in range(kv_heads)
+    ]
+    return start, jnp.stack(heads)
+
+
+def _as_entries(entries: Array, key: Array) -> Array:
+    return entries.reshape(*key.shape[:2], *entries.shape[1:])
+
+
+def _extend_ring(cache: LayerCache, key: Array, value: Array, rows: Rows, mask: Mask) -> Extended:
+    if mask.relative_bias is not None:
+        raise ValueError(
+            "a layer with a sliding window and a relative position bias has no cache: its ring has no order"
+        )
+    ring, tokens = cache["key"].shape[2], key.shape[2]
+    busy = rows.settled()
+    if tokens == 1:
+        # All that a ring holds is in the window, so that its order does not matter.
+        place = rows.offset % ring
+        written = {name: _put(cache[name], x, rows.slot, place, None) for name, x in (("key", key), ("value", value))}
+        seen = Rows(rows.slot, jnp.zeros_like(rows.offset), jnp.minimum(rows.offset + 1, ring))
+        return Extended(written, _view(written), seen, mask._replace(causal=False, window=None))
+    first = jnp.maximum(busy.offset - ring, 0)
+    end = jnp.minimum(busy.offset + tokens, busy.length)
+    last = jnp.maximum(end - ring, 0)
+    kept, views = dict(cache), {}
+    for name, new in (("key", key), ("value", value)):
+        lines = []
+        for row in range(key.shape[0]):
+            old = lax.dynamic_index_in_dim(cache[name], busy.slot[row], 0, keepdims=False)
+            line = jnp.concatenate([_rotated(old, first[row] % ring), jnp.zeros_like(new[row])], axis=1)
+            line = lax.dynamic_update_slice(line, new[row], (0, busy.offset[row] - first[row], 0))
+            latest = lax.dynamic_slice_in_dim(line, last[row] - first[row], ring, axis=1)
+            latest = _rotated(latest, (-last[row]) % ring)
+            kept[name] = _put_run(kept[name], latest, rows.slot[row], jnp.int32(0), rows.slot[row] >= 0)
+            lines.append(line)
+        views[name] = jnp.stack(lines)
+    # The call attends to what the ring held and its own tokens, in their order.
+    here = jnp.where(rows.slot >= 0, jnp.arange(key.shape[0], dtype=jnp.int32), -1)
+    return Extended(kept, _view(views), Rows(here, busy.offset - first, busy.length - first), mask)
+
+
+def _view(cache: LayerCache) -> KeyView:
+    return KeyView(cache["key"], cache["value"])
+
+
+def _rotated(x: Array, by: Array) -> Array:
+    """x with its second axis begun at `by`."""
+    return lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis=1), by, x.shape[1], axis=1)

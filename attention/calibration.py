@@ -15,8 +15,8 @@ def logit_projections(
     query: Float[np.ndarray, "query_heads tokens head_dim"],
     key: Float[np.ndarray, "kv_heads tokens head_dim"],
     rank: int,
-) -> Float[np.ndarray, "kv_heads 2 head_dim rank"]:
-    """The projections of queries, [:, 0], and keys, [:, 1], that keep most of a layer's logits.
+) -> tuple[Float[np.ndarray, "kv_heads head_dim rank"], Float[np.ndarray, "kv_heads head_dim rank"]]:
+    """The projections of queries and of keys that keep most of a layer's logits.
 
     Args:
         query: queries after the rotary embedding.
@@ -26,12 +26,14 @@ def logit_projections(
     kv_heads, _, head_dim = key.shape
     rank = min(rank, head_dim)
     grouped = query.astype(np.float64).reshape(kv_heads, -1, head_dim)
-    return np.stack([_head_projections(q, k.astype(np.float64), rank) for q, k in zip(grouped, key, strict=True)])
+    pairs = [_head_projections(q, k.astype(np.float64), rank) for q, k in zip(grouped, key, strict=True)]
+    of_queries, of_keys = zip(*pairs, strict=True)
+    return np.stack(of_queries), np.stack(of_keys)
 
 
 def _head_projections(
     query: Float[np.ndarray, "queries head_dim"], key: Float[np.ndarray, "tokens head_dim"], rank: int
-) -> Float[np.ndarray, "2 head_dim rank"]:
+) -> tuple[Float[np.ndarray, "head_dim rank"], Float[np.ndarray, "head_dim rank"]]:
     centred = key - key.mean(axis=0)
     query_root = _square_root(query.T @ query / len(query))
     key_root = _square_root(centred.T @ centred / len(key))
@@ -39,8 +41,10 @@ def _head_projections(
     # A direction of no variance keeps nothing: its projection is 0, not a division by 0.
     kept = singular[:rank] > 1e-9 * max(singular[0], 1e-30)
     inverse_root = np.where(kept, 1.0 / np.sqrt(np.where(kept, singular[:rank], 1.0)), 0.0)
-    projections = (key_root @ right[:rank].T * inverse_root, query_root @ left[:, :rank] * inverse_root)
-    return np.stack(projections).astype(np.float32)
+    return (
+        (key_root @ right[:rank].T * inverse_root).astype(np.float32),
+        (query_root @ left[:, :rank] * inverse_root).astype(np.float32),
+    )
 
 
 def _square_root(moment: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:

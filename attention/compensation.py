@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .blocks import MASKED, Visibility
-from .exact import Partial, merge, normalise
+from .exact import Head, Partial, merge, normalise
+from .keys import KeyView
+from .logits import Logits
 from .ops import cap, matmul, matmul_transposed
 
 MEAN_BLOCK = 64
@@ -20,8 +22,13 @@ MEAN_BLOCK = 64
 class BlockSums(NamedTuple):
     """Sums of the keys and of the values of every `MEAN_BLOCK` tokens, in float32."""
 
-    key: Float[Array, "heads mean_blocks head_dim"]
-    value: Float[Array, "heads mean_blocks value_dim"]
+    key: Float[Array, "*pages mean_blocks head_dim"]
+    value: Float[Array, "*pages mean_blocks value_dim"]
+
+    def of_head(self, keys: KeyView, head: Head) -> "BlockSums":
+        """Those of one head of a slot, in the order of its tokens."""
+        count, start = keys.capacity // MEAN_BLOCK, jnp.int32(0)
+        return BlockSums(*(keys.run(x, *head, start, count) for x in self))
 
 
 class Selection(NamedTuple):
@@ -33,41 +40,37 @@ class Selection(NamedTuple):
     value: Float[Array, "budget value_dim"]
 
 
-def block_sums(
-    key: Float[Array, "batch kv_heads keys head_dim"], value: Float[Array, "batch kv_heads keys value_dim"]
-) -> BlockSums:
-    """Sums over blocks; `keys` is a multiple of `MEAN_BLOCK`."""
+def block_sums(keys: KeyView) -> BlockSums:
+    """Sums of all pages and heads; a page is a multiple of `MEAN_BLOCK`."""
 
     def sums(x: Array) -> Array:
-        batch, kv_heads, _, width = x.shape
-        return jnp.sum(x.reshape(batch * kv_heads, -1, MEAN_BLOCK, width).astype(jnp.float32), axis=2)
+        runs = x.reshape(*x.shape[:2], -1, MEAN_BLOCK, x.shape[3])
+        return jnp.sum(runs.astype(jnp.float32), axis=3)
 
-    return BlockSums(sums(key), sums(value))
+    return BlockSums(sums(keys.key), sums(keys.value))
 
 
 def compensate(
     part: Partial,
-    query: Float[Array, "rows head_dim"],
+    query: Float[Array, "lanes head_dim"],
     selection: Selection,
     sums: BlockSums,
-    head: Int[Array, ""],
     visibility: Visibility,
-    scale: float,
-    softcap: float | None,
+    logits_of: Logits,
 ) -> Partial:
     """Adds the means of what `selection` leaves out, in the blocks that every query of the block sees whole."""
-    blocks = sums.key.shape[1]
+    blocks = sums.key.shape[0]
     block = selection.position // MEAN_BLOCK
     taken = selection.visible.astype(jnp.float32)
     left = MEAN_BLOCK - jnp.zeros(blocks).at[block].add(taken)
-    key_sum = sums.key[head].at[block].add(-taken[:, None] * selection.key.astype(jnp.float32))
-    value_sum = sums.value[head].at[block].add(-taken[:, None] * selection.value.astype(jnp.float32))
+    key_sum = sums.key.at[block].add(-taken[:, None] * selection.key.astype(jnp.float32))
+    value_sum = sums.value.at[block].add(-taken[:, None] * selection.value.astype(jnp.float32))
 
     seen = jnp.minimum(visibility.length, jnp.min(visibility.position)) if visibility.causal else visibility.length
     usable = (left > 0) & ((jnp.arange(blocks) + 1) * MEAN_BLOCK <= seen)
     count = jnp.where(usable, left, 1.0)
     mean_key = (key_sum / count[:, None]).astype(query.dtype)
-    logits = cap(matmul_transposed(query, mean_key) * scale, softcap) + jnp.log(count)
+    logits = cap(matmul_transposed(query, mean_key) * logits_of.scale, logits_of.softcap) + jnp.log(count)
     logits = jnp.where(usable, logits, MASKED)
     largest = jnp.max(logits, axis=1)
     weights = jnp.where(usable, jnp.exp(logits - largest[:, None]), 0.0)

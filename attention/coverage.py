@@ -1,9 +1,10 @@
 """How many keys a configuration attends to, counted from its blocks; needs no model and no data."""
 
-from .config import AttentionConfig, TwoStage
+from .strategy import Attention
+from .two_stage import TwoStage
 
 
-def keys_attended(config: AttentionConfig, length: int) -> float:
+def keys_attended(config: Attention, length: int) -> float:
     """The share of visible keys that the queries of a causal prompt attend to, 1.0 where attention is exact.
 
     Args:

@@ -2,15 +2,23 @@
 call each. What they compute is defined by those, and tested against them.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int8
+from jaxtyping import Array, Float, Float32
 
 from .. import kernels
-from .blocks import next_power_of_two, pad_axis
-from .config import TwoStage, method_of
+from .blocks import next_power_of_two
+from .keys import KeyView
+from .logits import scale_of
 from .methods import LowRank
+from .methods.low_rank import PROJECTED_KEY
+from .rows import Mask, Rows
+
+if TYPE_CHECKING:
+    from .two_stage import SelectingBlocks, TwoStage
 
 _ROWS = 128
 """Query rows, those of all heads that share a KV head, that the kernel for exact attention aims at in a task."""
@@ -22,63 +30,55 @@ Attended = tuple[
 """Output, and the log-sum-exp of the logits that each query attended to."""
 
 
-def available(query: Array, key: Array, value: Array) -> bool:
-    """Whether the kernels are there, not switched off, and made for these arrays."""
-    same_type = query.dtype == key.dtype == value.dtype
-    return same_type and query.dtype in (jnp.float32, jnp.bfloat16) and query.shape[3] % 2 == 0 and kernels.enabled()
+def objection(query: Array, keys: KeyView) -> str | None:
+    """Why the kernels are not made for these arrays, in words; None where they are."""
+    if not kernels.enabled():
+        return "the native kernels are not there, or switched off"
+    types = {str(x.dtype) for x in (query, keys.key, keys.value)}
+    if len(types) > 1 or not types <= {"float32", "bfloat16"}:
+        return f"the kernels take float32 or bfloat16, the same for all, and these are {', '.join(sorted(types))}"
+    return f"the kernels take an even head_dim, and this is {query.shape[3]}" if query.shape[3] % 2 else None
 
 
-def exact(
-    query: Float[Array, "batch query_heads queries head_dim"],
-    key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys value_dim"],
-    *,
-    offset: Int[Array, " batch"],
-    lengths: Int[Array, " batch"],
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> Attended:
+def exact(query: Float[Array, "rows query_heads queries head_dim"], keys: KeyView, rows: Rows, mask: Mask) -> Attended:
     """Exact attention, to the keys of a sliding window if there is one."""
-    group, queries = query.shape[1] // key.shape[1], query.shape[2]
+    rows = rows.settled()
+    group, queries = query.shape[1] // keys.kv_heads, query.shape[2]
     block = max(16, 1 << max(0, (_ROWS // group).bit_length() - 1))
     return _call(
         kernels.EXACT,
-        (query, key, value, offset, lengths),
+        (query, keys.key[rows.slot], keys.value[rows.slot], rows.offset, rows.length),
         query_block=min(block, next_power_of_two(queries)),
-        window=window or 0,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
+        window=mask.window or 0,
+        causal=mask.causal,
+        scale=scale_of(mask, query.shape[3]),
+        softcap=mask.softcap,
     )
 
 
 def two_stage(
-    config: TwoStage,
-    query: Float[Array, "batch query_heads queries head_dim"],
-    key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys value_dim"],
-    projected: Int8[Array, "batch kv_heads keys rank"],
-    projected_queries: Float32[Array, "heads blocks rows rank"],
-    *,
-    offset: Int[Array, " batch"],
-    lengths: Int[Array, " batch"],
-    causal: bool,
-    scale: float,
-    softcap: float | None,
+    config: "TwoStage",
+    query: Float[Array, "rows query_heads queries head_dim"],
+    keys: KeyView,
+    projected_queries: Float32[Array, "heads blocks lanes rank"],
+    rows: Rows,
+    selecting: "SelectingBlocks",
+    mask: Mask,
 ) -> Attended:
     """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions."""
-    method = method_of(config)
+    rows = rows.settled()
+    method = config.ranking
     assert isinstance(method, LowRank)
-    key, value, projected = (pad_axis(x, 2, config.key_block) for x in (key, value, projected))
     return _call(
         kernels.TWO_STAGE,
-        (query, key, value, projected, projected_queries, offset, lengths),
+        (
+            *(query, keys.key[rows.slot], keys.value[rows.slot], keys.fields[PROJECTED_KEY][rows.slot]),
+            *(projected_queries, rows.offset, rows.length),
+        ),
         query_block=config.query_block,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
+        causal=mask.causal,
+        scale=scale_of(mask, query.shape[3]),
+        softcap=mask.softcap,
         budget=config.budget,
         key_block=config.key_block,
         candidate_blocks=config.candidate_blocks,

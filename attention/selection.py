@@ -4,15 +4,16 @@ Importance means the largest softmax weight that any query of the block gives to
 per query first, because the largest raw logit would favour the queries with the largest norm.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .blocks import MASKED, Visibility
-from .methods import Method
+from .methods import Method, RankingQueries
 from .ops import cap
 
 FORCED = float(jnp.finfo(jnp.float32).max)
@@ -41,32 +42,36 @@ def forced_members(visibility: Visibility, sink: int, local: int, key_block: int
 
 def block_importance(
     method: Method,
-    features: Shaped[Array, "ranking_queries features"],
-    scale: Float32[Array, " ranking_queries"],
-    present: Bool[Array, " ranking_queries"],
-    summary: Shaped[Array, "heads blocks ..."],
-    head: Int[Array, ""],
+    ranking: RankingQueries,
+    index_tile: Callable[[Int[Array, ""]], Mapping[str, Shaped[Array, "tile entries ..."]]],
     visible_blocks: Int[Array, ""],
+    blocks: int,
     tile: int,
     softcap: float | None,
 ) -> Float[Array, " blocks"]:
     """Stage 1: the importance of the first `visible_blocks` key blocks, `MASKED` for the rest.
 
-    A cap changes no query's order of the blocks, but how much of its weight it gives to the first of them. Summaries
-    are read `tile` blocks at a time up to the last visible one, so the cost follows what is visible.
+    A cap changes no query's order of the blocks, but how much of its weight it gives to the first of them.
+
+    Args:
+        method: the rule.
+        ranking: the queries of one query block.
+        index_tile: reads the index of `tile` key blocks, by the tile's number. Tiles are read up to the last visible
+            block, so that the cost follows what is visible.
+        visible_blocks: that every query sees whole.
+        blocks: all of them, a multiple of `tile`.
+        tile: key blocks that are scored at a time.
+        softcap: of the logits.
     """
-    blocks = summary.shape[1]
 
     def score(index: Int[Array, ""], logits: Array) -> Array:
-        start = (head, index * tile, *(0,) * (summary.ndim - 2))
-        part = lax.dynamic_slice(summary, start, (1, tile, *summary.shape[2:]))[0]
-        products = cap(method.block_products(features, part) * scale, softcap)
+        products = cap(method.block_products(ranking.features, index_tile(index)) * ranking.scale, softcap)
         return lax.dynamic_update_slice(logits, products, (index * tile, 0))
 
     tiles = (visible_blocks + tile - 1) // tile
-    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, features.shape[0]), MASKED))
+    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, ranking.features.shape[0]), MASKED))
     visible = jnp.arange(blocks) < visible_blocks
-    return largest_weight(jnp.where(visible[:, None] & present, logits, MASKED))
+    return largest_weight(jnp.where(visible[:, None] & ranking.present, logits, MASKED))
 
 
 def largest_weight(logits: Float[Array, "keys queries"]) -> Float[Array, " keys"]:

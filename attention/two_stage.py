@@ -4,269 +4,283 @@ Query blocks that see no more keys than the budget or the crossover, and the las
 exactly.
 """
 
-import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from . import custom_calls
 from .blocks import (
     EXACT_KEY_BLOCK,
-    MASKED,
     Visibility,
     join_queries,
     next_power_of_two,
-    pad_axis,
     seen_lengths,
     split_queries,
     valid_blocks,
     visibility_of_block,
 )
-from .compensation import MEAN_BLOCK, BlockSums, Selection, block_sums, compensate
-from .config import TwoStage, method_of
-from .distance import DistanceTable, distance_tile, table_of_heads
-from .exact import Partial, exact_block, normalise
-from .methods import LowRank, RankingQueries, project_keys, project_queries, required
-from .ops import cap, check_logit_options, matmul_transposed, transposed_matmul
-from .selection import Forced, block_importance, forced_members, largest_weight, select
+from .cache import Fields
+from .compensation import MEAN_BLOCK, block_sums
+from .exact import Exact, exact_block
+from .keys import KeyView, as_index, runs_of
+from .logits import Logits, scale_of
+from .methods import Constants, LowRank, Method, RankingQueries, make_method
+from .rows import Mask, Rows
+from .selected_block import STAGE_1_TILE, Selecting, selected_block
+from .strategy import Attention, check_power_of_two
 
-_STAGE_1_TILE = 4096
-"""Keys that stage 1 scores at a time: with 64 queries a megabyte of scores, which stays in the cache."""
+
+class SelectingBlocks(NamedTuple):
+    """The query blocks [first, last) of each row of a call that attend to a selection; the others attend exactly."""
+
+    first: Int[Array, " rows"]
+    last: Int[Array, " rows"]
 
 
-class PreparedKeys(NamedTuple):
-    """The keys and values of every head, padded, with what stage 1 and the compensation keep of them."""
+@dataclass(frozen=True)
+class TwoStage(Attention):
+    """Two-stage top-k attention: rank key blocks cheaply, rank their tokens exactly, attend to the best `budget` keys.
 
-    key: Float[Array, "batch kv_heads keys head_dim"]
-    value: Float[Array, "batch kv_heads keys value_dim"]
-    summary: Shaped[Array, "heads blocks ..."]
-    sums: BlockSums | None
+    Every query block shares one selection per KV head. The first `sink` tokens, the query block itself and `local`
+    tokens before it (and after it where attention is bidirectional) are always selected and count as budget.
+
+    Attributes:
+        method: stage 1, a name from the registry or a method with options of its own, e.g. `LowRank(rank=16)`.
+        budget: keys, in tokens, that a query finally attends to.
+        query_block: queries, in tokens, that share a selection. 0 chooses 128, and less for a budget below 1024,
+            because the queries of a block compete for the budget.
+        key_block: keys, in tokens, that stage 1 ranks as one.
+        candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
+        sink: tokens at the start of the sequence that are always selected.
+        local: tokens next to the query block that are always selected; -1 chooses a quarter of `query_block`.
+        exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question
+            stands.
+        compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
+        crossover: query blocks that see no more than this many keys, in tokens, attend exactly, because that is faster
+            there. Where it is below the budget, the budget takes its place.
+    """
+
+    kind: ClassVar[str] = "two_stage"
+
+    method: Method | str = "low_rank"
+    budget: int = 1024
+    query_block: int = 0
+    key_block: int = 8
+    candidates: float = 1.5
+    sink: int = 8
+    local: int = -1
+    exact_last_block: bool = True
+    compensation: str = "none"
+    crossover: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"budget is {self.budget}, expected at least 1 key")
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", make_method(self.method))
+        if self.query_block == 0:
+            object.__setattr__(self, "query_block", _default_query_block(self.budget))
+        if self.local == -1:
+            object.__setattr__(self, "local", self.query_block // 4)
+        check_power_of_two("query_block", self.query_block)
+        check_power_of_two("key_block", self.key_block)
+        if self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}, expected a multiple of the budget that is at least 1")
+        if self.sink < 0 or self.local < 0:
+            raise ValueError(f"sink is {self.sink} and local is {self.local}, expected numbers of tokens >= 0")
+        if self.compensation not in ("none", "block_mean"):
+            raise ValueError(f"compensation is {self.compensation!r}, expected 'none' or 'block_mean'")
+        if self.crossover < 0:
+            raise ValueError(f"crossover is {self.crossover}, expected a number of keys >= 0")
+        # What is forced is rounded to whole key blocks at the sink and at both ends of the neighbourhood.
+        forced = self.sink + 2 * self.local + self.query_block + 3 * self.key_block
+        if self.budget < forced:
+            raise ValueError(
+                f"budget is {self.budget}, but sink, local and the query block itself may force {forced} keys: "
+                "raise budget, or lower query_block, local, sink or key_block"
+            )
+
+    @property
+    def candidate_blocks(self) -> int:
+        """Key blocks that stage 1 leaves for stage 2."""
+        return -(-int(self.budget * self.candidates) // self.key_block)
+
+    @property
+    def exact_keys(self) -> int:
+        """Keys, in tokens, up to which a query block attends to all that it sees."""
+        return max(self.budget, self.crossover)
+
+    @property
+    def ranking(self) -> Method:
+        """The stage-1 method, which may be given by name but is always held as an object."""
+        assert isinstance(self.method, Method)
+        return self.method
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method is."""
+        return self.ranking.calibrated
+
+    def calibrate(
+        self,
+        query: Float[np.ndarray, "query_heads tokens head_dim"],
+        key: Float[np.ndarray, "kv_heads tokens head_dim"],
+    ) -> dict[str, Shaped[np.ndarray, "kv_heads ..."]]:
+        """The constants of the method."""
+        return self.ranking.calibrate(query, key)
+
+    def fields(self, head_dim: int) -> Fields:
+        """The index of the method."""
+        return self.ranking.fields(head_dim, self.key_block)
+
+    def entries(
+        self, field: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants
+    ) -> Shaped[Array, "heads runs ..."]:
+        """What new keys add to the method's index."""
+        return self.ranking.entries(field, key, constants)
+
+    def within(self, capacity: int, mask: Mask) -> Attention:
+        """Exact attention, where the budget or the crossover covers every key, or the layer has a window: two-stage
+        attention is for layers that see the whole sequence."""
+        return Exact() if mask.window is not None or capacity <= self.exact_keys else self
+
+    def objection(self, query: Array, keys: KeyView, mask: Mask) -> str | None:
+        """Why no native kernel computes this."""
+        if mask.relative_bias is not None:
+            return "the kernels have no relative position bias"
+        if not isinstance(self.method, LowRank):
+            return f"there is no kernel for the method {self.ranking.name}"
+        if self.compensation != "none":
+            return f"the kernel has no compensation by {self.compensation}"
+        return custom_calls.objection(query, keys)
+
+    def selecting(self, rows: Rows, queries: int, causal: bool) -> SelectingBlocks:
+        """Which of a call's query blocks select.
+
+        Blocks before the first see no more than `exact_keys`. From the last on they hold one of the last `query_block`
+        tokens of the row. Nothing else decides that, in XLA or in a kernel.
+        """
+        size = self.query_block
+        count = valid_blocks(rows.offset, rows.length, -(-queries // size), size)
+        few_keys = jnp.clip((self.exact_keys - rows.offset) // size, 0, count) if causal else 0
+        first = jnp.where(rows.length <= self.exact_keys, count, few_keys)
+        last = jnp.clip((rows.length - size - rows.offset) // size, 0, count) if self.exact_last_block else count
+        return SelectingBlocks(first, jnp.maximum(first, last))
+
+    def indexed(self, keys: KeyView, constants: Constants) -> KeyView:
+        """The keys with the method's index, which is made here where no cache has kept it."""
+        missing = {name: field for name, field in self.fields(keys.key.shape[3]).items() if name not in keys.fields}
+        made = {
+            name: as_index(self.entries(name, runs_of(keys.key, field.tokens), constants), keys.key)
+            for name, field in missing.items()
+        }
+        return keys._replace(fields={**keys.fields, **made})
+
+    def attend_in_kernel(
+        self,
+        query: Float[Array, "rows query_heads queries head_dim"],
+        keys: KeyView,
+        rows: Rows,
+        mask: Mask,
+        constants: Constants,
+    ) -> Float[Array, "rows query_heads queries value_dim"]:
+        method = self.ranking
+        assert isinstance(method, LowRank)
+        keys = self.indexed(keys.padded(self.key_block), constants)
+        projected = method.projected_queries(split_queries(query, keys.kv_heads, self.query_block), constants)
+        settled = rows.settled()._replace(length=jnp.minimum(rows.length, keys.capacity))
+        selecting = self.selecting(settled, query.shape[2], mask.causal)
+        return custom_calls.two_stage(self, query, keys, projected, rows, selecting, mask)[0]
+
+    def attend(
+        self,
+        query: Float[Array, "rows query_heads queries head_dim"],
+        keys: KeyView,
+        rows: Rows,
+        mask: Mask,
+        constants: Constants,
+    ) -> Float[Array, "rows query_heads queries value_dim"]:
+        # A call whose query blocks all attend exactly, as in short prompts, pays for no index of the keys and has the
+        # larger query blocks of exact attention.
+        rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
+        selecting = self.selecting(rows, query.shape[2], mask.causal)
+        return lax.cond(
+            jnp.any(selecting.first < selecting.last),
+            lambda: two_stage_attention(self, query, keys, rows, mask, constants, selecting),
+            lambda: Exact().attend(query, keys, rows, mask, constants),
+        )
 
 
 def two_stage_attention(
     config: TwoStage,
-    query: Float[Array, "batch query_heads queries head_dim"],
-    key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys value_dim"],
-    *,
-    offset: Int[Array, " batch"],
-    lengths: Int[Array, " batch"],
-    causal: bool = True,
-    scale: float | None = None,
-    softcap: float | None = None,
-    distance_bias: Float[Array, "query_heads distances"] | None = None,
-    basis: Float[Array, "kv_heads 2 head_dim rank"] | None = None,
-    projected: Int8[Array, "batch kv_heads keys padded_rank"] | None = None,
-) -> Float[Array, "batch query_heads queries value_dim"]:
-    """Attention over the `config.budget` keys that each query block finds most important.
+    query: Float[Array, "rows query_heads queries head_dim"],
+    keys: KeyView,
+    rows: Rows,
+    mask: Mask,
+    constants: Constants,
+    selecting: SelectingBlocks,
+) -> Float[Array, "rows query_heads queries value_dim"]:
+    """Attention over the `config.budget` keys that each query block finds most important, in XLA.
 
-    Arguments and result are those of `exact_attention`; `basis` holds the projections that `low_rank` needs, and
-    `projected` what `project_keys` made of the keys, if the caller has it. Stage 1 ranks without `distance_bias`; the
-    selection among its candidates and the softmax have it.
+    Stage 1 ranks without a relative position bias; the selection among its candidates and the softmax have it.
 
     Raises:
-        ValueError: a `distance_bias` with compensation, whose mean keys have no distance; or as `exact_attention`.
+        ValueError: a relative position bias with compensation, whose mean keys have no distance.
     """
-    check_logit_options(scale, softcap)
-    if distance_bias is not None and config.compensation != "none":
+    if mask.relative_bias is not None and config.compensation != "none":
         raise ValueError(
-            f"compensation is {config.compensation!r}, which cannot go with a distance_bias, expected 'none'"
+            f"compensation is {config.compensation!r}, which cannot go with a relative position bias, expected 'none'"
         )
-    batch, kv_heads, keys, head_dim = key.shape
-    queries = query.shape[2]
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
-    lengths = jnp.minimum(lengths, keys)
-    seen = seen_lengths(lengths, offset, queries, keys, causal)
+    kv_heads, queries = keys.kv_heads, query.shape[2]
+    seen = seen_lengths(rows, queries, keys.capacity, mask.causal)
     blocked = split_queries(query, kv_heads, config.query_block)
-    heads, blocks, rows = blocked.shape[:3]
-    bases = None if basis is None else jnp.tile(basis, (batch, 1, 1, 1))
-    if distance_bias is None and runs_in_kernel(config, query, key, value):
-        return custom_calls.two_stage(
-            config,
-            *(query, key, value),
-            project_keys(key, required(basis)) if projected is None else projected,
-            project_queries(blocked, required(bases)),
-            offset=offset,
-            lengths=lengths,
-            causal=causal,
-            scale=scale,
-            softcap=softcap,
-        )[0]
-    index = jnp.arange(blocks)[:, None] * config.query_block + jnp.arange(rows) % config.query_block
-    present = index < jnp.repeat(seen - offset, kv_heads)[:, None, None]
-    ranking = method_of(config).ranking_queries(blocked, present, bases)
-    ranking = ranking._replace(scale=ranking.scale * scale)
-    prepared = prepare_keys(config, key, value, bases, projected)
-    tables = table_of_heads(distance_bias, kv_heads)
-    exact_key_block = min(EXACT_KEY_BLOCK, prepared.key.shape[2])
+    heads, blocks, lanes = blocked.shape[:3]
+    index = jnp.arange(blocks)[:, None] * config.query_block + jnp.arange(lanes) % config.query_block
+    present = index < jnp.repeat(seen - rows.offset, kv_heads)[:, None, None]
+    ranking = config.ranking.ranking_queries(blocked, present, constants)
+    ranking = ranking._replace(scale=ranking.scale * scale_of(mask, query.shape[3]))
+    keys = keys.padded(max(min(STAGE_1_TILE, next_power_of_two(keys.capacity)), config.key_block, MEAN_BLOCK))
+    keys = config.indexed(keys, constants)
+    sums = block_sums(keys) if config.compensation == "block_mean" else None
+    logits = Logits.of(mask, query.shape[3], kv_heads)
+    exact_key_block = min(EXACT_KEY_BLOCK, keys.capacity)
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
-        start, length, end = (x[head // kv_heads] for x in (offset, lengths, seen))
-        table = None if tables is None else tables[head % kv_heads]
-        count = valid_blocks(start, length, blocks, config.query_block)
-        first, last = selected_blocks(config, start, length, count, causal)
+        row, kv_head = head // kv_heads, head % kv_heads
+        slot, start, end = rows.slot[row], rows.offset[row], seen[row]
+        count = valid_blocks(start, rows.length[row], blocks, config.query_block)
+        first, last = selecting.first[row], selecting.last[row]
+
+        def visibility_of(block: Int[Array, ""]) -> Visibility:
+            return visibility_of_block(block, start, end, mask, lanes, config.query_block)
 
         def selected(block: Int[Array, ""], out: Array) -> Array:
-            visibility = visibility_of_block(block, start, end, causal, rows, config.query_block)
             ranks = RankingQueries(*(x[head, block] for x in ranking))
-            part = selected_block(
-                config, blocked[head, block], ranks, prepared, head, visibility, scale, softcap, table
-            )
+            how = Selecting(config, keys, (slot, kv_head), logits.of_head(kv_head), sums)
+            part = selected_block(how, blocked[head, block], ranks, visibility_of(block))
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         def exact(index: Int[Array, ""], out: Array) -> Array:
             # The exact blocks stand before and behind the selected ones: one loop serves both.
             block = jnp.where(index < first, index, last + index - first)
-            visibility = visibility_of_block(block, start, end, causal, rows, config.query_block)
             part = exact_block(
-                *(blocked[head, block], prepared.key, prepared.value, head, visibility, scale, softcap),
+                *(blocked[head, block], keys, (slot, kv_head), visibility_of(block), logits.of_head(kv_head)),
                 exact_key_block,
-                table=table,
             )
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         out = lax.fori_loop(first, last, selected, out)
         return lax.fori_loop(0, first + count - last, exact, out)
 
-    nothing = jnp.zeros((heads, blocks, rows, value.shape[-1]), query.dtype)
+    nothing = jnp.zeros((heads, blocks, lanes, keys.value.shape[-1]), query.dtype)
     out = lax.fori_loop(0, heads, attend_head, nothing)
-    return join_queries(out, batch, queries, config.query_block)
+    return join_queries(out, query.shape[0], queries, config.query_block)
 
 
-def runs_in_kernel(config: TwoStage, query: Array, key: Array, value: Array) -> bool:
-    """Whether these arrays are attended to by the native kernel, which has the method `low_rank` only."""
-    made_for = isinstance(config.method, LowRank) and config.compensation == "none"
-    return made_for and custom_calls.available(query, key, value)
-
-
-def prepare_keys(
-    config: TwoStage,
-    key: Float[Array, "batch kv_heads keys head_dim"],
-    value: Float[Array, "batch kv_heads keys value_dim"],
-    bases: Float[Array, "heads 2 head_dim rank"] | None,
-    projected: Int8[Array, "batch kv_heads keys padded_rank"] | None,
-) -> PreparedKeys:
-    """Pads keys to whole stage-1 tiles and summarises their blocks."""
-    multiple = max(min(_STAGE_1_TILE, next_power_of_two(key.shape[2])), config.key_block, MEAN_BLOCK)
-    key, value = (pad_axis(x, 2, multiple) for x in (key, value))
-    batch, kv_heads, length, head_dim = key.shape
-    blocked = (batch * kv_heads, length // config.key_block, config.key_block)
-    if projected is None:
-        summary = method_of(config).summarize(key.reshape(*blocked, head_dim), bases)
-    else:
-        summary = pad_axis(projected, 2, multiple).reshape(*blocked, -1)
-    sums = block_sums(key, value) if config.compensation == "block_mean" else None
-    return PreparedKeys(key, value, summary, sums)
-
-
-def selected_blocks(
-    config: TwoStage, offset: Int[Array, ""], length: Int[Array, ""], count: Int[Array, ""], causal: bool
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """The query blocks [first, last) among the `count` of a call that attend to a selection; the others attend exactly.
-
-    Blocks before `first` see no more than `config.exact_keys`. Blocks from `last` on hold one of the last `query_block`
-    tokens of the row.
-    """
-    size = config.query_block
-    few_keys = jnp.clip((config.exact_keys - offset) // size, 0, count) if causal else 0
-    first = jnp.where(length <= config.exact_keys, count, few_keys)
-    last = jnp.clip((length - size - offset) // size, 0, count) if config.exact_last_block else count
-    return first, jnp.maximum(first, last)
-
-
-def any_selected(
-    config: TwoStage, queries: int, offset: Int[Array, " batch"], lengths: Int[Array, " batch"], causal: bool
-) -> Bool[Array, ""]:
-    """Whether a query block of any row attends to a selection, among the `queries` tokens of a call."""
-    size = config.query_block
-
-    def selects(start: Int[Array, ""], length: Int[Array, ""]) -> Bool[Array, ""]:
-        count = valid_blocks(start, length, -(-queries // size), size)
-        first, last = selected_blocks(config, start, length, count, causal)
-        return first < last
-
-    return jnp.any(jax.vmap(selects)(offset, lengths))
-
-
-def selected_block(
-    config: TwoStage,
-    query: Float[Array, "rows head_dim"],
-    ranking: RankingQueries,
-    keys: PreparedKeys,
-    head: Int[Array, ""],
-    visibility: Visibility,
-    scale: float,
-    softcap: float | None,
-    table: DistanceTable | None = None,
-) -> Partial:
-    """Attention of one query block over its selection: stage 1, stage 2, gather, exact softmax."""
-    length, head_dim = keys.key.shape[2:]
-    block_length = config.key_block
-    forced = forced_members(visibility, config.sink, config.local, block_length)
-
-    block, block_visible = _stage_1(config, ranking, keys, head, visibility, forced, softcap)
-    position = (block[:, None] * block_length + jnp.arange(block_length, dtype=jnp.int32)).reshape(-1)
-    candidate = keys.key.reshape(-1, block_length, head_dim)[head * (length // block_length) + block]
-    candidate = candidate.reshape(-1, head_dim)
-    visible = visibility.mask(position).T & jnp.repeat(block_visible, block_length)[:, None]
-    visible &= visibility.position < visibility.length  # Other queries fill up the block: they choose nothing.
-    logits = cap(matmul_transposed(candidate, query) * scale, softcap)
-    if table is not None:
-        logits += _distances_to_blocks(
-            table, visibility.position[0], block * block_length, query.shape[0], block_length
-        )
-    logits = jnp.where(visible, logits, MASKED)
-
-    chosen, chosen_visible = select(
-        largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
-    )
-    # What nobody sees may hold NaN, which a weight of 0 does not make 0: the row's first value is there in its place.
-    value = keys.value.reshape(-1, keys.value.shape[3])[head * length + jnp.where(chosen_visible, position[chosen], 0)]
-    part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
-    if keys.sums is None:
-        return part
-    selection = Selection(position[chosen], chosen_visible, candidate[chosen], value)
-    return compensate(part, query, selection, keys.sums, head, visibility, scale, softcap)
-
-
-def _distances_to_blocks(
-    table: DistanceTable, query_start: Int[Array, ""], key_starts: Int[Array, " blocks"], rows: int, block_length: int
-) -> Float[Array, "keys rows"]:
-    """The bias of a query block at the tokens of some key blocks."""
-    queries = rows // table.shape[0]
-    tiles = jax.vmap(lambda start: distance_tile(table, query_start, start, queries, block_length))(key_starts)
-    return tiles.transpose(0, 2, 1).reshape(-1, rows)
-
-
-def _stage_1(
-    config: TwoStage,
-    ranking: RankingQueries,
-    keys: PreparedKeys,
-    head: Int[Array, ""],
-    visibility: Visibility,
-    forced: Forced,
-    softcap: float | None,
-) -> tuple[Int[Array, " candidate_blocks"], Bool[Array, " candidate_blocks"]]:
-    """The key blocks whose tokens stage 2 looks at, and whether each is visible."""
-    block_length, blocks = config.key_block, keys.summary.shape[1]
-    # Only blocks that every query sees whole are ranked; a block at the edge of what is visible is forced.
-    ranked = (forced.start if visibility.causal else visibility.length) // block_length
-    tile = min(blocks, _STAGE_1_TILE // block_length)
-    importance = block_importance(method_of(config), *ranking, keys.summary, head, ranked, tile, softcap)
-    block = jnp.arange(blocks, dtype=jnp.int32)
-    always = forced.covers(block * block_length) | (block >= ranked)
-    visible = block * block_length < visibility.end()
-    chosen, _ = select(importance, always, visible, min(blocks, config.candidate_blocks))
-    # Rising, so that of tokens that stage 2 finds equal it takes the first ones.
-    chosen = jnp.sort(chosen)
-    return chosen, visible[chosen]
-
-
-def _softmax(logits: Float[Array, "keys rows"], value: Float[Array, "keys value_dim"]) -> Partial:
-    """The exact softmax over gathered keys and its product with their values."""
-    largest = jnp.max(logits, axis=0)
-    weights = jnp.where(logits > MASKED, jnp.exp(logits - largest), 0.0)
-    return normalise(transposed_matmul(weights.astype(value.dtype), value), largest, jnp.sum(weights, axis=0))
+def _default_query_block(budget: int) -> int:
+    """The largest power of two up to an eighth of the budget, from 8 to 128."""
+    return min(128, max(8, 1 << max(0, (budget // 8).bit_length() - 1)))

@@ -21,13 +21,19 @@ def check_agreement(manifest: Manifest) -> None:
         raise ArtifactError(f"manifest.json {found}: copy the artifact again or compile it again")
 
 
-def decoder_arguments(chunk: int, batch: int) -> dict[str, dict[str, ArrayInfo]]:
-    """What each entry of a decoder takes after weights and cache."""
-    row, piece, offset = ArrayInfo((batch,), "int32"), ArrayInfo((batch, chunk), "int32"), ArrayInfo((), "int32")
+def decoder_arguments(capacity: int, chunk: int, slots: int, page: int) -> dict[str, dict[str, ArrayInfo]]:
+    """What each entry of a decoder takes after weights and cache; `page` is 0 where a slot is one page."""
+
+    def integers(*shape: int) -> ArrayInfo:
+        return ArrayInfo(shape, "int32")
+
+    table = {"table": integers(slots, capacity // page)} if page else {}
+    piece = integers(1, chunk)
+    row = {"slot": integers(1), "offset": integers(1), "length": integers(1)}
     return {
-        "prefill": {"tokens": piece, "offset": offset, "lengths": row},
-        "decode": {"tokens": row, "positions": row},
-        "score": {"tokens": piece, "targets": piece, "offset": offset, "lengths": row},
+        "prefill": {"tokens": piece, **row, **table},
+        "decode": {"tokens": integers(slots), "slot": integers(slots), "offset": integers(slots), **table},
+        "score": {"tokens": piece, "targets": piece, **row, **table},
     }
 
 
@@ -64,28 +70,32 @@ def _of_bucket(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
         yield f"has a model of at most {model.max_tokens} tokens"
     if model.fixed_tokens is not None and bucket.capacity != model.fixed_tokens:
         yield f"has a model of rows of {model.fixed_tokens} tokens"
-    if not _is_attention(bucket.attention):
-        yield "has an attention that is neither dense nor two_stage with a method"
+    if list(bucket.plan) != ["prompt", "decode"] or not all(map(_is_attention, bucket.plan.values())):
+        yield "has a plan that is not an attention for prompt and one for decode"
     yield from _of_decoder(manifest, bucket) if model.kind == "decoder" else _of_encoder(manifest, bucket)
 
 
 def _is_attention(attention: Mapping[str, Any]) -> bool:
-    if attention.get("kind") == "dense":
-        return True
-    method = attention.get("method")
-    return attention.get("kind") == "two_stage" and isinstance(method, dict) and isinstance(method.get("name"), str)
+    """Whether it is one that can be shown."""
+    if not isinstance(kind := attention.get("kind"), str) or not kind:
+        return False
+    method = attention.get("method", {"name": ""})
+    return isinstance(method, dict) and isinstance(method.get("name"), str)
 
 
 def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
-    batch, vocabulary = manifest.batch, manifest.model.vocab_size
+    slots, vocabulary, page = manifest.batch, manifest.model.vocab_size, bucket.cache.page
     assert vocabulary is not None
-    for name, arguments in decoder_arguments(bucket.chunk, batch).items():
+    if page and (page & (page - 1) or bucket.capacity % page):
+        yield f"has pages of {page} tokens, expected a power of two that divides the capacity"
+        return
+    for name, arguments in decoder_arguments(bucket.capacity, bucket.chunk, slots, page).items():
         if list(bucket.entries[name].arguments.items()) != list(arguments.items()):
             yield f"has {_shown(bucket.entries[name].arguments)} as arguments of {name}, expected {_shown(arguments)}"
-    logits, piece = (batch, vocabulary), (batch, bucket.chunk)
+    piece = (1, bucket.chunk)
     results = {
-        "prefill": {"logits": (logits, _FLOATS)},
-        "decode": {"logits": (logits, _FLOATS)},
+        "prefill": {"logits": ((1, vocabulary), _FLOATS)},
+        "decode": {"logits": ((slots, vocabulary), _FLOATS)},
         "score": {"logprobs": (piece, _FLOATS), "argmax": (piece, ("int32",))},
     }
     for name, expected in results.items():
@@ -96,13 +106,26 @@ def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
             shapes = ", ".join(f"{key} {list(shape)}" for key, (shape, _) in expected.items())
             yield f"has {_shown(found)} as results of {name}, expected {shapes}"
     for layer in bucket.cache.layers:
-        keys = layer[0] if layer else None
-        if len(layer) < 2 or keys is None or keys.dtype != manifest.dtype or layer[1] != keys:
-            yield f"has a layer of the cache without keys and values of one shape in {manifest.dtype}"
-        elif any(
-            len(array.shape) != 4 or array.shape[:3] != (batch, keys.shape[1], bucket.capacity) for array in layer
-        ):
-            yield f"has {', '.join(map(str, layer))} as a layer of the cache, expected {batch} rows"
+        yield from _of_layer(manifest, bucket, layer)
+
+
+def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayInfo]) -> Iterator[str]:
+    """Keys and values of all slots: of whole rows, of their pages, or of the last tokens only (a ring)."""
+    slots, page = manifest.batch, bucket.cache.page
+    keys = layer.get("key")
+    if keys is None or keys.dtype != manifest.dtype or layer.get("value") != keys or len(keys.shape) != 4:
+        yield f"has a layer of the cache without keys and values of one shape in {manifest.dtype}"
+        return
+    pages, heads, length, _ = keys.shape
+    paged = page > 0 and (pages, length) == (slots * bucket.capacity // page, page)
+    whole = page == 0 and pages == slots and length >= bucket.capacity
+    ring = len(layer) == 2 and pages == slots and length <= bucket.capacity
+    of_keys = all(
+        array.shape[:2] == (pages, heads) and len(array.shape) > 2 and array.shape[2] <= length
+        for array in layer.values()
+    )
+    if not (of_keys and (paged or whole or ring)) or any(0 in array.shape for array in layer.values()):
+        yield f"has {_shown(layer)} as a layer of the cache, expected {slots} slots of {bucket.capacity} tokens"
 
 
 def _of_encoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 from numpy.typing import ArrayLike, NDArray
 
-from ..attention import Method
+from ..attention import Attention
 from ..host.text import read_text
 from ..model.encoder import Encoder
 from ..model.registry import Model
-from ..model.self_attention import Bases
+from ..model.self_attention import LayerConstants
 from .artifact import TOKENIZER_CONFIG
 from .manifest import CalibrationInfo
 from .tokenization import TextTokenizer
@@ -88,23 +89,26 @@ def calibration_ids(
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
 
 
-def calibrate(model: Model, method: Method, inputs: Any, tokens: int) -> Bases:
-    """What stage 1 needs, one array per layer, from the model's queries and keys over one row with exact attention;
-    None for layers with a sliding window, which attend exactly.
+def calibrate(model: Model, attention: Attention, inputs: Any, tokens: int) -> LayerConstants:
+    """The constants of each layer, from the model's queries and keys over one row with exact attention; none of layers
+    with a sliding window, which attend exactly.
 
     Args:
         model: the model.
-        method: of stage 1.
+        attention: what is calibrated.
         inputs: as the model's `queries_and_keys` takes them, of one row.
         tokens: of the row.
     """
     graph, state = nnx.split(model)
     collect = jax.jit(lambda state, inputs, lengths: nnx.merge(graph, state).queries_and_keys(inputs, lengths))
     layers = collect(state, inputs, np.array([tokens], np.int32))
+
+    def learn(query: Array, key: Array) -> dict[str, Array]:
+        learned = attention.calibrate(np.asarray(query[0], np.float32), np.asarray(key[0], np.float32))
+        return {name: jnp.asarray(array) for name, array in learned.items()}
+
     return tuple(
-        jnp.asarray(method.calibrate(np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)))
-        if window is None
-        else None
+        learn(query, key) if window is None else {}
         for (query, key), window in zip(layers, model.config.windows, strict=True)
     )
 

@@ -12,7 +12,7 @@ from .tables import (
     MEGABYTE,
     code_rows,
     crossover_rows,
-    describe,
+    describe_plan,
     describe_task,
     text_rows,
     weight_loss_cells,
@@ -34,7 +34,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 
 **This folder holds machine code. Load it only if you trust the person you have it from.**
 
-- Attention of {ATTENTION_OF[model.kind]}: see below.{_NEW_TOKENS[model.kind]}{fitted}
+- Attention of {ATTENTION_OF[model.kind]}: see below.{fitted}
 - Compiled for {environment.machine} with {", ".join(environment.cpu_features) or "unknown CPU features"}
   ({environment.cpu_model}), jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}.
   Elsewhere the StableHLO in `portable/` is compiled on first use.
@@ -65,7 +65,6 @@ iceformer inspect {name}
 
 
 _NLL = {"decoder": " (nll: mean negative log-probability of the next token, in nats)", "encoder": ""}
-_NEW_TOKENS = {"decoder": " New tokens attend exactly.", "encoder": ""}
 
 
 def _use_of_decoder(manifest: Manifest, name: str) -> tuple[str, str]:
@@ -109,7 +108,7 @@ def _has_tokenizer(manifest: Manifest) -> bool:
 def _attention_text(manifest: Manifest) -> str:
     text = _markdown_table(
         ("bucket (tokens)", "attention", "why"),
-        [(str(bucket.capacity), describe(bucket.attention), bucket.attention_reason) for bucket in manifest.buckets],
+        [(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason) for bucket in manifest.buckets],
     )
     if not manifest.crossover:
         return text

@@ -20,7 +20,8 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from .. import __version__, kernels
-from ..attention.config import AttentionConfig, Auto, TwoStage, method_of
+from ..attention import Attention, Auto, Plan
+from ..attention.keys import LEAST_PAGE
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
 from ..convert.companions import CHAT_TEMPLATES
 from ..convert.folder import check_absent, new_folder
@@ -32,7 +33,7 @@ from ..model.decoder import DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
 from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
-from ..model.self_attention import Bases
+from ..model.self_attention import LayerConstants
 from . import artifact as layout
 from .calibration import calibrate, calibration_inputs
 from .card import card_text
@@ -70,11 +71,12 @@ def compile(
     artifact: str | Path,
     *,
     buckets: Sequence[int] | None = None,
-    attention: AttentionConfig | Auto | None = None,
+    attention: Attention | Plan | Auto | None = None,
     dtype: str = "float32",
     weights: str = "same",
     batch: int = 1,
     chunk: int = 2048,
+    page: int | None = None,
     calibration: str | Path | ArrayLike | None = None,
     progress: bool = False,
 ) -> Path:
@@ -86,16 +88,20 @@ def compile(
         buckets: rising sequence capacities in tokens; a row runs in the smallest one that holds it. None is 4096 and
             16384 for decoders, 128, 512, 4096 and 16384 for encoders, as far as the model goes; models of images and
             sound have one bucket, of what they take.
-        attention: of prompts, scoring and encoding. `TwoStage(...)` and `Dense()` are taken as they are; `Auto(...)`
+        attention: of prompts, scoring and encoding. `TwoStage(...)` and `Exact()` are taken as they are; `Auto(...)`
             measures from how many keys on two-stage attention is faster on this machine, and gives each bucket what is
-            faster there; None is `Auto()`. Single new tokens always attend exactly.
+            faster there; None is `Auto()`. Single new tokens attend exactly, unless a `Plan(prompt, decode)` says
+            otherwise.
         dtype: "float32" or "bfloat16", of weights and KV cache.
         weights: "same" as dtype, or "int8": the kernels of linear layers are rounded to int8 with a scale for each
             output channel, activations are not. Embeddings, and an output layer that is tied to them, keep the dtype.
             What it costs is measured on the calibration text, and stands in the manifest and the card.
-        batch: rows of every call.
+        batch: rows of every call of an encoder; of a decoder, how many requests have a place in its KV cache, and are
+            continued together.
         chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk). An
             encoder takes whole rows.
+        page: tokens of a page of the KV cache, a power of two from 128 on that divides every bucket: requests then
+            have pages anywhere in the cache. None keeps each in one piece, which is a little faster.
         calibration: what the attention method is fitted on, if it needs that, and int8 weights are judged by: a text
             file, token ids, or None for the text that ships with the package (seeded random ids for a model without
             tokenizer, random numbers for one of images or sound). At most 4096 tokens.
@@ -111,7 +117,7 @@ def compile(
         ValueError: options that make no sense together, or code that another process could not load.
     """
     checkpoint, target = Path(checkpoint), Path(artifact)
-    attention = Auto() if attention is None else attention
+    asked = Auto() if attention is None else Plan(attention) if isinstance(attention, Attention) else attention
     check_absent(target)
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
@@ -120,7 +126,8 @@ def compile(
     buckets = default_buckets(config, chunk) if buckets is None else buckets
     shape = _attention_shape(config, dtype, batch, chunk)
 
-    measures = needs_measurement(attention, buckets, shape)
+    _check_page(page, config, buckets)
+    measures = needs_measurement(asked, buckets, shape)
     steps = 2 + (weights == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
     # The folder first, so that one that cannot be written is known before the work.
@@ -136,10 +143,10 @@ def compile(
         if weights == "int8":
             report("rounding the weights")
             model, loss = _round_weights(model, checkpoint, calibration)
-        choices, measured = decide(attention, buckets, shape, report)
+        choices, measured = decide(asked, buckets, shape, report)
         report("calibrating the attention")
-        bases, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
-        entries = entries_class(model).of(model, bases)
+        constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
+        entries = entries_class(model).of(model, constants)
         arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
         compiled = tuple(
             compile_bucket(
@@ -148,6 +155,7 @@ def compile(
                 capacity=capacity,
                 chunk=min(chunk, capacity) if config.kind == "decoder" else capacity,
                 batch=batch,
+                page=page or 0,
                 choice=choice,
                 dtype=dtype,
                 report=report,
@@ -217,6 +225,18 @@ def check_options(
         )
 
 
+def _check_page(page: int | None, config: ModelConfig, buckets: Sequence[int]) -> None:
+    if page is None:
+        return
+    if config.kind != "decoder":
+        raise ValueError(f"page is {page}, but an encoder has no KV cache: leave it out")
+    if page < LEAST_PAGE or page & (page - 1) or any(capacity % page for capacity in buckets):
+        raise ValueError(
+            f"page is {page} and the buckets are {tuple(buckets)}, expected a power of two from {LEAST_PAGE} on that "
+            "divides every bucket"
+        )
+
+
 def _read_config(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's config.json, after a look whether the folder is a checkpoint at all."""
     if not checkpoint.is_dir():
@@ -232,15 +252,14 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 def _calibrate(
     model: Model, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
-) -> tuple[Bases | None, CalibrationInfo | None]:
-    """The basis that the buckets' method needs for each layer and what it comes from; None and None if none does."""
-    # Buckets differ in whether they select, never in the method.
-    methods = {method_of(choice.attention) for choice in choices if isinstance(choice.attention, TwoStage)}
-    method = next((method for method in methods if method.needs_basis), None)
-    if method is None:
+) -> tuple[LayerConstants | None, CalibrationInfo | None]:
+    """The constants that the buckets' plans need of each layer and what they come from; None and None if none does."""
+    strategies = [strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated]
+    if not strategies:
         return None, None
     row = calibration_inputs(model, source, checkpoint / layout.TOKENIZER)
-    return calibrate(model, method, row.inputs, row.tokens), row.info
+    # Buckets differ in whether they select, never in the method.
+    return calibrate(model, strategies[0], row.inputs, row.tokens), row.info
 
 
 def _round_weights(model: Model, checkpoint: Path, source: str | Path | ArrayLike | None) -> tuple[Model, WeightLoss]:

@@ -4,7 +4,6 @@ One chunk of a prompt, or an encoder's whole row, is timed both ways at a few le
 is faster there and says why.
 """
 
-import functools
 import itertools
 import math
 import os
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..attention import AttentionConfig, Auto, Dense, TwoStage, attend, method_of, project_keys
+from ..attention import Attention, Auto, Constants, Exact, KeyView, Mask, Plan, Rows, TwoStage, attend
 from .manifest import CrossoverRow
 
 _ROUNDS = (3, 15)
@@ -68,19 +67,19 @@ class CrossoverTable:
 
 @dataclass(frozen=True)
 class Choice:
-    """The attention of a bucket, and one sentence that says why."""
+    """The plan of a bucket, and one sentence that says why."""
 
-    attention: AttentionConfig
+    plan: Plan
     reason: str
 
 
 def decide(
-    asked: AttentionConfig | Auto, buckets: Sequence[int], shape: AttentionShape, report: Callable[[str], None]
+    asked: Plan | Auto, buckets: Sequence[int], shape: AttentionShape, report: Callable[[str], None]
 ) -> tuple[tuple[Choice, ...], tuple[CrossoverRow, ...]]:
-    """The attention of each bucket, and what was measured for it: nothing where `asked` leaves no choice.
+    """The plan of each bucket, and what was measured for it: nothing where `asked` leaves no choice.
 
     Args:
-        asked: a configuration, which every bucket gets as it is, or `Auto`.
+        asked: a plan, which every bucket gets as it is, or `Auto`.
         buckets: rising capacities in tokens.
         shape: of the model's attention.
         report: called with a line of text before the measurement, if there is one.
@@ -88,7 +87,7 @@ def decide(
     if not isinstance(asked, Auto):
         return (Choice(asked, "as asked"),) * len(buckets), ()
     if shape.only_exact:
-        return (Choice(Dense(), f"exact: {shape.only_exact}"),) * len(buckets), ()
+        return (Choice(Plan(), f"exact: {shape.only_exact}"),) * len(buckets), ()
     table = None
     if needs_measurement(asked, buckets, shape):
         report("measuring the crossover")
@@ -97,25 +96,25 @@ def decide(
     return choices, table.rows if table else ()
 
 
-def needs_measurement(asked: AttentionConfig | Auto, buckets: Sequence[int], shape: AttentionShape) -> bool:
+def needs_measurement(asked: Plan | Auto, buckets: Sequence[int], shape: AttentionShape) -> bool:
     """Whether a layer may see more keys than the budget, so that what is faster there is a question."""
     return isinstance(asked, Auto) and not shape.only_exact and buckets[-1] > asked.two_stage.budget
 
 
 def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:
-    """The attention of a bucket of `capacity` tokens; no table is needed where the budget covers every key."""
+    """The plan of a bucket of `capacity` tokens; no table is needed where the budget covers every key."""
     if capacity <= two_stage.budget:
-        return Choice(Dense(), f"exact: a row here has no more keys than the budget, {two_stage.budget}")
+        return Choice(Plan(), f"exact: a row here has no more keys than the budget, {two_stage.budget}")
     assert table is not None
     crossover = table.crossover
     if crossover is None:
         last = table.rows[-1]
-        return Choice(Dense(), f"exact: at {last.keys} keys two-stage took {last.ratio:.2f} of exact attention's time")
+        return Choice(Plan(), f"exact: at {last.keys} keys two-stage took {last.ratio:.2f} of exact attention's time")
     if capacity <= crossover:
-        return Choice(Dense(), f"exact: two-stage is faster only from {crossover} keys on")
+        return Choice(Plan(), f"exact: two-stage is faster only from {crossover} keys on")
     nearest = min(table.rows, key=lambda row: (row.ratio >= 1, abs(row.keys - capacity)))
     took = f"at {nearest.keys} it took {nearest.ratio:.2f} of exact attention's time"
-    return Choice(replace(two_stage, crossover=crossover), f"two-stage from {crossover} keys on: {took}")
+    return Choice(Plan(replace(two_stage, crossover=crossover)), f"two-stage from {crossover} keys on: {took}")
 
 
 def crossover_of(rows: Sequence[CrossoverRow], multiple: int) -> int | None:
@@ -158,11 +157,11 @@ def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> Crosso
         rng.standard_normal((1, count, tokens, shape.head_dim), np.float32)
         for count, tokens in ((heads * group, chunk), (heads, capacity), (heads, capacity))
     )
-    basis = _basis(two_stage, query[0], key[0])
+    constants = _constants(two_stage, query[0], key[0])
     arrays = tuple(jnp.asarray(array, shape.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(two_stage, crossover=0, exact_last_block=False)
-    calls = tuple(_timed(config, arrays, basis, shape.causal) for config in (Dense(), two_stage))
+    calls = tuple(_timed(strategy, arrays, constants, shape.causal) for strategy in (Exact(), two_stage))
     rows: list[CrossoverRow] = []
     for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
         offset = length - chunk if shape.causal else 0
@@ -189,29 +188,34 @@ def measured_lengths(budget: int, chunk: int, capacity: int) -> Iterator[int]:
 
 def _heads(two_stage: TwoStage, shape: AttentionShape, chunk: int) -> int:
     """KV heads to time: up to those of a call, and four query blocks for each thread."""
-    blocks = max(1, chunk // max(Dense().query_block, two_stage.query_block))
+    blocks = max(1, chunk // max(Exact().query_block, two_stage.query_block))
     return min(shape.batch * shape.kv_heads, -(-4 * len(os.sched_getaffinity(0)) // blocks))
 
 
-def _basis(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Array | None:
-    method = method_of(two_stage)
-    if not method.needs_basis:
-        return None
+def _constants(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Constants:
     tokens = min(_CALIBRATION_TOKENS, query.shape[1])
-    return jnp.asarray(method.calibrate(query[:, :tokens], key[:, :tokens]))
+    learned = two_stage.calibrate(query[:, :tokens], key[:, :tokens])
+    return {name: jnp.asarray(array) for name, array in learned.items()}
 
 
 def _timed(
-    config: AttentionConfig, arrays: tuple[Array, ...], basis: Array | None, causal: bool
+    attention: Attention, arrays: tuple[Array, ...], constants: Constants, causal: bool
 ) -> Callable[[np.ndarray, np.ndarray], float]:
     """A function that gives the seconds of one call at an offset and lengths."""
-    attention = jax.jit(functools.partial(attend, config, causal=causal))
-    # The cache of a compiled entry holds the projected keys; an encoder has none and projects its keys in the call.
-    projected = None if basis is None or not causal else project_keys(arrays[1], basis)
+    query, *rest = arrays
+    keys = KeyView(*rest)
+    # The cache of a compiled entry holds the index; an encoder has none and makes it in the call.
+    if causal and isinstance(attention, TwoStage):
+        keys = attention.indexed(keys, constants)
+
+    @jax.jit
+    def call(query: Array, keys: KeyView, rows: Rows, constants: Constants) -> Array:
+        return attend(attention, query, keys, rows, Mask(causal), constants)
 
     def seconds(offset: np.ndarray, lengths: np.ndarray) -> float:
+        rows = Rows(np.zeros(1, np.int32), offset, lengths)  # type: ignore[arg-type]
         start = time.perf_counter()
-        attention(*arrays, offset=offset, lengths=lengths, basis=basis, projected=projected).block_until_ready()
+        call(query, keys, rows, constants).block_until_ready()
         return time.perf_counter() - start
 
     return seconds

@@ -1,7 +1,7 @@
 """The functions that are compiled for each bucket: a decoder's prefill, decode and score, an encoder's encode.
 
-All take the weights as a flat tuple in the order of their names and the KV cache as plain tuples, and are pure: the
-cache that goes in is donated, the one that comes out takes its place. An encoder's cache is empty.
+All take the weights as a flat tuple in the order of their names and the KV cache, and are pure: the cache that goes in
+is donated, the one that comes out takes its place. An encoder's cache is empty.
 """
 
 import functools
@@ -16,20 +16,17 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..attention import AttentionConfig, Dense, TwoStage
-from ..attention.cache import KVCache, LayerCache
-from ..attention.methods import padded_rank
+from ..attention import KVCache, Plan, Rows
 from ..model.encoder import Encoder
-from ..model.self_attention import Bases
+from ..model.self_attention import LayerConstants
 from .agreement import decoder_arguments
 from .manifest import ArrayInfo, CacheInfo
 
-PlainCache = tuple[tuple[Array, ...], ...]
 Weights = tuple[Array, ...]
 
 # Positions whose logits [positions, vocab] are held at once in `score`.
 SCORE_BLOCK = 256
-_BASES = "bases."
+_CONSTANTS = "attention."
 
 
 @dataclass(frozen=True)
@@ -52,28 +49,28 @@ class Entries(ABC):
     """A model taken apart into named arrays, and the functions over them.
 
     Attributes:
-        names: of the weights, sorted; calibrated bases are among them as `bases.0`, `bases.1`, ...
+        names: of the weights, sorted; what the attention was calibrated to is among them, as `attention.LAYER.NAME`.
         weights: the arrays, in the order of `names`.
         rebuild: the module from its parameters by name.
-        attention: exact until it is replaced.
+        plan: exact until it is replaced.
     """
 
     names: tuple[str, ...]
     weights: Weights
     rebuild: Callable[[Mapping[str, Array]], Any]
-    attention: AttentionConfig
+    plan: Plan
 
     @abstractmethod
-    def cache(self, capacity: int, batch: int, dtype: str) -> CacheInfo:
-        """The shapes of a bucket's cache."""
+    def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
+        """The arrays of a bucket's cache; `page` is 0 where a slot is one page."""
 
     @abstractmethod
-    def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
+    def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         """What is compiled for a bucket, by name."""
 
     @classmethod
-    def of(cls, model: nnx.Module, bases: Bases | None) -> "Entries":
-        """Takes a model and its calibrated bases (one for each layer that needs one, or None for all) apart."""
+    def of(cls, model: nnx.Module, constants: LayerConstants | None) -> "Entries":
+        """Takes a model and what its attention was calibrated to, layer by layer, apart."""
         graph, state = nnx.split(model)
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
         paths = [".".join(str(key.key) for key in path) for path, _ in leaves]
@@ -82,39 +79,50 @@ class Entries(ABC):
             return nnx.merge(graph, jax.tree.unflatten(tree, [named[path] for path in paths]))
 
         named = dict(zip(paths, (leaf for _, leaf in leaves), strict=True))
-        named |= {f"{_BASES}{layer}": basis for layer, basis in enumerate(bases or ()) if basis is not None}
+        for layer, learned in enumerate(constants or ()):
+            named |= {f"{_CONSTANTS}{layer}.{name}": array for name, array in learned.items()}
         names = tuple(sorted(named))
-        return cls(names, tuple(named[name] for name in names), rebuild, Dense())
+        return cls(names, tuple(named[name] for name in names), rebuild, Plan())
 
-    def _model(self, weights: Weights) -> tuple[Any, Bases | None]:
+    def _model(self, weights: Weights) -> tuple[Any, LayerConstants]:
+        """The model, and the constants of each of its layers."""
         named = dict(zip(self.names, weights, strict=True))
         model = self.rebuild(named)
-        bases = tuple(named.get(f"{_BASES}{layer}") for layer in range(model.config.num_hidden_layers))
-        return model, bases if any(basis is not None for basis in bases) else None
+        constants: list[dict[str, Array]] = [{} for _ in range(model.config.num_hidden_layers)]
+        for path, array in named.items():
+            if path.startswith(_CONSTANTS):
+                layer, name = path.removeprefix(_CONSTANTS).split(".")
+                constants[int(layer)][name] = array
+        return model, tuple(constants)
 
 
 class DecoderEntries(Entries):
-    """Prefill, decode and score. `attention` is that of prompts and scoring; `decode` is always exact."""
+    """Prefill and score, of one row at a time, and decode, of all slots."""
 
-    def cache(self, capacity: int, batch: int, dtype: str) -> CacheInfo:
-        """Keys and values of each layer, and the projected keys where stage 1 ranks them."""
-        model, bases = self._model(self.weights)
+    def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
+        """Keys and values of each layer, and what the plan keeps of the keys: of the last tokens of a row in a layer
+        with a sliding window, of all of them in the others."""
+        model, _ = self._model(self.weights)
         config = model.config
-        heads = (batch, config.num_key_value_heads, capacity)
-        keys_and_values = (ArrayInfo((*heads, config.head_dim), dtype),) * 2
-        if bases is None or not isinstance(self.attention, TwoStage):
-            return CacheInfo((keys_and_values,) * config.num_hidden_layers)
-        return CacheInfo(
-            tuple(
-                keys_and_values
-                if basis is None
-                else (*keys_and_values, ArrayInfo((*heads, padded_rank(basis)), "int8"))
-                for basis in bases
-            )
-        )
+        fields = self.plan.fields(config.head_dim)
+        # Entries stand for whole runs of tokens.
+        length = page or -(-capacity // (unit := max((kept.tokens for kept in fields.values()), default=1))) * unit
+        pages = batch * (capacity // page if page else 1)
 
-    def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
-        arguments = decoder_arguments(chunk, batch)
+        def layer(window: int | None) -> dict[str, ArrayInfo]:
+            if window is not None:
+                ring = (batch, config.num_key_value_heads, min(window, capacity), config.head_dim)
+                return {"key": ArrayInfo(ring, dtype), "value": ArrayInfo(ring, dtype)}
+            heads = (pages, config.num_key_value_heads)
+            arrays = dict.fromkeys(("key", "value"), ArrayInfo((*heads, length, config.head_dim), dtype))
+            for name, kept in fields.items():
+                arrays[name] = ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
+            return arrays
+
+        return CacheInfo(tuple(layer(window) for window in config.windows), page)
+
+    def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
+        arguments = decoder_arguments(capacity, chunk, batch, page)
         return {
             "prefill": Entry(self.prefill, arguments["prefill"], ("logits",)),
             "decode": Entry(self.decode, arguments["decode"], ("logits",)),
@@ -124,80 +132,77 @@ class DecoderEntries(Entries):
     def prefill(
         self,
         weights: Weights,
-        cache: PlainCache,
-        tokens: Int[Array, "batch chunk"],
-        offset: Int[Array, ""],
-        lengths: Int[Array, " batch"],
-    ) -> tuple[PlainCache, Float[Array, "batch vocab"]]:
+        cache: KVCache,
+        tokens: Int[Array, "rows chunk"],
+        slot: Int[Array, " rows"],
+        offset: Int[Array, " rows"],
+        length: Int[Array, " rows"],
+        table: Int[Array, "slots slot_pages"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "rows vocab"]]:
         """Takes one chunk of prompts, `offset .. offset + chunk`.
 
-        `lengths` are those of the whole prompts, the same in every chunk. The logits are those after each row's last
-        token, and mean something only for rows whose last token lies in this chunk.
+        `length` is that of the whole prompt, the same in every chunk. The logits are those after each row's last token,
+        and mean something only for rows whose last token lies in this chunk.
         """
-        model, hidden, cache = self._hidden(weights, cache, tokens, offset, lengths)
-        last = jnp.clip(lengths - 1 - offset, 0, tokens.shape[1] - 1)
+        model, hidden, cache = self._hidden(weights, cache, tokens, Rows(slot, offset, length), table)
+        last = jnp.clip(length - 1 - offset, 0, tokens.shape[1] - 1)
         return cache, model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
     def decode(
         self,
         weights: Weights,
-        cache: PlainCache,
-        tokens: Int[Array, " batch"],
-        positions: Int[Array, " batch"],
-    ) -> tuple[PlainCache, Float[Array, "batch vocab"]]:
-        """Takes one token a row at `positions` and gives the logits after it.
-
-        Attention is exact whatever the prompt's was: for one query its cost is linear in the length.
-        """
-        model, bases = self._model(weights)
-        hidden, new = model.hidden_states(
-            tokens[:, None],
-            offset=positions,
-            lengths=positions + 1,
-            cache=_layers(cache),
-            attention=Dense(),
-            bases=bases,
-        )
-        return _plain(new), model.logits(hidden[:, 0])
+        cache: KVCache,
+        tokens: Int[Array, " slots"],
+        slot: Int[Array, " slots"],
+        offset: Int[Array, " slots"],
+        table: Int[Array, "slots slot_pages"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "slots vocab"]]:
+        """Takes one token a row at `offset` and gives the logits after it; those of idle rows mean nothing."""
+        rows = Rows(slot, offset, offset + 1)
+        model, hidden, cache = self._hidden(weights, cache, tokens[:, None], rows, table, decoding=True)
+        return cache, model.logits(hidden[:, 0])
 
     def score(
         self,
         weights: Weights,
-        cache: PlainCache,
-        tokens: Int[Array, "batch chunk"],
-        targets: Int[Array, "batch chunk"],
-        offset: Int[Array, ""],
-        lengths: Int[Array, " batch"],
-    ) -> tuple[PlainCache, Float[Array, "batch chunk"], Int[Array, "batch chunk"]]:
+        cache: KVCache,
+        tokens: Int[Array, "rows chunk"],
+        targets: Int[Array, "rows chunk"],
+        slot: Int[Array, " rows"],
+        offset: Int[Array, " rows"],
+        length: Int[Array, " rows"],
+        table: Int[Array, "slots slot_pages"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "rows chunk"], Int[Array, "rows chunk"]]:
         """Takes one chunk as `prefill` does, and gives each target's log-probability and the most likely token."""
-        model, hidden, cache = self._hidden(weights, cache, tokens, offset, lengths)
-        batch, chunk, size = hidden.shape
+        model, hidden, cache = self._hidden(weights, cache, tokens, Rows(slot, offset, length), table)
+        rows, chunk, size = hidden.shape
         logprobs, argmax = score_positions(model, hidden.reshape(-1, size), targets.reshape(-1), score_block(chunk))
-        return cache, logprobs.reshape(batch, chunk), argmax.reshape(batch, chunk)
+        return cache, logprobs.reshape(rows, chunk), argmax.reshape(rows, chunk)
 
     def _hidden(
-        self, weights: Weights, cache: PlainCache, tokens: Array, offset: Array, lengths: Array
-    ) -> tuple[Any, Float[Array, "batch chunk hidden"], PlainCache]:
-        model, bases = self._model(weights)
-        hidden, new = model.hidden_states(
-            tokens,
-            offset=jnp.broadcast_to(offset, lengths.shape),
-            lengths=lengths,
-            cache=_layers(cache),
-            attention=self.attention,
-            bases=bases,
+        self,
+        weights: Weights,
+        cache: KVCache,
+        tokens: Int[Array, "rows tokens"],
+        rows: Rows,
+        table: Int[Array, "slots slot_pages"] | None,
+        decoding: bool = False,
+    ) -> tuple[Any, Float[Array, "rows tokens hidden"], KVCache]:
+        model, constants = self._model(weights)
+        hidden, cache = model.hidden_states(
+            tokens, rows, plan=self.plan, decoding=decoding, cache=cache, table=table, constants=constants
         )
-        return model, hidden, _plain(new)
+        return model, hidden, cache
 
 
 class EncoderEntries(Entries):
     """Encode: rows of the bucket's whole length, in one call."""
 
-    def cache(self, capacity: int, batch: int, dtype: str) -> CacheInfo:
+    def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
         """None."""
-        return CacheInfo(())
+        return CacheInfo((), 0)
 
-    def functions(self, capacity: int, chunk: int, batch: int) -> dict[str, Entry]:
+    def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         model, _ = self._model(self.weights)
         arguments = {name: ArrayInfo((batch, *info.shape), info.dtype) for name, info in model.inputs(capacity).items()}
         arguments["lengths"] = ArrayInfo((batch,), "int32")
@@ -207,17 +212,19 @@ class EncoderEntries(Entries):
         outputs = jax.eval_shape(functools.partial(self._outputs, tuple(arguments)), self.weights, *specs)
         names = tuple(outputs)
 
-        def encode(weights: Weights, cache: PlainCache, *arrays: Array) -> tuple[Any, ...]:
+        def encode(weights: Weights, cache: KVCache, *arrays: Array) -> tuple[Any, ...]:
             outputs = self._outputs(tuple(arguments), weights, *arrays)
             return cache, *(outputs[name] for name in names)
 
         return {"encode": Entry(encode, arguments, names)}
 
     def _outputs(self, names: tuple[str, ...], weights: Weights, *arrays: Array) -> dict[str, Array]:
-        model, bases = self._model(weights)
+        model, constants = self._model(weights)
         inputs = dict(zip(names, arrays, strict=True))
         lengths, prompt_lengths = inputs.pop("lengths"), inputs.pop("prompt_lengths", None)
-        return model.encode(inputs, lengths, attention=self.attention, bases=bases, prompt_lengths=prompt_lengths)
+        return model.encode(
+            inputs, lengths, attention=self.plan.prompt, constants=constants, prompt_lengths=prompt_lengths
+        )
 
 
 def entries_class(model: nnx.Module) -> type[Entries]:
@@ -243,11 +250,3 @@ def score_positions(
 def score_block(chunk: int) -> int:
     """The largest divisor of a chunk that is at most SCORE_BLOCK."""
     return next(size for size in range(min(chunk, SCORE_BLOCK), 0, -1) if chunk % size == 0)
-
-
-def _layers(cache: PlainCache) -> KVCache:
-    return tuple(LayerCache(*arrays) for arrays in cache)
-
-
-def _plain(cache: KVCache) -> PlainCache:
-    return tuple(tuple(array for array in layer if array is not None) for layer in cache)

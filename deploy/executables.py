@@ -1,6 +1,6 @@
 """Compiled entries of an artifact as callables: machine code where it fits, StableHLO compiled on first use elsewhere.
 
-Argument trees are rebuilt from the manifest (plain tuples), never from a pickled tree.
+Argument trees are rebuilt from the manifest (plain tuples and dicts), never from a pickled tree.
 """
 
 from collections.abc import Callable, Sequence
@@ -118,5 +118,7 @@ def _check_signature(file: FileInfo, found: tuple[Sequence[Any], Sequence[Any]],
 
 
 def _leaves(tree: Any) -> Any:
-    """The same nesting of tuples with 0 for every leaf (a manifest's records are leaves)."""
+    """The same nesting of tuples and dicts with 0 for every leaf (a manifest's records are leaves)."""
+    if isinstance(tree, dict):
+        return {name: _leaves(item) for name, item in tree.items()}
     return tuple(_leaves(item) for item in tree) if isinstance(tree, tuple) else 0

@@ -17,7 +17,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from .. import kernels
-from ..attention import attention_to_dict
+from ..attention import listening, plan_to_dict
 from .artifact import write_file
 from .crossover import Choice
 from .entries import Entries, Entry
@@ -36,6 +36,7 @@ def compile_bucket(
     capacity: int,
     chunk: int,
     batch: int,
+    page: int,
     choice: Choice,
     dtype: str,
     report: Callable[[str], None],
@@ -47,28 +48,30 @@ def compile_bucket(
         entries: the model.
         capacity: longest row, in tokens.
         chunk: tokens of a row that one call takes.
-        batch: rows.
-        choice: the attention, and why it is that one.
+        batch: rows of an encoder's call, or slots of a decoder's cache.
+        page: tokens of the cache's pages; 0 where a slot is one page.
+        choice: the plan, and why it is that one.
         dtype: of the cache.
         report: called with a line of text before each entry.
 
     Raises:
         ValueError: the code calls something that a process which loads it may not have.
     """
-    entries = dataclasses.replace(entries, attention=choice.attention)
-    cache = entries.cache(capacity, batch, dtype)
+    entries = dataclasses.replace(entries, plan=choice.plan)
+    cache = entries.cache(capacity, batch, dtype, page)
     infos = {}
-    for name, entry in entries.functions(capacity, chunk, batch).items():
+    for name, entry in entries.functions(capacity, chunk, batch, page).items():
         report(f"compiling {name} for {capacity} tokens")
         infos[name] = _compile_entry(folder, f"{capacity}/{name}", entry, entries, cache)
-    return BucketInfo(capacity, chunk, attention_to_dict(choice.attention), choice.reason, cache, infos)
+    return BucketInfo(capacity, chunk, plan_to_dict(choice.plan), choice.reason, cache, infos)
 
 
 def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cache: CacheInfo) -> EntryInfo:
     weights = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in entries.weights)
-    spec_of_cache = tuple(tuple(_spec(array) for array in layer) for layer in cache.layers)
+    spec_of_cache = tuple({name: _spec(array) for name, array in layer.items()} for layer in cache.layers)
     specs = (weights, spec_of_cache, *(_spec(array) for array in entry.arguments.values()))
-    lowered = jax.jit(entry.function, donate_argnums=1).lower(*specs)
+    with listening() as calls:
+        lowered = jax.jit(entry.function, donate_argnums=1).lower(*specs)
     start = time.perf_counter()
     with _without_compilation_cache():
         compiled = lowered.compile()
@@ -85,6 +88,7 @@ def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cach
         results={key: _info(array) for key, array in zip(entry.results, results, strict=True)},
         stablehlo_sha256=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         custom_calls=custom_calls,
+        attention=dict(calls),
         memory=_memory(compiled),
         compile_seconds=round(seconds, 3),
     )

@@ -19,12 +19,12 @@ import numpy as np
 
 from ..host import strict_json
 
-SCHEMA = 4
+SCHEMA = 5
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
 _TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 ENTRIES = {"decoder": ("prefill", "decode", "score"), "encoder": ("encode",)}
-"""The compiled functions of a bucket, by the kind of model."""
+"""The compiled functions that a bucket has at least, by the kind of model."""
 
 _MAX_INTEGER = 2**63 - 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -224,7 +224,7 @@ class EntryInfo:
     """One compiled function of a bucket.
 
     It takes the weights, the cache and then `arguments`, and gives the cache and then `results`, in the order written.
-    An encoder's cache is empty.
+    An encoder's cache is empty. `attention` says how many of its layers' attentions are computed by what, and why.
     """
 
     native: FileInfo
@@ -233,20 +233,27 @@ class EntryInfo:
     results: dict[str, ArrayInfo]
     stablehlo_sha256: str
     custom_calls: tuple[str, ...]
+    attention: dict[str, int]
     memory: MemoryInfo
     compile_seconds: float
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """A bucket's KV cache: the arrays of each layer, keys and values first; no layers for an encoder."""
+    """A bucket's KV cache; no layers for an encoder.
 
-    layers: tuple[tuple[ArrayInfo, ...], ...]
+    Attributes:
+        layers: the arrays of each layer by name: `key`, `value`, and what the attention keeps of the keys.
+        page: tokens of a page, whose places a table gives; 0 where each slot is one page.
+    """
+
+    layers: tuple[dict[str, ArrayInfo], ...]
+    page: int
 
     @property
     def size_in_bytes(self) -> int:
         """Memory of the whole cache."""
-        return sum(array.size_in_bytes for layer in self.layers for array in layer)
+        return sum(array.size_in_bytes for layer in self.layers for array in layer.values())
 
 
 @dataclass(frozen=True)
@@ -256,16 +263,16 @@ class BucketInfo:
     Attributes:
         capacity: longest sequence, in tokens.
         chunk: tokens of a row that one call takes.
-        attention: configuration of the attention of prompts, scoring and encoding, with `kind` "dense" or "two_stage".
-        attention_reason: why it is that one, in a sentence.
+        plan: the attention of `prompt` (and scoring and encoding) and of `decode`, each with its `kind`.
+        plan_reason: why it is that one, in a sentence.
         cache: its KV cache.
         entries: its compiled functions by name.
     """
 
     capacity: int
     chunk: int
-    attention: dict[str, Any]
-    attention_reason: str
+    plan: dict[str, dict[str, Any]]
+    plan_reason: str
     cache: CacheInfo
     entries: dict[str, EntryInfo]
 
@@ -326,7 +333,7 @@ class Manifest:
         model: what was compiled.
         crossover: what was measured to choose each bucket's attention; empty where it was as asked.
         dtype: dtype of activations, cache, and of the weights that are not rounded.
-        batch: rows of every call.
+        batch: rows of every call of an encoder; of a decoder, slots: rows that its cache holds.
         weights: the weights file.
         buckets: by rising capacity.
         files: everything else in the folder (tokenizer, generation config, card).
@@ -356,7 +363,7 @@ class Manifest:
                 f"manifest.json has model.kind {self.model.kind!r}, expected one of: {', '.join(ENTRIES)}"
             )
         for bucket in self.buckets:
-            if tuple(bucket.entries) != expected:
+            if not set(expected) <= bucket.entries.keys():
                 raise ArtifactError(
                     f"manifest.json has entries {list(bucket.entries)} in bucket {bucket.capacity}, "
                     f"expected {list(expected)}"

@@ -4,12 +4,9 @@ Imports only jax, numpy and (when text comes in) tokenizers. Everything on the h
 under XLA are the artifact's own entries.
 """
 
-import gc
 import os
 import threading
-import time
-import warnings
-import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,22 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import kernels
 from ..host.environment import check_platforms
-from .artifact import TOKENIZER, TOKENIZER_CONFIG, Artifact, Tier, open_artifact
-from .encoding import Encoding, bucket_for, check_outputs, check_truncate_dim, encode_rows
-from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
+from .artifact import TOKENIZER, TOKENIZER_CONFIG, Artifact, open_artifact
+from .encoding import Encoding, check_outputs, check_truncate_dim, encode_rows
+from .engine import Engine, Event, FinishReason, Request, RequestLost, TokenWritten
 from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_nested, read_rows
-from .manifest import ENTRIES, ArrayInfo, BucketInfo, FileInfo, Manifest
-from .sampling import check_temperature, sample
+from .manifest import ENTRIES, FileInfo, Manifest
+from .runner import Runner
+from .sampling import check_temperature
 from .tokenization import Cut, TextTokenizer
-from .weights import cpu_device, memory_map, put_weights, read_weights
 
-FinishReason = Literal["stop", "length", "capacity"]
 Progress = Callable[[int, int], None]
 Ids = NDArray[np.integer[Any]] | Sequence[int]
 
@@ -82,7 +76,20 @@ class Generation:
     prompt_tokens: int
 
 
-_UNMAP_SECONDS = 5.0
+@dataclass(frozen=True)
+class Piece:
+    """What a stream gives for a new token.
+
+    Attributes:
+        id: the token.
+        text: the text that is new with it, "" while a character is not whole; None for a model without tokenizer. The
+            texts of all pieces together are that of the `Generation`.
+    """
+
+    id: int
+    text: str | None
+
+
 _NO_FORK = 'start it with the method "spawn" or "forkserver" of multiprocessing instead, and load the artifact there'
 _process_of_jax: int | None = None
 
@@ -128,9 +135,10 @@ class Session:
         self.info: Manifest = artifact.manifest
         self._artifact = artifact
         self._process = _first_process()
-        self._weights = self._load_weights()
-        self._entries, self.tier = self._load_entries()
-        self._caches: dict[int, Any] = {}
+        self._runner = Runner(artifact)
+        self.tier = self._runner.tier
+        self._engine = Engine(self._runner)
+        self._events: dict[int, deque[Event]] = {}
         self._text_tokenizer: TextTokenizer | None = None
         self._text_cutter: TextTokenizer | None = None
         self._lock = threading.Lock()
@@ -146,23 +154,8 @@ class Session:
             return
         with self._turn():
             self._closed = True
-            for array in jax.tree.leaves((self._weights, self._caches)):
-                array.delete()
-            self._weights, self._text_tokenizer, self._text_cutter = (), None, None
-            self._caches.clear()
-            self._entries.clear()
-        self._unmap()
-
-    def _unmap(self) -> None:
-        """Waits until jax has let go of the weights' file.
-
-        It does so when Python collects garbage, and XLA's threads hold on to what a call took for a moment after the
-        call's results are there.
-        """
-        end = time.monotonic() + _UNMAP_SECONDS
-        while self._weight_map() is not None and time.monotonic() < end:
-            gc.collect(0)
-            time.sleep(0.001)
+            self._text_tokenizer, self._text_cutter = None, None
+            self._runner.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -212,6 +205,7 @@ class Session:
             scores = self._score_rows(rows, progress)
         return scores if nested else scores[0]
 
+    @overload
     def generate(
         self,
         prompt: str | Ids,
@@ -219,16 +213,43 @@ class Session:
         temperature: float = 0.0,
         seed: int = 0,
         *,
+        stream: Literal[False] = False,
         add_special_tokens: bool | None = None,
         progress: Progress | None = None,
-    ) -> Generation:
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Ids,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        *,
+        stream: Literal[True],
+        add_special_tokens: bool | None = None,
+        progress: Progress | None = None,
+    ) -> "Stream": ...
+
+    def generate(
+        self,
+        prompt: str | Ids,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        *,
+        stream: bool = False,
+        add_special_tokens: bool | None = None,
+        progress: Progress | None = None,
+    ) -> "Generation | Stream":
         """Continues a prompt.
 
         Args:
             prompt: text, or token ids as a 1-D integer array or list.
             max_new_tokens: how many tokens to write at most.
             temperature: 0 takes the most likely token each time; above 0 draws from softmax(logits / temperature).
-            seed: of the draws.
+            seed: of the random draws.
+            stream: give an iterator over the new tokens, each as soon as it is written, instead of waiting for all.
             add_special_tokens: of a text, as in `tokenize`. By default a prompt that a chat template made, which begins
                 with the model's first token, gets no second one.
             progress: called with the prompt tokens done and the prompt tokens in all after each chunk.
@@ -240,32 +261,18 @@ class Session:
         self._check_entry("decode")
         check_temperature(temperature)
         max_new_tokens = check_count(max_new_tokens, "max_new_tokens", 1)
-        generator = np.random.default_rng(check_count(seed, "seed", 0))
+        seed = check_count(seed, "seed", 0)
         if is_nested(prompt):
             raise ValueError(
                 f"the prompt is a {type(prompt).__name__} of {len(prompt)}, and generate continues one prompt: call it "
                 "once for each"
             )
         ids = self._read_ids(prompt, "the prompt", add_special_tokens)
-        new: list[int] = []
-        reason: FinishReason = "length"
         with self._turn():
-            bucket = bucket_for(self.info, len(ids) + max_new_tokens - 1)
-            logits = self._prefill(bucket, ids, progress)
-            while True:
-                new.append(sample(logits, temperature, generator))
-                if new[-1] in self.info.model.eos_token_ids:
-                    reason = "stop"
-                    break
-                if len(new) == max_new_tokens:
-                    break
-                position = len(ids) + len(new) - 1
-                if position == bucket.capacity:
-                    reason = "capacity"
-                    break
-                logits = self._decode(bucket, new[-1], position)
-        text = self.detokenize(new) if self.has_tokenizer else None
-        return Generation(text, np.asarray(new, np.int32), reason, len(ids))
+            handle = self._engine.add(Request(ids, max_new_tokens, float(temperature), seed))
+            self._events[handle] = deque()
+        written = Stream(self, self._follow(handle, progress), len(ids))
+        return written if stream else written.wait()
 
     @overload
     def encode(
@@ -358,7 +365,7 @@ class Session:
         options = TextOptions(front, asked, truncate, add_special_tokens)
         rows, nested = read_rows(inputs, self.info, self._cutting_tokenizer, options)
         with self._turn():
-            encodings = encode_rows(rows, self.info, kept, numbers, self._call, progress)
+            encodings = encode_rows(rows, self.info, kept, numbers, self._runner.call, progress)
         return encodings if nested else encodings[0]
 
     def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> NDArray[np.int32]:
@@ -385,6 +392,14 @@ class Session:
             ValueError: the artifact has no tokenizer.
         """
         return self._tokenizer().decode(np.asarray(ids, np.int64).tolist())
+
+    def stable_text(self, ids: Ids) -> str:
+        """The text of token ids as far as tokens that may follow leave it as it is.
+
+        Raises:
+            ValueError: the artifact has no tokenizer.
+        """
+        return self._tokenizer().decode_stable(np.asarray(ids, np.int64).tolist())
 
     @property
     def has_tokenizer(self) -> bool:
@@ -458,125 +473,114 @@ class Session:
             }[model.kind]
             raise ValueError(f"this artifact holds {content}")
 
-    def _load_entries(self) -> tuple[dict[tuple[int, str], Executable], Tier]:
-        """Callables by capacity and entry, and the tier they are of."""
-        every = [(bucket, name, entry) for bucket in self.info.buckets for name, entry in bucket.entries.items()]
-        differences = list(self._artifact.differences)
-        if self.info.environment.kernels and not differences and not kernels.register():
-            differences.append("calls native kernels that this process cannot register")
-        if not differences:
-            try:
-                native = {
-                    (bucket.capacity, name): load_native(self._artifact, bucket, entry) for bucket, name, entry in every
-                }
-            except MachineCodeError as error:
-                differences.append(str(error))
-            else:
-                return native, "native"
-        portable: dict[tuple[int, str], Executable] = {
-            (bucket.capacity, name): PortableEntry(self._artifact, bucket, entry) for bucket, name, entry in every
-        }
-        seconds = sum(entry.compile_seconds for _, _, entry in every)
-        warnings.warn(
-            f"the machine code in {self._artifact.path} cannot run here ({'; '.join(differences)}): its StableHLO is "
-            f"compiled instead, each entry on first use (about {seconds:.0f} s for all of them); "
-            "compile the artifact again on this machine to avoid it",
-            PortableTierWarning,
-            stacklevel=4,
-        )
-        return portable, "portable"
+    def _follow(self, handle: int, progress: Progress | None) -> Iterator[TokenWritten]:
+        """The tokens of a request as they are written; letting go of the iterator ends the request."""
+        try:
+            finished = False
+            while not finished:
+                written = self._next_token(handle, progress)
+                finished = written.finish_reason is not None
+                yield written
+        finally:
+            self._engine.cancel(handle)
+            self._events.pop(handle, None)
 
-    def _load_weights(self) -> tuple[jax.Array, ...]:
-        weights = self.info.weights
-        views = read_weights(self._artifact.path / weights.file.path, weights.tensors)
-        self._weight_map = weakref.ref(memory_map(views))
-        arrays = put_weights(views)
-        return tuple(arrays[name] for name in weights.tensors)
+    def _next_token(self, handle: int, progress: Progress | None) -> TokenWritten:
+        events = self._events[handle]
+        while True:
+            with self._turn():
+                if not events:
+                    self._step()
+                while events:
+                    event = events.popleft()
+                    if isinstance(event, TokenWritten):
+                        return event
+                    if isinstance(event, RequestLost):
+                        raise RuntimeError(
+                            "the text cannot be continued, because a call on the same cache failed or was interrupted: "
+                            "generate it again"
+                        )
+                    if progress:
+                        progress(event.done, event.total)
+
+    def _step(self) -> None:
+        """One step of the engine, whose events are kept for those who follow a request."""
+        for event in self._engine.step():
+            if event.handle in self._events:
+                self._events[event.handle].append(event)
 
     def _score_rows(self, rows: list[NDArray[np.int32]], progress: Progress | None) -> Scores:
-        """Scores of checked rows, computed `batch` at a time among rows of similar length."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        groups = [order[start : start + self.info.batch] for start in range(0, len(order), self.info.batch)]
-        scores: dict[int, Score] = {}
+        scores = Scores()
         done, total = 0, sum(len(row) for row in rows)
-        for group in groups:
-            members = [rows[index] for index in group]
+        for row in rows:
+            while not self._engine.has_room(len(row)):
+                self._step()
             logprobs, argmax = [], []
-            for end, chunk_logprobs, chunk_argmax in self._score_chunks(members):
+            for end, chunk_logprobs, chunk_argmax in self._engine.score(row):
                 logprobs.append(chunk_logprobs)
                 argmax.append(chunk_argmax)
                 if progress:
-                    progress(done + sum(min(len(row), end) for row in members), total)
-            done += sum(len(row) for row in members)
-            all_logprobs, all_argmax = np.concatenate(logprobs, axis=1), np.concatenate(argmax, axis=1)
-            for row, index in enumerate(group):
-                length = len(rows[index])
-                scores[index] = Score(all_logprobs[row, : length - 1].copy(), all_argmax[row, :length].copy())
-        return Scores(scores[index] for index in range(len(rows)))
+                    progress(done + min(len(row), end), total)
+            done += len(row)
+            scores.append(Score(np.concatenate(logprobs)[: len(row) - 1], np.concatenate(argmax)[: len(row)]))
+        return scores
 
-    def _score_chunks(
-        self, rows: list[NDArray[np.int32]]
-    ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int32]]]:
-        """End position, log-probabilities and argmax [batch, chunk] of each chunk of up to `batch` rows."""
-        longest = max(len(row) for row in rows)
-        bucket = bucket_for(self.info, longest)
-        tokens, lengths = self._pad(rows, bucket)
-        targets = np.roll(tokens, -1, axis=1)
-        for start in range(0, longest, bucket.chunk):
-            end = start + bucket.chunk
-            logprobs, argmax = self._call(
-                bucket, "score", _columns(tokens, start, end), _columns(targets, start, end), np.int32(start), lengths
-            )
-            yield end, np.array(logprobs), np.array(argmax)
 
-    def _prefill(self, bucket: BucketInfo, ids: NDArray[np.int32], progress: Progress | None) -> NDArray[np.float32]:
-        """Fills row 0 of the bucket's cache and gives the logits [vocab] after the last token."""
-        tokens, lengths = self._pad([ids], bucket)
-        logits = np.empty(0, np.float32)
-        for start in range(0, len(ids), bucket.chunk):
-            end = start + bucket.chunk
-            (result,) = self._call(bucket, "prefill", _columns(tokens, start, end), np.int32(start), lengths)
-            logits = np.asarray(result)[0]
-            if progress:
-                progress(min(end, len(ids)), len(ids))
-        return logits
+class Stream(Iterator[Piece]):
+    """The new tokens of a prompt, each as soon as it is written.
 
-    def _decode(self, bucket: BucketInfo, token: int, position: int) -> NDArray[np.float32]:
-        """Logits [vocab] after one more token of row 0."""
-        tokens, positions = np.zeros(self.info.batch, np.int32), np.zeros(self.info.batch, np.int32)
-        tokens[0], positions[0] = token, position
-        (logits,) = self._call(bucket, "decode", tokens, positions)
-        return np.asarray(logits)[0]
+    Between two of them the session may do other things. Whoever stops before the end, by `close`, the end of a `with`
+    block, or by letting go of it, ends the request.
 
-    def _pad(self, rows: list[NDArray[np.int32]], bucket: BucketInfo) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows as tokens [batch, whole chunks] and lengths [batch]; what is not there is token 0 and length 0."""
-        longest = max(len(row) for row in rows)
-        tokens = np.zeros((self.info.batch, -(-longest // bucket.chunk) * bucket.chunk), np.int32)
-        lengths = np.zeros(self.info.batch, np.int32)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = row
-            lengths[index] = len(row)
-        return tokens, lengths
+    Attributes:
+        generation: the whole, once the last token is there; None before.
+    """
 
-    def _call(self, bucket: BucketInfo, name: str, *arguments: Any) -> tuple[Any, ...]:
-        """Runs an entry on the bucket's cache and gives its results without the cache.
+    def __init__(self, session: Session, written: Iterator[TokenWritten], prompt_tokens: int) -> None:
+        self._session, self._written, self._prompt_tokens = session, written, prompt_tokens
+        self._ids: list[int] = []
+        self._text = ""
+        self.generation: Generation | None = None
 
-        The cache is donated: it leaves the session before the call, so that a call that is interrupted cannot leave a
-        dead one behind.
-        """
-        cache = self._caches.pop(bucket.capacity, None) or self._empty_cache(bucket)
-        cache, *results = self._entries[bucket.capacity, name](self._weights, cache, *arguments)
-        self._caches[bucket.capacity] = cache
-        return tuple(results)
+    def __iter__(self) -> "Stream":
+        return self
 
-    def _empty_cache(self, bucket: BucketInfo) -> tuple[tuple[jax.Array, ...], ...]:
-        device = cpu_device()
+    def __next__(self) -> Piece:
+        written = self._take()
+        if not self._session.has_tokenizer:
+            return Piece(written.id, None)
+        text = self._session.stable_text(self._ids) if self.generation is None else self.generation.text or ""
+        # A tokenizer may take back what its text ended with; what was given stays.
+        new = text[len(self._text) :] if text.startswith(self._text) else ""
+        self._text += new
+        return Piece(written.id, new)
 
-        def put(array: ArrayInfo) -> jax.Array:
-            zeros = np.zeros(array.shape, jax.numpy.dtype(array.dtype))
-            return jax.device_put(zeros, device, may_alias=False)
+    def wait(self) -> Generation:
+        """Writes the rest, and gives the whole."""
+        while self.generation is None:
+            self._take()
+        return self.generation
 
-        return tuple(tuple(put(array) for array in layer) for layer in bucket.cache.layers)
+    def close(self) -> None:
+        """Ends the request, if it has not ended."""
+        self._written = iter(())
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self) -> TokenWritten:
+        written = next(self._written)
+        self._ids.append(written.id)
+        if written.finish_reason is not None:
+            text = self._session.detokenize(self._ids) if self._session.has_tokenizer else None
+            ids = np.asarray(self._ids, np.int32)
+            self.generation = Generation(text, ids, written.finish_reason, self._prompt_tokens)
+        return written
 
 
 def _first_process() -> int:
@@ -587,7 +591,3 @@ def _first_process() -> int:
         raise RuntimeError(f"this process was forked from one that had a session ({_process_of_jax}): {_NO_FORK}")
     _process_of_jax = here
     return here
-
-
-def _columns(array: NDArray[np.int32], start: int, end: int) -> NDArray[np.int32]:
-    return np.ascontiguousarray(array[:, start:end])

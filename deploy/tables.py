@@ -52,8 +52,21 @@ def attention_tables(manifest: Manifest) -> list[Table]:
     table.add_column("attention")
     table.add_column("why")
     for bucket in manifest.buckets:
-        table.add_row(str(bucket.capacity), describe(bucket.attention), bucket.attention_reason)
-    return [table, _crossover_table(manifest)] if manifest.crossover else [table]
+        table.add_row(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason)
+    tables = [table, _dispatch_table(manifest)]
+    return [*tables, _crossover_table(manifest)] if manifest.crossover else tables
+
+
+def _dispatch_table(manifest: Manifest) -> Table:
+    """What computes the attention of each entry's layers, and why."""
+    table = Table(title="attention of each entry, as compiled for this kind of CPU")
+    for name, side in (("bucket", "right"), ("entry", "left"), ("layers", "right"), ("computed", "left")):
+        table.add_column(name, justify=side)
+    for bucket in manifest.buckets:
+        for name, entry in bucket.entries.items():
+            for computed, layers in entry.attention.items():
+                table.add_row(str(bucket.capacity), name, str(layers), computed)
+    return table
 
 
 def _crossover_table(manifest: Manifest) -> Table:
@@ -180,14 +193,20 @@ def text_rows(manifest: Manifest) -> dict[str, str]:
     return rows
 
 
-def describe(attention: Mapping[str, Any]) -> str:
-    """The attention's configuration in one line."""
-    if attention["kind"] == "dense":
-        return "exact"
+def describe_plan(plan: Mapping[str, Mapping[str, Any]]) -> str:
+    """A bucket's plan in one line."""
+    prompt, decode = (_describe(plan[name]) for name in ("prompt", "decode"))
+    return prompt if decode == "exact" else f"{prompt}; of new tokens {decode}"
+
+
+def _describe(attention: Mapping[str, Any]) -> str:
+    kind = attention["kind"].replace("_", "-")
+    if "method" not in attention:
+        return kind
     method = dict(attention["method"])
     name = method.pop("name")
     options = {key: value for key, value in attention.items() if key not in ("kind", "method")} | method
-    return f"two-stage, {name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"{kind}, {name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
 
 
 def _context(model: ModelInfo) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from ..attention import Dense
+from ..attention import Plan, Rows
 from ..model.encoder import Encoder
 from .calibration import CalibrationInputs
 from .entries import SCORE_BLOCK, score_positions
@@ -62,9 +62,7 @@ def _scores(
     def run(state: Any, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         model: Any = nnx.merge(graph, state)
         lengths = jnp.array([ids.size], jnp.int32)
-        hidden, _ = model.hidden_states(
-            tokens[None], offset=jnp.zeros_like(lengths), lengths=lengths, cache=None, attention=Dense()
-        )
+        hidden, _ = model.hidden_states(tokens[None], Rows.whole(lengths), plan=Plan())
         return score_positions(model, hidden[0], targets, block)
 
     targets = np.append(ids[1:], 0).astype(np.int32)

@@ -54,26 +54,24 @@ def ours(job: AttentionJob, arrays: Arrays) -> Engine:
     import jax
     import jax.numpy as jnp
 
-    from ..attention import AttentionConfig, Dense, TwoStage, attend, make_method, method_of
+    from ..attention import Attention, Exact, KeyView, Mask, Rows, TwoStage, attend, make_method
 
     options = {name: value for name, value in job.attention.items() if name != "kind"}
     two_stage = TwoStage(**{**options, "method": make_method(**options["method"])})
-    config: AttentionConfig = two_stage if job.engine == "two_stage" else Dense()
-    basis = None
-    if isinstance(config, TwoStage) and method_of(config).needs_basis:
-        query, key = (array[0, :, :_CALIBRATION_TOKENS] for array in arrays[:2])
-        basis = jnp.asarray(method_of(config).calibrate(query, key))
+    strategy: Attention = two_stage if job.engine == "two_stage" else Exact()
+    learned = strategy.calibrate(*(array[0, :, :_CALIBRATION_TOKENS] for array in arrays[:2]))
+    constants = {name: jnp.asarray(array) for name, array in learned.items()}
 
     @jax.jit
-    def attention(query: jax.Array, key: jax.Array, value: jax.Array, basis: jax.Array | None) -> jax.Array:
-        start, length = jnp.zeros(1, jnp.int32), jnp.full(1, job.length, jnp.int32)
-        return attend(config, query, key, value, offset=start, lengths=length, causal=job.causal, basis=basis)
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array, constants: dict[str, jax.Array]) -> jax.Array:
+        rows = Rows.whole(jnp.full(1, job.length, jnp.int32))
+        return attend(strategy, query, KeyView(key, value), rows, Mask(job.causal), constants)
 
     inputs = [jnp.asarray(array, job.dtype) for array in arrays]
     rows = sampled_rows(job.length)
     return Engine(
-        lambda: attention(*inputs, basis).block_until_ready(),
-        lambda: np.asarray(attention(*inputs, basis)[0][:, rows], np.float32),
+        lambda: attention(*inputs, constants).block_until_ready(),
+        lambda: np.asarray(attention(*inputs, constants)[0][:, rows], np.float32),
     )
 
 

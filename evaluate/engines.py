@@ -39,9 +39,8 @@ def ours(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
     from ..deploy.session import load
 
     session = load(job.form)
-    (bucket,) = session.info.buckets
     # What `generate` computes for its first token, before it draws; the session keeps logits to itself.
-    return Engine(lambda: session.generate(ids, max_new_tokens=1), lambda: session._prefill(bucket, ids, None))
+    return Engine(lambda: session.generate(ids, max_new_tokens=1), lambda: session._engine.logits(ids))
 
 
 def sdpa(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ..attention import AttentionConfig, Dense, TwoStage
+from ..attention import Attention, Exact, TwoStage
 from ..convert.convert import convert_checkpoint
 from ..deploy.compile import compile as compile_checkpoint
 from ..deploy.session import Session, load
@@ -167,14 +167,14 @@ class _Bench:
         """Asks every question of a task, with exact attention where that has not been done, and with `config`."""
         tasks = [self._task(name, seed) for seed in range(records)]
         if name not in self._exact:
-            self._exact[name] = self._answers(name, tasks, "exact", Dense())
+            self._exact[name] = self._answers(name, tasks, "exact", Exact())
         form = "two_stage" if config.exact_last_block else "two_stage-no_exact_last_block"
         selected = self._answers(name, tasks, form, config)
         longest = max(len(task.ids) for task in tasks)
         exact = self._exact[name]
         return Kept(name, config.exact_last_block, longest, records, len(exact), int(exact.sum()), int(selected.sum()))
 
-    def _answers(self, name: str, tasks: list[Task], form: str, config: AttentionConfig) -> NDArray[np.bool_]:
+    def _answers(self, name: str, tasks: list[Task], form: str, config: Attention) -> NDArray[np.bool_]:
         session = self._session(form, config)
         right = []
         for number, task in enumerate(tasks, start=1):
@@ -182,7 +182,7 @@ class _Bench:
             right.append(answers_right(session, task))
         return np.concatenate(right)
 
-    def _session(self, form: str, config: AttentionConfig) -> Session:
+    def _session(self, form: str, config: Attention) -> Session:
         checkpoint, artifact = self._work / "checkpoint", self._work / f"{form}-{self._tokens}"
         if not checkpoint.exists():
             convert_checkpoint(self._model, checkpoint)

@@ -8,19 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attention.config import Auto, Dense, TwoStage
+    from .attention.exact import Exact
+    from .attention.plan import Auto, Plan
+    from .attention.two_stage import TwoStage
     from .convert.checkpoint import load_model
     from .convert.convert import convert_checkpoint
     from .deploy.compile import compile
     from .deploy.session import load
 
 __version__ = "0.1.0"
-__all__ = ["Auto", "Dense", "TwoStage", "compile", "convert_checkpoint", "load", "load_model"]
+__all__ = ["Auto", "Exact", "Plan", "TwoStage", "compile", "convert_checkpoint", "load", "load_model"]
 
 _HOME = {
-    "Auto": "attention.config",
-    "Dense": "attention.config",
-    "TwoStage": "attention.config",
+    "Auto": "attention.plan",
+    "Exact": "attention.exact",
+    "Plan": "attention.plan",
+    "TwoStage": "attention.two_stage",
     "compile": "deploy.compile",
     "convert_checkpoint": "convert.convert",
     "load": "deploy.session",

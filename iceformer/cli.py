@@ -32,7 +32,7 @@ from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
 
 if TYPE_CHECKING:
-    from .attention.config import AttentionConfig, Auto
+    from .attention import Attention, Auto
     from .deploy.session import Progress, Session
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ class AttentionKind(StrEnum):
 
     AUTO = "auto"
     TWO_STAGE = "two_stage"
-    DENSE = "dense"
+    EXACT = "exact"
 
 
 class Dtype(StrEnum):
@@ -186,7 +186,17 @@ def compile(
             "measured and shown."
         ),
     ] = WeightFormat.SAME,
-    batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(help="Decoders: requests that are continued together. Encoders: rows of every call."),
+    ] = 1,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            help="Decoders: tokens of a page of the KV cache, a power of two from 128 on.",
+            show_default="each request in one piece",
+        ),
+    ] = None,
     chunk: Annotated[
         int, typer.Option(help="Decoders: tokens of a prompt that one call takes; divides every bucket.")
     ] = 2048,
@@ -248,6 +258,7 @@ def compile(
         weights=weights.value,
         batch=batch,
         chunk=chunk,
+        page=page,
         calibration=calibration,
         progress=True,
     )
@@ -599,16 +610,16 @@ def _integers(text: str, what: str) -> tuple[int, ...]:
         raise ValueError(f"{what} is {text[:40]!r}, expected integers with commas or blanks between them") from None
 
 
-def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "AttentionConfig | Auto":
+def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "Attention | Auto":
     """What `compile` takes as attention, `two_stage` being the options that were given."""
-    from . import Auto, Dense, TwoStage
+    from . import Auto, Exact, TwoStage
 
-    if kind is AttentionKind.DENSE:
+    if kind is AttentionKind.EXACT:
         if two_stage:
             raise ValueError(
-                f"--{min(two_stage).replace('_', '-')} is for --attention auto or two_stage, not for dense"
+                f"--{min(two_stage).replace('_', '-')} is for --attention auto or two_stage, not for exact"
             )
-        return Dense()
+        return Exact()
     asked = TwoStage(**two_stage)
     return Auto(asked) if kind is AttentionKind.AUTO else asked
 

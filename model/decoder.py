@@ -13,13 +13,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from ..attention import AttentionConfig, Dense
-from ..attention.cache import KVCache, LayerCache
+from ..attention import Attention, Exact, KVCache, LayerCache, Plan, Rows
 from ..attention.ops import cap
 from .config import read_boolean, read_integer, read_layers
 from .layers import Embedding, Linear
 from .rope import Rope, rotary_tables
-from .self_attention import Bases, LayerCall
+from .self_attention import LayerCall, LayerConstants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +191,8 @@ class CausalLM(nnx.Module):
         input_ids: Int[Array, "batch tokens"],
         lengths: Int[Array, " batch"] | None = None,
         *,
-        attention: AttentionConfig = Dense(),  # noqa: B008 - a frozen value
-        bases: Bases | None = None,
+        attention: Attention = Exact(),  # noqa: B008 - a frozen value
+        constants: LayerConstants | None = None,
     ) -> Float32[Array, "batch tokens vocab_size"]:
         """Logits of the next token after each position.
 
@@ -201,49 +200,48 @@ class CausalLM(nnx.Module):
             input_ids: token ids, padded at the end.
             lengths: tokens of each row without the padding; all of them if not given. Logits past a row's length are
                 finite but mean nothing.
-            attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
-            bases: calibrated projections, one per layer, where the attention's method needs them.
+            attention: `Exact()` or a `TwoStage(...)`, of the layers that see all tokens.
+            constants: what the attention was calibrated to, layer by layer, if it needs that.
         """
         batch, tokens = input_ids.shape
         if lengths is None:
             lengths = jnp.full((batch,), tokens, jnp.int32)
-        offset = jnp.zeros((batch,), jnp.int32)
-        hidden, _ = self.hidden_states(
-            input_ids, offset=offset, lengths=lengths, cache=None, attention=attention, bases=bases
-        )
+        hidden, _ = self.hidden_states(input_ids, Rows.whole(lengths), plan=Plan(attention), constants=constants)
         return self.logits(hidden)
 
     def hidden_states(
         self,
         input_ids: Int[Array, "batch tokens"],
+        rows: Rows,
         *,
-        offset: Int[Array, " batch"],
-        lengths: Int[Array, " batch"],
-        cache: KVCache | None,
-        attention: AttentionConfig,
-        bases: Bases | None = None,
+        plan: Plan,
+        decoding: bool = False,
+        cache: KVCache | None = None,
+        table: Int[Array, "slots slot_pages"] | None = None,
+        constants: LayerConstants | None = None,
         observe: Callable[[Array, Array], None] | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden_size"], KVCache | None]:
-        """Hidden states after the final norm, and the cache with this call's keys and values written to it.
+        """Hidden states after the final norm, and the cache with this call's keys and values in it.
 
         Args:
             input_ids: the tokens of this call, at positions `offset .. offset + tokens` of their rows.
-            offset: position of each row's first token in this call; zeros where there is no cache.
-            lengths: tokens of each whole row, those before and after this call included.
+            rows: of the call; without a cache, whole rows.
+            plan: the attention of the layers that see all tokens.
+            decoding: whether the call decodes, and takes that attention of the plan.
             cache: what earlier calls left, or None to attend over this call's tokens only.
-            attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
-            bases: calibrated projections, one per layer, where the attention's method needs them.
+            table: the pages of each slot of the cache; None where a slot is one page.
+            constants: what the attention was calibrated to, layer by layer, if it needs that.
             observe: is given the queries and keys of each layer in turn, while the function is traced.
         """
         config = self.config
-        positions = offset[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        positions = rows.offset[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         tables = {
-            rope: rotary_tables(rope, config.head_dim, positions, lengths)
+            rope: rotary_tables(rope, config.head_dim, positions, rows.length)
             for rope in dict.fromkeys(config.ropes)
             if rope is not None
         }
-        call = LayerCall(offset, lengths, attention, observe=observe)
-        hidden = self._embed(input_ids, positions, lengths)
+        call = LayerCall(rows, plan, decoding, table=table, observe=observe)
+        hidden = self._embed(input_ids, positions, rows.length)
         caches: list[LayerCache] = []
         for index, layer in enumerate(self.model.layers):
             rope = config.ropes[index]
@@ -251,7 +249,7 @@ class CausalLM(nnx.Module):
                 call,
                 rotary=None if rope is None else tables[rope],
                 cache=None if cache is None else cache[index],
-                basis=None if bases is None else bases[index],
+                constants={} if constants is None else constants[index],
             )
             hidden, layer_cache = layer(hidden, layer_call)
             if layer_cache is not None:
@@ -270,10 +268,8 @@ class CausalLM(nnx.Module):
         collected: list[tuple[Array, Array]] = []
         self.hidden_states(
             input_ids,
-            offset=jnp.zeros_like(lengths),
-            lengths=lengths,
-            cache=None,
-            attention=Dense(),
+            Rows.whole(lengths),
+            plan=Plan(),
             observe=lambda query, key: collected.append((query, key)),
         )
         return collected

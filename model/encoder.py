@@ -14,13 +14,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..attention import AttentionConfig, Dense
+from ..attention import Attention, Exact, Plan, Rows
 from .config import read_boolean, read_integer
 from .decoder import DecoderConfig
 from .layers import ACTIVATIONS, Embedding, Linear
 from .pooling import TORCH_ACTIVATIONS, SentenceEmbedding
 from .rope import Rope, rotary_tables
-from .self_attention import Bases, LayerCall
+from .self_attention import LayerCall, LayerConstants
 
 TASKS = {
     "Model": "features",
@@ -344,8 +344,8 @@ class Encoder(nnx.Module):
         inputs: Mapping[str, Array],
         lengths: Int[Array, " batch"],
         *,
-        attention: AttentionConfig = Dense(),  # noqa: B008 - a frozen value
-        bases: Bases | None = None,
+        attention: Attention = Exact(),  # noqa: B008 - a frozen value
+        constants: LayerConstants | None = None,
         observe: Callable[[Array, Array], None] | None = None,
         prompt_lengths: Int[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
@@ -354,8 +354,8 @@ class Encoder(nnx.Module):
         Args:
             inputs: arrays [batch, ...] by name, as `inputs` describes them; token ids are padded at the end.
             lengths: tokens of each row without the padding; outputs past them are finite but mean nothing.
-            attention: `Dense()` or a `TwoStage(...)`, of the layers that see all tokens.
-            bases: calibrated projections, one per layer, where the attention's method needs them.
+            attention: `Exact()` or a `TwoStage(...)`, of the layers that see all tokens.
+            constants: what the attention was calibrated to, layer by layer, if it needs that.
             observe: is given the queries and keys of each layer in turn, while the function is traced.
             prompt_lengths: first tokens of each row that a sentence embedder may have to leave out of its pooling
                 (`pools_without_prompt`).
@@ -369,20 +369,19 @@ class Encoder(nnx.Module):
         """
         config = self.config
         hidden = self.embeddings(inputs)
-        offset = jnp.zeros_like(lengths)
         positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
         tables = {
             rope: rotary_tables(rope, config.head_dim, positions, lengths)
             for rope in dict.fromkeys(config.ropes)
             if rope is not None
         }
-        call = LayerCall(offset, lengths, attention, observe=observe)
+        call = LayerCall(Rows.whole(lengths), Plan(attention), observe=observe)
         for index, layer in enumerate(self.layers):
             rope = config.ropes[index]
             layer_call = replace(
                 call,
                 rotary=None if rope is None else tables[rope],
-                basis=None if bases is None else bases[index],
+                constants={} if constants is None else constants[index],
             )
             hidden, _ = layer(hidden, layer_call)
         if self.norm is not None:

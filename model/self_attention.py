@@ -1,7 +1,7 @@
 """Self-attention as the architectures share it: projections, norms of queries and keys, rotary positions, KV cache."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,15 +9,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..attention import AttentionConfig, attend
-from ..attention.cache import LayerCache, write
+from ..attention import Attention, Constants, KeyView, LayerCache, Mask, Plan, Rows, attend, extend
 from .layers import Linear
 from .rope import RotaryTables, apply_rotary
 
 Norm = Callable[[Array], Array]
 """A norm over the last dimension: `RMSNorm` or `LayerNorm`."""
-Bases = tuple[Array | None, ...]
-"""What the attention's stage-1 method needs, one array per layer; None for a layer that attends exactly."""
+LayerConstants = tuple[Constants, ...]
+"""What calibration learned, layer by layer; nothing of a layer that attends exactly."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +24,29 @@ class LayerCall:
     """What a layer's attention is computed with in one call, besides its input.
 
     Attributes:
-        offset: int32 [batch], position of each row's first token in this call.
-        lengths: int32 [batch], tokens of each whole row.
-        attention: of the layers that see the whole row; those with a window attend exactly.
+        rows: of the call.
+        plan: the attention of the layers that see whole rows; those with a window attend exactly.
+        decoding: whether the call decodes, and takes that attention of the plan.
         rotary: tables of this layer's rotary embedding, None for a layer without.
         cache: what earlier calls left of this layer, None to attend to this call's tokens only.
-        basis: what the attention's stage-1 method was calibrated to in this layer, if it needs that.
+        table: the pages of each slot of the cache; None where a slot is one page.
+        constants: what the attention was calibrated to in this layer.
         observe: is given queries and keys as attention takes them, while the function is traced.
     """
 
-    offset: Int[Array, " batch"]
-    lengths: Int[Array, " batch"]
-    attention: AttentionConfig
+    rows: Rows
+    plan: Plan
+    decoding: bool = False
     rotary: RotaryTables | None = None
     cache: LayerCache | None = None
-    basis: Array | None = None
+    table: Int[Array, "slots slot_pages"] | None = None
+    constants: Constants = field(default_factory=dict)
     observe: Callable[[Array, Array], None] | None = None
+
+    @property
+    def attention(self) -> Attention:
+        """The attention of this call."""
+        return self.plan.decode if self.decoding else self.plan.prompt
 
 
 @runtime_checkable
@@ -74,7 +80,7 @@ class SelfAttention(nnx.Module):
         window: keys that a query sees counted back from itself, its own included (to both sides where not causal), or
             None for all. A layer with a window attends exactly.
         causal: whether a query sees only keys up to its own position.
-        distance_bias: makes the logits' bias [query_heads, distances] as `exact_attention` takes it, or None; layers
+        distance_bias: makes the logits' bias [query_heads, distances] as `Mask` has it, or None; layers
             may share one.
     """
 
@@ -116,25 +122,18 @@ class SelfAttention(nnx.Module):
         query, key, value = self._queries_keys_values(hidden, call.rotary)
         if call.observe is not None:
             call.observe(query, key)
-        cache, projected = call.cache, None
-        if cache is not None:
-            cache = write(cache, key, value, call.offset, call.basis)
-            key, value, projected = cache
-        context = attend(
-            call.attention,
-            query,
-            key,
-            value,
-            offset=call.offset,
-            lengths=call.lengths,
-            causal=self.causal,
-            scale=self.scale,
-            softcap=self.softcap,
-            window=self.window,
-            distance_bias=None if self.distance_bias is None else self.distance_bias(),
-            basis=call.basis,
-            projected=projected,
+        mask = Mask(
+            self.causal,
+            self.window,
+            self.scale,
+            self.softcap,
+            None if self.distance_bias is None else self.distance_bias(),
         )
+        keys, rows, cache = KeyView(key, value), call.rows, call.cache
+        if cache is not None:
+            fields, entries = call.plan.fields(self.head_dim), partial(call.plan.entries, constants=call.constants)
+            cache, keys, rows, mask = extend(cache, key, value, rows, mask, fields, entries, call.table)
+        context = attend(call.attention, query, keys, rows, mask, call.constants)
         batch, tokens, _ = hidden.shape
         return self.o_proj(context.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)), cache
 

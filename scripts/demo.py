@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     two_stage = iceformer.TwoStage(budget=arguments.budget)
     answers: dict[str, dict[str, Any]] = {}
     compile_seconds = {}
-    for name, attention in (("exact", iceformer.Dense()), ("two_stage", two_stage)):
+    for name, attention in (("exact", iceformer.Exact()), ("two_stage", two_stage)):
         console.rule(f"compile with {name.replace('_', '-')} attention")
         start = time.perf_counter()
         iceformer.compile(checkpoint, OUTPUT / name, buckets=BUCKETS, attention=attention, progress=True)

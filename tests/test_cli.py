@@ -77,7 +77,7 @@ def test_compile_options_reach_the_manifest(artifact: Path) -> None:
         (["--budget", "512"], iceformer.Auto(iceformer.TwoStage(budget=512))),
         (["--attention", "auto", "--method", "mean_pool"], iceformer.Auto(iceformer.TwoStage(method="mean_pool"))),
         (["--attention", "two_stage", "--sink", "4"], iceformer.TwoStage(sink=4)),
-        (["--attention", "dense"], iceformer.Dense()),
+        (["--attention", "dense"], iceformer.Exact()),
     ],
 )
 def test_attention_is_auto_unless_named(
@@ -165,7 +165,7 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             (folder / "source" / name).parent.mkdir(exist_ok=True)
             (folder / "source" / name).write_text(text)
         checkpoint = iceformer.convert_checkpoint(folder / "source", folder / "checkpoint")
-        return iceformer.compile(checkpoint, folder / "artifact", buckets=(16,), attention=iceformer.Dense())
+        return iceformer.compile(checkpoint, folder / "artifact", buckets=(16,), attention=iceformer.Exact())
 
     return make
 

@@ -3,24 +3,21 @@
 from dataclasses import asdict
 from typing import Any
 
-from .base import Method, RankingQueries
-from .low_rank import LowRank, padded_rank, project_keys, project_queries, required
+from .base import Constants, Method, RankingQueries
+from .low_rank import LowRank
 from .mean_pool import MeanPool
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (LowRank, MeanPool)}
 
 __all__ = [
     "METHODS",
+    "Constants",
     "LowRank",
     "MeanPool",
     "Method",
     "RankingQueries",
     "make_method",
     "method_to_dict",
-    "padded_rank",
-    "project_keys",
-    "project_queries",
-    "required",
 ]
 
 

@@ -1,16 +1,24 @@
 """What a selection method is: a cheap score that ranks key blocks for a query block.
 
-A method sees keys as [blocks, key_block, head_dim] and gives, for every query and key block, an estimate of the largest
-logit that the query has inside the block. Masks, normalisation, forced blocks and everything after are shared by all
-methods (see `attention.selection`).
+A method gives, for every query and key block, an estimate of the largest logit that the query has inside the block. It
+does so from its index, which it makes of the keys once, when they enter the cache, and from its constants, which it
+learned from a calibration text. Masks, normalisation, forced blocks and everything after are shared by all methods (see
+`attention.selection`).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Shaped
+
+from ..cache import Fields
+
+Constants = Mapping[str, Shaped[Array, "kv_heads ..."]]
+"""What calibration learned of a layer, by name."""
 
 
 class RankingQueries(NamedTuple):
@@ -28,36 +36,46 @@ class Method(ABC):
 
     name: ClassVar[str]
     """The name under which the registry knows the method."""
-    needs_basis: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
     """Whether the method needs what `calibrate` gives."""
 
     def calibrate(
         self,
         query: Float[np.ndarray, "query_heads tokens head_dim"],
         key: Float[np.ndarray, "kv_heads tokens head_dim"],
-    ) -> Float[np.ndarray, "kv_heads 2 head_dim rank"]:
-        """Projections of queries and keys for one layer, from its queries and keys over a calibration text."""
-        raise NotImplementedError(f"{self.name} has nothing to calibrate")
+    ) -> dict[str, Shaped[np.ndarray, "kv_heads ..."]]:
+        """The constants of one layer, from its queries and keys over a calibration text."""
+        return {}
 
     @abstractmethod
-    def summarize(
-        self,
-        key: Float[Array, "heads blocks key_block head_dim"],
-        basis: Float[Array, "heads 2 head_dim rank"] | None,
-    ) -> Shaped[Array, "heads blocks ..."]:
-        """What stage 1 keeps of each key block."""
+    def fields(self, head_dim: int, key_block: int) -> Fields:
+        """The index by name; its entries stand for as many tokens as divide a key block."""
+
+    @abstractmethod
+    def entries(
+        self, field: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants
+    ) -> Shaped[Array, "heads runs ..."]:
+        """What the index keeps, in the field of that name, of each run of tokens; `heads` counts through rows and KV
+        heads."""
 
     @abstractmethod
     def ranking_queries(
         self,
         query: Float[Array, "heads query_blocks queries head_dim"],
         present: Bool[Array, "heads query_blocks queries"],
-        basis: Float[Array, "heads 2 head_dim rank"] | None,
+        constants: Constants,
     ) -> RankingQueries:
         """What stage 1 keeps of each query block, of which `present` says which queries are tokens of their row."""
 
     @abstractmethod
     def block_products(
-        self, features: Shaped[Array, "ranking_queries features"], summary: Shaped[Array, "blocks ..."]
+        self,
+        features: Shaped[Array, "ranking_queries features"],
+        index: Mapping[str, Shaped[Array, "blocks entries ..."]],
     ) -> Float32[Array, "blocks ranking_queries"]:
         """The estimated largest product of each query with a key of each block, before `RankingQueries.scale`."""
+
+
+def of_heads(constant: Shaped[Array, "kv_heads ..."], heads: int) -> Shaped[Array, "heads ..."]:
+    """A constant for heads that are counted through rows and KV heads."""
+    return jnp.tile(constant, (heads // constant.shape[0], *(1,) * (constant.ndim - 1)))

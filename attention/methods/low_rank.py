@@ -9,6 +9,7 @@ the key and may be cached; queries are rounded relative to their own largest com
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,10 +19,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from ..blocks import pad_axis
+from ..cache import Field, Fields
 from ..calibration import logit_projections
 from ..ops import matmul_transposed
-from .base import Method, RankingQueries
+from .base import Constants, Method, RankingQueries, of_heads
 
+PROJECTED_KEY = "projected_key"
+"""The index: a projection of each key."""
+QUERY_PROJECTION, KEY_PROJECTION = "query_projection", "key_projection"
+"""The constants."""
 _LARGEST = 127
 _CALIBRATED_LARGEST = 100.0
 """What the calibration text's largest key component becomes; the rest up to `_LARGEST` is for larger ones."""
@@ -38,7 +44,7 @@ class LowRank(Method):
     """
 
     name: ClassVar[str] = "low_rank"
-    needs_basis: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     rank: int = 32
     query_share: float = 0.5
@@ -53,28 +59,28 @@ class LowRank(Method):
         self,
         query: Float[np.ndarray, "query_heads tokens head_dim"],
         key: Float[np.ndarray, "kv_heads tokens head_dim"],
-    ) -> Float[np.ndarray, "kv_heads 2 head_dim rank"]:
-        projections = logit_projections(query, key, self.rank)
-        largest = np.abs(np.einsum("htd,hdr->htr", key, projections[:, 1])).max(axis=1)
-        unit = np.where(largest > 0, largest, 1.0) / _CALIBRATED_LARGEST
-        return np.stack([projections[:, 0] * unit[:, None], projections[:, 1] / unit[:, None]], axis=1).astype(
-            np.float32
-        )
+    ) -> dict[str, Float32[np.ndarray, "kv_heads head_dim rank"]]:
+        of_queries, of_keys = logit_projections(query, key, self.rank)
+        largest = np.abs(np.einsum("htd,hdr->htr", key, of_keys)).max(axis=1)
+        unit = np.where(largest > 0, largest, 1.0)[:, None] / _CALIBRATED_LARGEST
+        projections = {QUERY_PROJECTION: of_queries * unit, KEY_PROJECTION: of_keys / unit}
+        return {name: projection.astype(np.float32) for name, projection in projections.items()}
 
-    def summarize(
-        self,
-        key: Float[Array, "heads blocks key_block head_dim"],
-        basis: Float[Array, "heads 2 head_dim rank"] | None,
-    ) -> Int8[Array, "heads blocks key_block padded_rank"]:
-        return project_keys(key, required(basis)[:, None])
+    def fields(self, head_dim: int, key_block: int) -> Fields:
+        return {PROJECTED_KEY: Field((_padded(min(self.rank, head_dim)),), "int8")}
+
+    def entries(
+        self, field: str, key: Float[Array, "heads runs 1 head_dim"], constants: Constants
+    ) -> Int8[Array, "heads runs padded_rank"]:
+        return project_keys(key[:, :, 0], of_heads(_required(constants, KEY_PROJECTION), key.shape[0]))
 
     def ranking_queries(
         self,
         query: Float[Array, "heads query_blocks queries head_dim"],
         present: Bool[Array, "heads query_blocks queries"],
-        basis: Float[Array, "heads 2 head_dim rank"] | None,
+        constants: Constants,
     ) -> RankingQueries:
-        projected = project_queries(query, required(basis))
+        projected = self.projected_queries(query, constants)
         heads, blocks, queries, _ = projected.shape
         count = self.ranking_count(queries)
         if count < queries:
@@ -87,40 +93,35 @@ class LowRank(Method):
         unit = jnp.where(largest > 0, largest, 1.0) / _LARGEST
         return RankingQueries(jnp.round(projected / unit[..., None]).astype(jnp.int8), unit, present)
 
+    def projected_queries(
+        self, query: Float[Array, "heads query_blocks queries head_dim"], constants: Constants
+    ) -> Float32[Array, "heads query_blocks queries padded_rank"]:
+        """The calibrated projections of queries, with zeros up to a multiple of 4 components."""
+        projection = of_heads(_required(constants, QUERY_PROJECTION), query.shape[0])[:, None]
+        return _pad(jnp.matmul(query, projection.astype(query.dtype), preferred_element_type=jnp.float32))
+
     def ranking_count(self, queries: int) -> int:
         """How many of a block's queries take part in stage 1."""
         return math.ceil(self.query_share * queries)
 
     def block_products(
-        self, features: Int8[Array, "ranking_queries rank"], summary: Int8[Array, "blocks key_block rank"]
+        self,
+        features: Int8[Array, "ranking_queries padded_rank"],
+        index: Mapping[str, Int8[Array, "blocks key_block padded_rank"]],
     ) -> Float32[Array, "blocks ranking_queries"]:
-        blocks, key_block, rank = summary.shape
+        projected = index[PROJECTED_KEY]
+        blocks, _, rank = projected.shape
         # Sums of integer products of this size are exact in float32, which XLA multiplies faster than int8.
-        keys, queries = (x.astype(jnp.float32).reshape(-1, rank) for x in (summary, features))
-        return jnp.max(matmul_transposed(keys, queries).reshape(blocks, key_block, -1), axis=1)
-
-
-def project_queries(
-    query: Float[Array, "heads query_blocks queries head_dim"], basis: Float[Array, "heads 2 head_dim rank"]
-) -> Float32[Array, "heads query_blocks queries padded_rank"]:
-    """The calibrated projections of queries, with zeros up to a multiple of 4 components."""
-    return _pad(jnp.matmul(query, basis[:, None, 0].astype(query.dtype), preferred_element_type=jnp.float32))
+        keys, queries = (x.astype(jnp.float32).reshape(-1, rank) for x in (projected, features))
+        return jnp.max(matmul_transposed(keys, queries).reshape(blocks, -1, queries.shape[0]), axis=1)
 
 
 def project_keys(
-    key: Float[Array, "*axes head_dim"], basis: Float[Array, "*#heads 2 head_dim rank"]
-) -> Int8[Array, "*axes padded_rank"]:
-    """What stage 1 keeps of each key: its calibrated projection as int8, with zeros up to a multiple of 4 components.
-
-    `basis` has the leading axes of `key` up to the tokens, or ones that broadcast to them.
-    """
-    projected = jnp.matmul(key, basis[..., 1, :, :].astype(key.dtype), preferred_element_type=jnp.float32)
+    key: Float[Array, "heads tokens head_dim"], projection: Float[Array, "heads head_dim rank"]
+) -> Int8[Array, "heads tokens padded_rank"]:
+    """The calibrated projections of keys as int8, with zeros up to a multiple of 4 components."""
+    projected = jnp.matmul(key, projection.astype(key.dtype), preferred_element_type=jnp.float32)
     return _pad(jnp.clip(jnp.round(projected), -_LARGEST, _LARGEST)).astype(jnp.int8)
-
-
-def padded_rank(basis: Float[Array, "*heads 2 head_dim rank"]) -> int:
-    """Components of a projected key, with the zeros."""
-    return -(-basis.shape[-1] // 4) * 4
 
 
 def _pad(x: Float[Array, "*axes rank"]) -> Float[Array, "*axes padded_rank"]:
@@ -128,12 +129,11 @@ def _pad(x: Float[Array, "*axes rank"]) -> Float[Array, "*axes padded_rank"]:
     return pad_axis(x, x.ndim - 1, 4)
 
 
-def required(basis: Array | None) -> Array:
-    """The basis.
+def _padded(rank: int) -> int:
+    return -(-rank // 4) * 4
 
-    Raises:
-        ValueError: there is none.
-    """
-    if basis is None:
-        raise ValueError("low_rank needs calibrated projections: pass basis=, as LowRank.calibrate makes it")
-    return basis
+
+def _required(constants: Constants, name: str) -> Array:
+    if name not in constants:
+        raise ValueError(f"low_rank needs the constant {name}: pass constants=, as LowRank.calibrate makes them")
+    return constants[name]

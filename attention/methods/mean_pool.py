@@ -3,14 +3,18 @@
 Source: SpargeAttn (Zhang et al., arXiv 2502.18137) and FlashPrefill rank blocks by pooled keys.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
+from ..cache import Field, Fields
 from ..ops import matmul_transposed
-from .base import Method, RankingQueries
+from .base import Constants, Method, RankingQueries
+
+_MEAN = "mean_key"
 
 
 @dataclass(frozen=True)
@@ -19,20 +23,23 @@ class MeanPool(Method):
 
     name: ClassVar[str] = "mean_pool"
 
-    def summarize(
-        self, key: Float[Array, "heads blocks key_block head_dim"], basis: Array | None
-    ) -> Float[Array, "heads blocks head_dim"]:
-        return jnp.mean(key.astype(jnp.float32), axis=2).astype(key.dtype)
+    def fields(self, head_dim: int, key_block: int) -> Fields:
+        return {_MEAN: Field((head_dim,), "float32", key_block)}
+
+    def entries(
+        self, field: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants
+    ) -> Float32[Array, "heads runs head_dim"]:
+        return jnp.mean(key.astype(jnp.float32), axis=2)
 
     def ranking_queries(
         self,
         query: Float[Array, "heads query_blocks queries head_dim"],
         present: Bool[Array, "heads query_blocks queries"],
-        basis: Array | None,
+        constants: Constants,
     ) -> RankingQueries:
         return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32), present)
 
     def block_products(
-        self, features: Float[Array, "queries head_dim"], summary: Float[Array, "blocks head_dim"]
+        self, features: Float[Array, "queries head_dim"], index: Mapping[str, Float32[Array, "blocks 1 head_dim"]]
     ) -> Float32[Array, "blocks queries"]:
-        return matmul_transposed(summary, features)
+        return matmul_transposed(index[_MEAN][:, 0].astype(features.dtype), features)

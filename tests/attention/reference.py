@@ -15,7 +15,7 @@ def naive_attention(
     softcap: float | None = None,
     window: int | None = None,
     chosen: np.ndarray | None = None,
-    distance_bias: np.ndarray | None = None,
+    relative_bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """[batch, heads, queries, value_dim]; `chosen` [batch, heads, queries, keys] narrows what a query may see."""
     batch, query_heads, queries, head_dim = query.shape
@@ -37,9 +37,9 @@ def naive_attention(
         logits = key[row, head // group, seen].astype(np.float64) @ query[row, head, index].astype(np.float64) * factor
         if softcap is not None:
             logits = softcap * np.tanh(logits / softcap)
-        if distance_bias is not None:
-            reach = distance_bias.shape[1] // 2
-            logits += [distance_bias[head, reach + min(max(j - position, -reach), reach)] for j in seen]
+        if relative_bias is not None:
+            reach = relative_bias.shape[1] // 2
+            logits += [relative_bias[head, reach + min(max(j - position, -reach), reach)] for j in seen]
         weights = np.exp(logits - logits.max())
         out[row, head, index] = weights / weights.sum() @ value[row, head // group, seen].astype(np.float64)
     return out

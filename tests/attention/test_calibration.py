@@ -25,7 +25,7 @@ def test_full_rank_keeps_every_logit() -> None:
     query, key = heads(0)
     projections = logit_projections(query, key, rank=16)
     for head in range(4):
-        a, b = projections[head // 2]
+        a, b = (x[head // 2] for x in projections)
         assert ranking_error(query[head], key[head // 2], query[head] @ a, key[head // 2] @ b) < 1e-4
 
 
@@ -37,7 +37,7 @@ def test_beats_principal_components_of_the_keys(rank) -> None:
         both = query[2 * head : 2 * head + 2].reshape(-1, 16)
         centred = key[head] - key[head].mean(axis=0)
         components = np.linalg.svd(centred, full_matrices=False)[2][:rank].T
-        a, b = projections[head]
+        a, b = (x[head] for x in projections)
         ours = ranking_error(both, key[head], both @ a, key[head] @ b)
         assert ours < ranking_error(both, key[head], both @ components, key[head] @ components)
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iceformer.attention import Dense, LowRank, TwoStage, attend
+from iceformer.attention import Exact, LowRank, TwoStage
 from iceformer.attention.coverage import keys_attended
 
+from .calls import attend
 from .reference import random_inputs
 
 run = jax.jit(attend, static_argnums=0)
@@ -47,6 +48,6 @@ def test_counts_what_is_attended(length, exact_last_block, crossover) -> None:
 
 
 def test_exact_attention_reads_every_key() -> None:
-    assert keys_attended(Dense(), 1000) == 1.0
+    assert keys_attended(Exact(), 1000) == 1.0
     assert keys_attended(TwoStage(budget=1024), 1000) == 1.0
     assert keys_attended(TwoStage(budget=1024, crossover=3000), 3000) == 1.0

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iceformer.attention import Dense, LowRank, MeanPool, TwoStage, attend, exact_attention, two_stage_attention
+from iceformer.attention import Exact, LowRank, MeanPool, TwoStage
 
+from .calls import attend, exact_attention, two_stage_attention
 from .reference import naive_attention, random_inputs
 
 KEYS, HEAD_DIM, BLOCK = 96, 16, 8
@@ -40,9 +41,9 @@ def test_exact_equals_numpy(blocks: dict[str, int], causal: bool, reach: int) ->
     rows: dict[str, Any] = {"offset": np.array([20, 3], np.int32), "lengths": np.array([60, 43], np.int32)}
     options: dict[str, Any] = {"causal": causal, "scale": 0.5, "softcap": 3.0}
     bias = random_bias(reach)
-    arrays = {name: jnp.asarray(x) for name, x in {**rows, "distance_bias": bias}.items()}
-    output = jax.jit(partial(exact_attention, **options, **blocks))(*map(jnp.asarray, (query, key, value)), **arrays)
-    expected = naive_attention(query, key, value, **rows, **options, distance_bias=bias)
+    arrays = {name: jnp.asarray(x) for name, x in {**rows, "relative_bias": bias}.items()}
+    output = exact_attention(*map(jnp.asarray, (query, key, value)), **arrays, **options, **blocks)
+    expected = naive_attention(query, key, value, **rows, **options, relative_bias=bias)
     np.testing.assert_allclose(output, expected, atol=2e-6)
 
 
@@ -55,12 +56,12 @@ def test_two_stage_is_an_exact_softmax_over_its_selection(method: str, causal: b
     query, key, _ = random_inputs(1, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
     rows: dict[str, Any] = {"offset": np.zeros(2, np.int32), "lengths": np.full(2, KEYS, np.int32)}
     identity, bias = np.broadcast_to(np.eye(KEYS, dtype=np.float32), (2, 2, KEYS, KEYS)), random_bias(9)
-    arrays = {name: jnp.asarray(x) for name, x in {**rows, "distance_bias": bias}.items()}
+    arrays = {name: jnp.asarray(x) for name, x in {**rows, "relative_bias": bias}.items()}
     weights = np.asarray(run(config, *map(jnp.asarray, (query, key, identity)), **arrays, causal=causal))
     chosen = weights.reshape(2, 2, 2, -1, BLOCK, KEYS).any(axis=(2, 4)).repeat(BLOCK, axis=2).repeat(2, axis=1)
     counts = chosen.sum(axis=-1)
     assert (counts[:, :, 80:88] == config.budget).all()
-    expected = naive_attention(query, key, identity, **rows, causal=causal, chosen=chosen, distance_bias=bias)
+    expected = naive_attention(query, key, identity, **rows, causal=causal, chosen=chosen, relative_bias=bias)
     np.testing.assert_allclose(weights, expected, atol=2e-6)
 
 
@@ -73,29 +74,29 @@ def test_the_bias_decides_what_is_selected_among_candidates() -> None:
     identity = jnp.broadcast_to(jnp.eye(KEYS), (1, 2, KEYS, KEYS))
     rows: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, KEYS)}
     equal = jnp.zeros_like(jnp.asarray(key))
-    weights = run(config, jnp.asarray(query), equal, identity, **rows, causal=False, distance_bias=jnp.asarray(bias))
+    weights = run(config, jnp.asarray(query), equal, identity, **rows, causal=False, relative_bias=jnp.asarray(bias))
     for index in range(KEYS - 30):
         share = np.exp(5.0) / (np.exp(5.0) + config.budget - 1)
         np.testing.assert_allclose(weights[0, :, index, index + 30], share, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [Dense(), TwoStage(method=METHODS["low_rank"], **SMALL)], ids=["dense", "two_stage"])
+@pytest.mark.parametrize("config", [Exact(), TwoStage(method=METHODS["low_rank"], **SMALL)], ids=["exact", "two_stage"])
 def test_attend_does_not_run_in_kernels(config: Any) -> None:
     """The native kernels would ignore the bias."""
     query, key, value = (jnp.asarray(x) for x in random_inputs(3, 1, 4, 2, KEYS, KEYS, HEAD_DIM))
     rows: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, KEYS)}
     call = jax.jit(partial(attend, config, causal=False, basis=FULL_RANK))
     bias = jnp.asarray(random_bias(3))
-    text = call.lower(query, key, value, **rows, distance_bias=bias).as_text()
+    text = call.lower(query, key, value, **rows, relative_bias=bias).as_text()
     assert "iceformer" not in text
-    assert np.abs(call(query, key, value, **rows, distance_bias=bias) - call(query, key, value, **rows)).max() > 0.1
+    assert np.abs(call(query, key, value, **rows, relative_bias=bias) - call(query, key, value, **rows)).max() > 0.1
 
 
 def test_refusals() -> None:
     query, key, value = (jnp.asarray(x) for x in random_inputs(4, 1, 4, 2, 8, 8, HEAD_DIM))
     rows: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 8)}
-    with pytest.raises(ValueError, match="distance_bias has 4 distances, expected an odd number"):
-        exact_attention(query, key, value, **rows, distance_bias=jnp.zeros((4, 4)))
+    with pytest.raises(ValueError, match="relative_bias has 4 distances, expected an odd number"):
+        exact_attention(query, key, value, **rows, relative_bias=jnp.zeros((4, 4)))
     config = TwoStage(method=MeanPool(), compensation="block_mean", **SMALL)
-    with pytest.raises(ValueError, match="compensation is 'block_mean', which cannot go with a distance_bias"):
-        two_stage_attention(config, query, key, value, **rows, distance_bias=jnp.zeros((4, 5)))
+    with pytest.raises(ValueError, match="compensation is 'block_mean', which cannot go with a relative position bias"):
+        two_stage_attention(config, query, key, value, **rows, relative_bias=jnp.zeros((4, 5)))

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iceformer.attention import LowRank, MeanPool, TwoStage, exact_attention, project_keys, two_stage_attention
+from iceformer.attention import LowRank, MeanPool, TwoStage
+
+from .calls import exact_attention, project_keys, two_stage_attention
 
 KEYS, HEAD_DIM = 300, 16
 BASIS = jnp.asarray(np.random.default_rng(5).standard_normal((2, 2, HEAD_DIM, 8)), jnp.float32)
@@ -22,7 +24,7 @@ STRATEGIES = {
     "exact": partial(exact_attention, query_block=16, key_block=32),
     "exact, softcap": partial(exact_attention, softcap=5.0),
     "window": partial(exact_attention, window=30, query_block=16, key_block=32),
-    "bias": partial(exact_attention, distance_bias=BIAS, key_block=64),
+    "bias": partial(exact_attention, relative_bias=BIAS, key_block=64),
     "low_rank": partial(two_stage_attention, TwoStage(method=LowRank(rank=8), **SMALL), basis=BASIS),
     "low_rank, last block too": partial(two_stage_attention, TwoStage(method=LowRank(rank=8), **LAST_TOO), basis=BASIS),
     "low_rank, few candidates": partial(two_stage_attention, TwoStage(method=LowRank(rank=8), **FEW), basis=BASIS),
@@ -31,7 +33,7 @@ STRATEGIES = {
     "block means": partial(
         two_stage_attention, TwoStage(method=MeanPool(), compensation="block_mean", **LAST_TOO), softcap=5.0
     ),
-    "bias, two-stage": partial(two_stage_attention, TwoStage(method=MeanPool(), **LAST_TOO), distance_bias=BIAS),
+    "bias, two-stage": partial(two_stage_attention, TwoStage(method=MeanPool(), **LAST_TOO), relative_bias=BIAS),
 }
 # Queries of the call, offsets and lengths of three rows. The chunk fills no whole number of query blocks, and ends
 # before, at and after the end of its row.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iceformer.attention import METHODS, Auto, Dense, LowRank, TwoStage, attention_to_dict, make_method
+from iceformer.attention import METHODS, Auto, Exact, LowRank, TwoStage, attention_to_dict, make_method
 from iceformer.attention.selection import select
 
 
@@ -70,8 +70,8 @@ def test_methods_refuse_options_they_do_not_have() -> None:
 
 
 def test_low_rank_without_projections_says_so() -> None:
-    with pytest.raises(ValueError, match="needs calibrated projections"):
-        LowRank().ranking_queries(jnp.zeros((1, 1, 4, 8)), jnp.ones((1, 1, 4), bool), None)
+    with pytest.raises(ValueError, match="needs the constant query_projection"):
+        LowRank().ranking_queries(jnp.zeros((1, 1, 4, 8)), jnp.ones((1, 1, 4), bool), {})
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -79,4 +79,4 @@ def test_configurations_are_values(name) -> None:
     assert TwoStage(method=name) == TwoStage(method=make_method(name))
     assert hash(TwoStage(method=name)) == hash(TwoStage(method=make_method(name)))
     assert json.loads(json.dumps(attention_to_dict(TwoStage(method=name))))["method"]["name"] == name
-    assert attention_to_dict(Dense())["kind"] == "dense"
+    assert attention_to_dict(Exact())["kind"] == "exact"

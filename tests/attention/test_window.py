@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iceformer.attention import Dense, TwoStage, attend, exact_attention
+from iceformer.attention import Exact, TwoStage
 from iceformer.attention.blocks import Visibility
 
+from .calls import attend, exact_attention
 from .reference import naive_attention, random_inputs
 
 STATIC = ("causal", "softcap", "scale", "window")
@@ -192,7 +193,7 @@ def test_a_bidirectional_window_is_the_local_attention_of_modernbert(local_atten
     np.testing.assert_array_equal(visible_keys(40, causal=False, window=local_attention // 2 + 1), expected)
 
 
-@pytest.mark.parametrize("config", [Dense(), Dense(query_block=16, key_block=32), TwoStage(budget=64, key_block=1)])
+@pytest.mark.parametrize("config", [Exact(), Exact(query_block=16, key_block=32), TwoStage(budget=64, key_block=1)])
 def test_attend_is_exact_in_the_window_whatever_the_configuration(config) -> None:
     query, key, value = random_inputs(2, 1, 4, 2, 200, 200, 16)
     rows: dict[str, Any] = {"offset": np.zeros(1, np.int32), "lengths": np.full(1, 200, np.int32)}

@@ -44,7 +44,7 @@ def checkpoint(source: tuple[Path, Any]) -> Path:
 @pytest.fixture(scope="session")
 def dense_artifact(checkpoint: Path) -> Path:
     return iceformer.compile(
-        checkpoint, checkpoint.parent / "dense", buckets=BUCKETS, attention=iceformer.Dense(), chunk=CHUNK
+        checkpoint, checkpoint.parent / "dense", buckets=BUCKETS, attention=iceformer.Exact(), chunk=CHUNK
     )
 
 

@@ -20,7 +20,7 @@ def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: 
     reference = save_random(tmp_path / "source", model_type, **DECODERS[model_type].tiny)
     iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint")
     iceformer.compile(
-        tmp_path / "checkpoint", tmp_path / "artifact", buckets=(64,), chunk=16, attention=iceformer.Dense()
+        tmp_path / "checkpoint", tmp_path / "artifact", buckets=(64,), chunk=16, attention=iceformer.Exact()
     )
     session = iceformer.load(tmp_path / "artifact")
     ids = np.random.default_rng(4).integers(0, session.info.model.vocab_size, TOKENS)
@@ -47,7 +47,7 @@ def test_encodings_equal_transformers(model_type: str, tmp_path: Path) -> None:
         tmp_path / "artifact",
         buckets=(64,) if fixed is None else None,
         batch=2,
-        attention=iceformer.Dense(),
+        attention=iceformer.Exact(),
     )
     session = iceformer.load(tmp_path / "artifact")
     lengths = (TOKENS, 9) if fixed is None else (fixed,) * 2

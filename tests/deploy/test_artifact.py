@@ -207,7 +207,7 @@ def test_a_failed_compile_leaves_nothing(
 
     monkeypatch.setattr(lowering, "check_custom_calls", fail)
     with pytest.raises(failure):
-        iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(32,), attention=iceformer.Dense(), chunk=32)
+        iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(32,), attention=iceformer.Exact(), chunk=32)
     assert list(tmp_path.iterdir()) == []
 
 

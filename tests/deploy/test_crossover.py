@@ -89,7 +89,7 @@ LARGE = iceformer.TwoStage(budget=500, query_block=8, sink=0, local=0)
 def test_each_bucket_gets_what_is_faster(
     table: CrossoverTable | None, capacity: int, chosen: int | None, reason: str
 ) -> None:
-    expected = iceformer.Dense() if chosen is None else dataclasses.replace(LARGE, crossover=chosen)
+    expected = iceformer.Exact() if chosen is None else dataclasses.replace(LARGE, crossover=chosen)
     assert choose(LARGE, table, capacity) == Choice(expected, reason)
 
 
@@ -110,12 +110,12 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("measured")
 
     monkeypatch.setattr(crossover, "measure", fail)
-    for asked in (iceformer.Dense(), LARGE):
+    for asked in (iceformer.Exact(), LARGE):
         choices, measured = decide(asked, (256, 1024), SHAPE, fail)
         assert choices == (Choice(asked, "as asked"),) * 2
         assert measured == ()
     choices, measured = decide(iceformer.Auto(LARGE), (256, 500), SHAPE, fail)
-    assert [choice.attention for choice in choices] == [iceformer.Dense()] * 2
+    assert [choice.attention for choice in choices] == [iceformer.Exact()] * 2
     assert measured == ()
     assert needs_measurement(iceformer.Auto(LARGE), (256, 501), SHAPE)
     with pytest.raises(AssertionError, match="measured"):
@@ -250,6 +250,6 @@ def test_a_timed_call_is_bidirectional_if_the_model_is(monkeypatch: pytest.Monke
 def test_a_model_of_windows_only_is_not_measured() -> None:
     shape = dataclasses.replace(SHAPE, only_exact="every layer has a sliding window")
     choices, measured = decide(iceformer.Auto(LARGE), (256, 1024), shape, lambda line: None)
-    assert choices == (Choice(iceformer.Dense(), "exact: every layer has a sliding window"),) * 2
+    assert choices == (Choice(iceformer.Exact(), "exact: every layer has a sliding window"),) * 2
     assert measured == ()
     assert not needs_measurement(iceformer.Auto(LARGE), (256, 1024), shape)

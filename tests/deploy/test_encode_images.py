@@ -99,7 +99,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def session(checkpoint: Path) -> Session:
-    return iceformer.load(iceformer.compile(checkpoint, checkpoint / "artifact", attention=iceformer.Dense(), batch=2))
+    return iceformer.load(iceformer.compile(checkpoint, checkpoint / "artifact", attention=iceformer.Exact(), batch=2))
 
 
 def images(count: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 
 import iceformer
 from iceformer import kernels
-from iceformer.attention import Dense, LowRank, MeanPool
+from iceformer.attention import Exact, LowRank, MeanPool
 from iceformer.attention.cache import LayerCache
 from iceformer.deploy.entries import DecoderEntries, PlainCache
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "budget": 32, "query_block": 8, "key_block": 2, "sink": 4, "local": 4, "exact_last_block": False,
 }  # fmt: skip
 ATTENTIONS = {
-    "dense": Dense(),
+    "dense": Exact(),
     "mean_pool": iceformer.TwoStage(method=MeanPool(), **SMALL),
     "low_rank": iceformer.TwoStage(method=LowRank(rank=8), **SMALL),
 }
@@ -88,7 +88,7 @@ def test_a_new_token_attends_exactly_whatever_the_prompt_did(entries: DecoderEnt
     two_stage = dataclasses.replace(entries, attention=ATTENTIONS["low_rank"])
     compiled = Compiled(two_stage)
     cache, _ = compiled.prefill(0.0)
-    exact = Compiled(dataclasses.replace(entries, attention=Dense())).decode(cache)
+    exact = Compiled(dataclasses.replace(entries, attention=Exact())).decode(cache)
     np.testing.assert_array_equal(compiled.decode(cache), exact)
     # The prompt's attention would give something else.
     model, bases = entries._model(entries.weights)

@@ -28,7 +28,7 @@ from iceformer.model.layers import Linear
 
 from .conftest import BUCKETS, CHUNK, VOCABULARY
 
-DENSE: dict[str, Any] = {"buckets": BUCKETS, "attention": iceformer.Dense(), "chunk": CHUNK}
+DENSE: dict[str, Any] = {"buckets": BUCKETS, "attention": iceformer.Exact(), "chunk": CHUNK}
 SMALL: dict[str, Any] = DENSE | {"buckets": (64,)}
 
 

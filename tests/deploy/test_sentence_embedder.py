@@ -24,7 +24,7 @@ TEXTS = [
 def session(minilm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     target = tmp_path_factory.mktemp("embedder") / "artifact"
     return iceformer.load(
-        iceformer.compile(minilm_checkpoint, target, buckets=(32, 256), batch=2, attention=iceformer.Dense())
+        iceformer.compile(minilm_checkpoint, target, buckets=(32, 256), batch=2, attention=iceformer.Exact())
     )
 
 
@@ -64,7 +64,7 @@ def test_a_long_text_is_cut_where_the_folder_says(session: Session) -> None:
 
 def test_int8_keeps_the_vectors_and_says_how_well(session: Session, minilm_checkpoint: Path, tmp_path: Path) -> None:
     path = iceformer.compile(
-        minilm_checkpoint, tmp_path / "int8", buckets=(128,), attention=iceformer.Dense(), weights="int8"
+        minilm_checkpoint, tmp_path / "int8", buckets=(128,), attention=iceformer.Exact(), weights="int8"
     )
     rounded = iceformer.load(path)
     loss = rounded.info.weights.loss

@@ -10,7 +10,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 import iceformer
-from iceformer.attention import AttentionConfig, Dense, method_of
+from iceformer.attention import AttentionConfig, Exact, method_of
 from iceformer.deploy.calibration import calibrate, calibration_ids
 from iceformer.evaluate.line_retrieval import make_record, pseudo_words
 from iceformer.evaluate.retention import Task, retention
@@ -51,7 +51,7 @@ def test_an_eighth_of_the_context_keeps_the_answers(model, calibration: str) -> 
     source = None if calibration == "default text" else rng.integers(0, model.config.vocab_size, TOKENS)
     ids, _ = calibration_ids(source, tokenizer, model.config.vocab_size, TOKENS)
     bases = calibrate(model, method_of(attention), ids[None], ids.size)
-    exact = right_answers(model, Dense(), None, tasks)
+    exact = right_answers(model, Exact(), None, tasks)
     assert len(exact) > 100
     assert np.mean(exact) > 0.9
     assert retention(exact, right_answers(model, attention, bases, tasks)) > 0.97

@@ -33,7 +33,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save(str(folder / "source" / "tokenizer.json"))
     checkpoint = iceformer.convert_checkpoint(folder / "source", folder / "checkpoint")
-    return iceformer.compile(checkpoint, folder / "artifact", buckets=(64,), attention=iceformer.Dense(), chunk=32)
+    return iceformer.compile(checkpoint, folder / "artifact", buckets=(64,), attention=iceformer.Exact(), chunk=32)
 
 
 @pytest.fixture(scope="session")

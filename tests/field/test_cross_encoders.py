@@ -58,7 +58,7 @@ class TestSession:
 
     @pytest.fixture(scope="class")
     def artifact(self, source: Path) -> Path:
-        options: dict[str, Any] = {"buckets": (32,), "batch": 2, "attention": iceformer.Dense()}
+        options: dict[str, Any] = {"buckets": (32,), "batch": 2, "attention": iceformer.Exact()}
         return iceformer.compile(convert(source), source.parent / "artifact", **options)
 
     @pytest.fixture(scope="class")

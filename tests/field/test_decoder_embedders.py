@@ -98,7 +98,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray
 def session(embedder: tuple[Path, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("compiled")
     checkpoint = iceformer.convert_checkpoint(embedder[0], folder / "checkpoint")
-    artifact = iceformer.compile(checkpoint, folder / "artifact", buckets=(96,), batch=2, attention=iceformer.Dense())
+    artifact = iceformer.compile(checkpoint, folder / "artifact", buckets=(96,), batch=2, attention=iceformer.Exact())
     return iceformer.load(artifact)
 
 
@@ -227,7 +227,7 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pairs_are_scored_as_by_a_cross_encoder(reranker: Path, tmp_path: Path) -> None:
     checkpoint = iceformer.convert_checkpoint(reranker, tmp_path / "checkpoint")
-    artifact = iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(64,), batch=2, attention=iceformer.Dense())
+    artifact = iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(64,), batch=2, attention=iceformer.Exact())
     found = iceformer.load(artifact).encode(PAIRS, outputs=("logits",))
     model = CrossEncoder(str(reranker), activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(arrays(found, "logits")[:, 0], model.predict(PAIRS), atol=TOLERANCE)
@@ -246,12 +246,12 @@ def test_options_of_compiling(reranker: Path, tmp_path: Path) -> None:
         assert session.info.model.labels == ("LABEL_0",)
         return arrays([session.encode(ids[:count]) for count in (190, 9)], "logits")
 
-    exact = logits("exact", attention=iceformer.Dense())
+    exact = logits("exact", attention=iceformer.Exact())
     selecting = logits("two_stage", attention=two_stage)
     assert selecting[1] == pytest.approx(exact[1], abs=TOLERANCE)
     assert 1e-5 < abs(selecting[0] - exact[0]) < 0.5
     np.testing.assert_allclose(logits("auto", attention=iceformer.Auto(two_stage)), exact, atol=0.5)
-    np.testing.assert_allclose(logits("int8", attention=iceformer.Dense(), weights="int8"), exact, atol=0.1)
+    np.testing.assert_allclose(logits("int8", attention=iceformer.Exact(), weights="int8"), exact, atol=0.1)
     loss = json.loads((tmp_path / "int8" / "manifest.json").read_text())["weights"]["loss"]
     assert 0.99 < loss["cosine"] < 1
 

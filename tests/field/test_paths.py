@@ -67,7 +67,7 @@ def test_from_the_source_to_the_artifact_in_folders_of_any_name(
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
     artifact = iceformer.compile(
-        checkpoint, Path(ALL_AT_ONCE, "arti[fact]"), buckets=(16,), attention=iceformer.Dense(), chunk=16
+        checkpoint, Path(ALL_AT_ONCE, "arti[fact]"), buckets=(16,), attention=iceformer.Exact(), chunk=16
     )
     assert len(iceformer.load(artifact).generate([1, 2, 3], max_new_tokens=2).ids) == 2
 

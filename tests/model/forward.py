@@ -23,7 +23,7 @@ def forward(
     model: CausalLM,
     ids: ArrayLike,
     lengths: ArrayLike | None = None,
-    attention: AttentionConfig = iceformer.Dense(),  # noqa: B008 - a frozen value
+    attention: AttentionConfig = iceformer.Exact(),  # noqa: B008 - a frozen value
 ) -> np.ndarray:
     """`model(ids, lengths, attention=attention)`."""
     graph, state = nnx.split(model)

@@ -56,7 +56,7 @@ def encode(
     model: Encoder,
     inputs: dict[str, np.ndarray],
     lengths: np.ndarray,
-    attention: AttentionConfig = iceformer.Dense(),  # noqa: B008 - a frozen value
+    attention: AttentionConfig = iceformer.Exact(),  # noqa: B008 - a frozen value
 ) -> dict[str, np.ndarray]:
     graph, state = nnx.split(model)
 

@@ -90,7 +90,7 @@ def test_chunks_with_a_cache_equal_one_call(tmp_path: Path, save_llama: Callable
     def step(state: nnx.State, ids: jax.Array, offset: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         merged = nnx.merge(graph, state)
         hidden, cache_after = merged.hidden_states(
-            ids, offset=offset, lengths=lengths, cache=cache, attention=iceformer.Dense()
+            ids, offset=offset, lengths=lengths, cache=cache, attention=iceformer.Exact()
         )
         assert cache_after is not None
         return merged.logits(hidden), cache_after

@@ -1,0 +1,98 @@
+"""`Plan`: the attention of a bucket's prompts and of its decoding; `Auto`, which lets compiling choose; the registry of
+strategies and their JSON form.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from jaxtyping import Array, Float, Shaped
+
+from .cache import Fields
+from .exact import Exact
+from .methods import Constants, method_to_dict
+from .strategy import Attention
+from .two_stage import TwoStage
+from .values import Values
+
+STRATEGIES: dict[str, type[Attention]] = {strategy.kind: strategy for strategy in (Exact, TwoStage, Values)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The attention of the layers that see whole rows; layers with a sliding window attend exactly.
+
+    Attributes:
+        prompt: of prompts, scoring and encoding.
+        decode: of single new tokens.
+    """
+
+    prompt: Attention = field(default_factory=Exact)
+    decode: Attention = field(default_factory=Exact)
+
+    def __post_init__(self) -> None:
+        ours, theirs = self.prompt.fields(128), self.decode.fields(128)
+        if any(self._maker(self.prompt) != self._maker(self.decode) for name in ours if name in theirs):
+            raise ValueError(
+                f"prompt is {self.prompt} and decode is {self.decode}, which keep different things under one name: "
+                "expected the same method with the same options"
+            )
+
+    @property
+    def strategies(self) -> tuple[Attention, ...]:
+        """Both, or the one that both are."""
+        return (self.prompt,) if self.prompt == self.decode else (self.prompt, self.decode)
+
+    def fields(self, head_dim: int) -> Fields:
+        """What both ask the cache to keep."""
+        return {name: kept for strategy in self.strategies for name, kept in strategy.fields(head_dim).items()}
+
+    def entries(
+        self, name: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants
+    ) -> Shaped[Array, "heads runs ..."]:
+        """What new keys add to a field of either."""
+        owner = next(strategy for strategy in self.strategies if name in strategy.fields(key.shape[3]))
+        return owner.entries(name, key, constants)
+
+    @staticmethod
+    def _maker(strategy: Attention) -> object:
+        """What decides the contents of a strategy's index."""
+        return (strategy.method, strategy.key_block) if isinstance(strategy, TwoStage) else strategy
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Exact or two-stage attention for each bucket, whichever `compile` measures to be faster on its machine.
+
+    Attributes:
+        two_stage: what two-stage attention is to be; its crossover is what is measured, so it must not have one.
+    """
+
+    two_stage: TwoStage = field(default_factory=TwoStage)
+
+    def __post_init__(self) -> None:
+        if self.two_stage.crossover:
+            raise ValueError(
+                f"crossover is {self.two_stage.crossover}, but Auto measures it: leave it out, or ask for the TwoStage"
+            )
+
+
+def attention_to_dict(attention: Attention) -> dict[str, Any]:
+    """The JSON form of a strategy: its kind and its fields."""
+    options = asdict(attention)  # type: ignore[call-overload]
+    if isinstance(attention, TwoStage):
+        options["method"] = method_to_dict(attention.ranking)
+    return {"kind": attention.kind, **options}
+
+
+def plan_to_dict(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The JSON form of a plan."""
+    return {"prompt": attention_to_dict(plan.prompt), "decode": attention_to_dict(plan.decode)}
+
+
+def is_attention(value: object) -> bool:
+    """Whether a value is the JSON form of a strategy, as far as somebody who only shows it can tell."""
+    if not isinstance(value, Mapping) or value.get("kind") not in STRATEGIES:
+        return False
+    method = value.get("method")
+    return value["kind"] != TwoStage.kind or (isinstance(method, Mapping) and isinstance(method.get("name"), str))

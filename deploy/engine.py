@@ -1,0 +1,272 @@
+"""`Engine`: several requests at once over one artifact of a decoder, step by step. It knows tokens and no text.
+
+A request waits for a slot in the smallest bucket that has room for it. Each step takes one chunk of one prompt and
+writes one token of every request whose prompt is done, so that a long prompt does not stop the others' writing.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .encoding import bucket_for
+from .manifest import BucketInfo
+from .runner import Runner
+from .sampling import sample
+from .slots import Slots
+
+FinishReason = Literal["stop", "length", "capacity"]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        ids: int32 [n], the prompt, checked: not empty, in the vocabulary, not longer than the largest bucket.
+        max_new_tokens: how many tokens to write at most, at least 1.
+        temperature: 0 takes the most likely token each time; above 0 draws from softmax(logits / temperature).
+        seed: of the draws.
+    """
+
+    ids: NDArray[np.int32]
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """So many tokens of a request's prompt are in the cache, of so many."""
+
+    handle: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TokenWritten:
+    """A request's next token. With a `finish_reason` it is the last: "stop" at an end-of-sequence token, "length" after
+    max_new_tokens, "capacity" when the bucket was full."""
+
+    handle: int
+    id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class RequestLost:
+    """A request ended because a call of its bucket failed, which cost it its place in the cache."""
+
+    handle: int
+
+
+Event = PromptRead | TokenWritten | RequestLost
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request with a place in the cache.
+
+    Attributes:
+        read: tokens of the prompt that are in the cache.
+        written: how many tokens the model wrote.
+        last: the last of them, which is not in the cache yet.
+    """
+
+    handle: int
+    request: Request
+    bucket: BucketInfo
+    slot: int
+    generator: np.random.Generator
+    read: int = 0
+    written: int = 0
+    last: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether the prompt is done."""
+        return self.read == len(self.request.ids)
+
+    @property
+    def position(self) -> int:
+        """Where the last token goes in the cache."""
+        return len(self.request.ids) + self.written - 1
+
+
+@dataclass(eq=False)
+class _Place:
+    """A bucket's slots, and the requests that wait for one."""
+
+    slots: Slots
+    waiting: deque[tuple[int, Request]] = field(default_factory=deque)
+
+
+class Engine:
+    """Continues requests. Not safe for threads: one at a time calls it, except `cancel`, which any thread may."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner, self._info = runner, runner.info
+        self._places = {bucket.capacity: _Place(Slots(bucket, self._info.batch)) for bucket in self._info.buckets}
+        self._running: dict[int, _Running] = {}
+        self._lost: list[int] = []
+        self._cancelled: set[int] = set()
+        self._next_handle = 0
+
+    def add(self, request: Request) -> int:
+        """Takes a request, and gives the handle that its events have."""
+        handle = self._next_handle
+        self._next_handle += 1
+        self._places[self._bucket(request).capacity].waiting.append((handle, request))
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """Ends a request before the next step, without an event; does nothing for one that has ended."""
+        self._cancelled.add(handle)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do in a step."""
+        self._sweep()
+        return bool(self._running or self._lost or any(place.waiting for place in self._places.values()))
+
+    def step(self) -> list[Event]:
+        """One chunk of the oldest prompt that is not done, and one token of every request whose prompt is.
+
+        A call that fails raises; the requests of its bucket are lost, which the next step tells, and all others go on.
+        """
+        self._sweep()
+        self._seat()
+        events: list[Event] = [RequestLost(handle) for handle in self._lost]
+        self._lost.clear()
+        reading = next((running for running in self._running.values() if not running.writes), None)
+        if reading is not None:
+            events += self._read(reading)
+        for bucket in self._info.buckets:
+            writing = [running for running in self._running.values() if running.bucket is bucket and running.writes]
+            if writing:
+                events += self._write(bucket, writing)
+        return events
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens can be taken in at once, by `score` or `logits`."""
+        self._sweep()
+        place = self._places[bucket_for(self._info, tokens).capacity]
+        return place.slots.free and not place.waiting
+
+    def score(self, ids: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int32]]]:
+        """Chunk by chunk: where it ends, the log-probability of each next token, and the model's own, [chunk] each.
+
+        There must be room; it takes a slot until the last chunk.
+        """
+        targets = np.roll(ids, -1)
+        for start, logprobs, argmax in self._chunks("score", ids, targets):
+            yield start, logprobs[0], argmax[0]
+
+    def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits [vocab] after the last token; there must be room."""
+        *_, (_, logits) = self._chunks("prefill", ids)
+        return logits[0]
+
+    def _chunks(self, entry: str, *rows: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
+        """Runs an entry over a sequence in a slot of its own, and gives the end of each chunk and its results."""
+        length = len(rows[0])
+        bucket = bucket_for(self._info, length)
+        slots = self._places[bucket.capacity].slots
+        slot = slots.take(length)
+        try:
+            for start in range(0, length, bucket.chunk):
+                pieces = [_piece(row, start, bucket.chunk) for row in rows]
+                results = self._call(bucket, entry, *pieces, *_row(slot, start, length))
+                yield start + bucket.chunk, *(np.array(result) for result in results)
+        finally:
+            slots.give_back(slot)
+
+    def _bucket(self, request: Request) -> BucketInfo:
+        return bucket_for(self._info, len(request.ids) + request.max_new_tokens - 1)
+
+    def _sweep(self) -> None:
+        """Lets go of what was cancelled."""
+        while self._cancelled:
+            handle = self._cancelled.pop()
+            if handle in self._running:
+                self._release(self._running[handle])
+            for place in self._places.values():
+                place.waiting = deque(item for item in place.waiting if item[0] != handle)
+
+    def _seat(self) -> None:
+        """Gives free slots to those who wait."""
+        for bucket in self._info.buckets:
+            place = self._places[bucket.capacity]
+            while place.waiting and place.slots.free:
+                handle, request = place.waiting.popleft()
+                slot = place.slots.take(len(request.ids) + request.max_new_tokens)
+                generator = np.random.default_rng(request.seed)
+                self._running[handle] = _Running(handle, request, bucket, slot, generator)
+
+    def _release(self, running: _Running) -> None:
+        self._places[running.bucket.capacity].slots.give_back(running.slot)
+        del self._running[running.handle]
+
+    def _read(self, running: _Running) -> Sequence[Event]:
+        bucket, ids, start = running.bucket, running.request.ids, running.read
+        piece = _piece(ids, start, bucket.chunk)
+        (logits,) = self._call(bucket, "prefill", piece, *_row(running.slot, start, len(ids)))
+        running.read = min(start + bucket.chunk, len(ids))
+        read = PromptRead(running.handle, running.read, len(ids))
+        return (read, self._sample(running, np.asarray(logits)[0])) if running.writes else (read,)
+
+    def _write(self, bucket: BucketInfo, writing: Sequence[_Running]) -> Sequence[Event]:
+        """One more token of each request, all of them in one call."""
+        slots = self._info.batch
+        tokens, slot, offset = np.zeros(slots, np.int32), np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
+        for running in writing:
+            tokens[running.slot], slot[running.slot], offset[running.slot] = (
+                running.last,
+                running.slot,
+                running.position,
+            )
+        (result,) = self._call(bucket, "decode", tokens, slot, offset)
+        logits = np.asarray(result)
+        return [self._sample(running, logits[running.slot]) for running in writing]
+
+    def _sample(self, running: _Running, logits: NDArray[np.float32]) -> TokenWritten:
+        request = running.request
+        running.last = sample(logits, request.temperature, running.generator)
+        running.written += 1
+        reason: FinishReason | None = None
+        if running.last in self._info.model.eos_token_ids:
+            reason = "stop"
+        elif running.written == request.max_new_tokens:
+            reason = "length"
+        elif running.position == running.bucket.capacity:
+            reason = "capacity"
+        if reason is not None:
+            self._release(running)
+        return TokenWritten(running.handle, running.last, reason)
+
+    def _call(self, bucket: BucketInfo, entry: str, *arguments: NDArray[np.int32]) -> tuple[Any, ...]:
+        table = self._places[bucket.capacity].slots.table
+        try:
+            return self._runner.call(bucket, entry, *arguments, *(() if table is None else (table,)))
+        except BaseException:
+            # The cache is gone, and with it what the others had in it.
+            for running in [running for running in self._running.values() if running.bucket is bucket]:
+                self._lost.append(running.handle)
+                self._release(running)
+            raise
+
+
+def _piece(ids: NDArray[np.int32], start: int, chunk: int) -> NDArray[np.int32]:
+    """One chunk of a row as [1, chunk], with zeros behind its end."""
+    piece = np.zeros((1, chunk), np.int32)
+    part = ids[start : start + chunk]
+    piece[0, : len(part)] = part
+    return piece
+
+
+def _row(slot: int, offset: int, length: int) -> tuple[NDArray[np.int32], ...]:
+    return tuple(np.array([number], np.int32) for number in (slot, offset, length))

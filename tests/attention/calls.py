@@ -1,0 +1,77 @@
+"""Attention as the tests call it: plain arrays in, one row of memory for each row of the call."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from iceformer.attention import Attention, Exact, KeyView, LowRank, Mask, Rows, TwoStage
+from iceformer.attention import attend as dispatch
+from iceformer.attention.methods.low_rank import KEY_PROJECTION, PROJECTED_KEY, QUERY_PROJECTION
+from iceformer.attention.two_stage import two_stage_attention as in_xla
+
+
+def constants_of(basis: Any) -> dict[str, Any]:
+    """The constants of `low_rank`, from projections [kv_heads, 2, head_dim, rank] of queries and keys."""
+    return {} if basis is None else {QUERY_PROJECTION: basis[:, 0], KEY_PROJECTION: basis[:, 1]}
+
+
+def attend(
+    attention: Attention,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    offset: Any,
+    lengths: Any,
+    basis: Any = None,
+    projected: Any = None,
+    **mask: Any,
+) -> jax.Array:
+    """`attend` with the fields of `Mask` as arguments."""
+    keys, rows = _arrays(key, value, projected), _rows(offset, lengths)
+    return dispatch(attention, query, keys, rows, Mask(**mask), constants_of(basis))
+
+
+def exact_attention(
+    query: Any, key: Any, value: Any, *, query_block: int = 256, key_block: int = 512, **options: Any
+) -> jax.Array:
+    """Exact attention."""
+    return attend(Exact(query_block, key_block), query, key, value, **options)
+
+
+def two_stage_attention(
+    config: TwoStage,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    offset: Any,
+    lengths: Any,
+    basis: Any = None,
+    projected: Any = None,
+    **mask: Any,
+) -> jax.Array:
+    """Two-stage attention, also where the budget covers every key, or no query block selects."""
+    keys, rows, constants = _arrays(key, value, projected), _rows(offset, lengths), constants_of(basis)
+    rows = rows._replace(length=jax.numpy.minimum(rows.length, keys.capacity))
+    if config.objection(query, keys, Mask(**mask)) is None:
+        return config.attend_in_kernel(query, keys, rows, Mask(**mask), constants)
+    selecting = config.selecting(rows, query.shape[2], Mask(**mask).causal)
+    return in_xla(config, query, keys, rows, Mask(**mask), constants, selecting)
+
+
+def project_keys(key: jax.Array, basis: Any) -> jax.Array:
+    """What `low_rank` keeps of keys [batch, kv_heads, keys, head_dim]."""
+    runs = key.reshape(-1, key.shape[2], 1, key.shape[3])
+    return LowRank().entries(PROJECTED_KEY, runs, constants_of(basis)).reshape(*key.shape[:3], -1)
+
+
+def _arrays(key: jax.Array, value: jax.Array, projected: Any) -> KeyView:
+    fields: Mapping[str, Any] = {} if projected is None else {PROJECTED_KEY: projected}
+    return KeyView(key, value, fields)
+
+
+def _rows(offset: Any, lengths: Any) -> Rows:
+    whole = Rows.whole(jax.numpy.asarray(lengths, "int32"))
+    return whole._replace(offset=jax.numpy.asarray(offset, "int32"))
