@@ -18,6 +18,7 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 NATIVE = Path("kernels", "native")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 AVX512_BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
+# Worst first. common/dispatch.cpp knows by these names which of them a processor has.
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -65,8 +66,7 @@ class BuildKernels(build_ext):
         if "amx" in sets and not self.knows_amx():
             del sets["amx"]
         macros: list[tuple[str, str | None]] = [("ICEFORMER_VERSION", f'"{sources_version()}"')]
-        macros += [("ICEFORMER_X86", None)] if on_x86 else []
-        macros += [("ICEFORMER_AMX", None)] if "amx" in sets else []
+        macros += [("ICEFORMER_INSTRUCTION_SETS", " ".join(f"X({name})" for name in reversed(sets)))]
         include = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
         output = Path(self.build_temp)
         objects = self.compiler.compile(

@@ -20,12 +20,12 @@ from .rows import Mask, Rows
 if TYPE_CHECKING:
     from .two_stage import SelectingBlocks, TwoStage
 
-_ROWS = 128
-"""Query rows, those of all heads that share a KV head, that the kernel for exact attention aims at in a task."""
+_LANES = 128
+"""Queries, of all heads that share a KV head, that the kernel for exact attention aims at in a task."""
 
 Attended = tuple[
-    Float[Array, "batch query_heads queries value_dim"],
-    Float32[Array, "batch query_heads queries"],
+    Float[Array, "rows query_heads queries value_dim"],
+    Float32[Array, "rows query_heads queries"],
 ]
 """Output, and the log-sum-exp of the logits that each query attended to."""
 
@@ -42,12 +42,11 @@ def objection(query: Array, keys: KeyView) -> str | None:
 
 def exact(query: Float[Array, "rows query_heads queries head_dim"], keys: KeyView, rows: Rows, mask: Mask) -> Attended:
     """Exact attention, to the keys of a sliding window if there is one."""
-    rows = rows.settled()
     group, queries = query.shape[1] // keys.kv_heads, query.shape[2]
-    block = max(16, 1 << max(0, (_ROWS // group).bit_length() - 1))
+    block = max(16, 1 << max(0, (_LANES // group).bit_length() - 1))
     return _call(
         kernels.EXACT,
-        (query, keys.key[rows.slot], keys.value[rows.slot], rows.offset, rows.length),
+        (query, keys.key, keys.value, *_places(rows, keys)),
         query_block=min(block, next_power_of_two(queries)),
         window=mask.window or 0,
         causal=mask.causal,
@@ -66,14 +65,14 @@ def two_stage(
     mask: Mask,
 ) -> Attended:
     """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions."""
-    rows = rows.settled()
     method = config.ranking
     assert isinstance(method, LowRank)
     return _call(
         kernels.TWO_STAGE,
         (
-            *(query, keys.key[rows.slot], keys.value[rows.slot], keys.fields[PROJECTED_KEY][rows.slot]),
-            *(projected_queries, rows.offset, rows.length),
+            *(query, keys.key, keys.value, keys.fields[PROJECTED_KEY]),
+            *(projected_queries, jnp.stack(selecting, axis=1)),
+            *_places(rows, keys),
         ),
         query_block=config.query_block,
         causal=mask.causal,
@@ -84,10 +83,14 @@ def two_stage(
         candidate_blocks=config.candidate_blocks,
         sink=config.sink,
         local=config.local,
-        exact_keys=config.exact_keys,
-        exact_last_block=config.exact_last_block,
         ranking_queries=method.ranking_count(projected_queries.shape[2]),
     )
+
+
+def _places(rows: Rows, keys: KeyView) -> tuple[Array, ...]:
+    """Where each row lies; an empty table where a slot is one page."""
+    table = jnp.zeros((0, 0), jnp.int32) if keys.table is None else keys.table
+    return *rows, table
 
 
 def _call(target: str, arrays: tuple[Array, ...], *, scale: float, softcap: float | None, **options: int) -> Attended:

@@ -156,6 +156,8 @@ class TwoStage(Attention):
             return f"there is no kernel for the method {self.ranking.name}"
         if self.compensation != "none":
             return f"the kernel has no compensation by {self.compensation}"
+        if keys.table is not None and self.key_block > keys.page:
+            return f"the kernel takes key blocks of at most a page, {keys.page} tokens, and these have {self.key_block}"
         return custom_calls.objection(query, keys)
 
     def selecting(self, rows: Rows, queries: int, causal: bool) -> SelectingBlocks:
@@ -190,10 +192,10 @@ class TwoStage(Attention):
     ) -> Float[Array, "rows query_heads queries value_dim"]:
         method = self.ranking
         assert isinstance(method, LowRank)
+        rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
         keys = self.indexed(keys.padded(self.key_block), constants)
         projected = method.projected_queries(split_queries(query, keys.kv_heads, self.query_block), constants)
-        settled = rows.settled()._replace(length=jnp.minimum(rows.length, keys.capacity))
-        selecting = self.selecting(settled, query.shape[2], mask.causal)
+        selecting = self.selecting(rows.settled(), query.shape[2], mask.causal)
         return custom_calls.two_stage(self, query, keys, projected, rows, selecting, mask)[0]
 
     def attend(

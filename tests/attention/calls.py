@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from iceformer.attention import Attention, Exact, KeyView, LowRank, Mask, Rows, TwoStage
 from iceformer.attention import attend as dispatch
@@ -14,6 +16,29 @@ from iceformer.attention.two_stage import two_stage_attention as in_xla
 def constants_of(basis: Any) -> dict[str, Any]:
     """The constants of `low_rank`, from projections [kv_heads, 2, head_dim, rank] of queries and keys."""
     return {} if basis is None else {QUERY_PROJECTION: basis[:, 0], KEY_PROJECTION: basis[:, 1]}
+
+
+def scattered(key: jax.Array, value: jax.Array, page: int, seed: int) -> tuple[KeyView, jax.Array]:
+    """Keys and values [rows, kv_heads, keys, width] in memory that has them in another order, and the slot of each row.
+
+    Where `page` is 0 a slot is one page; otherwise pages of so many tokens lie anywhere. What is in memory besides is
+    NaN.
+    """
+    rng, rows = np.random.default_rng(seed), key.shape[0]
+    slots = rows + 1
+    slot = rng.permutation(slots)[:rows]
+    size = page or key.shape[2]
+    of_slot = -(-key.shape[2] // size)
+    table = rng.permutation(slots * of_slot + 2)[: slots * of_slot].reshape(slots, of_slot)
+    places = table[slot] if page else slot[:, None]
+
+    def put(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, of_slot * size - x.shape[2]), (0, 0)), constant_values=np.nan)
+        pieces = padded.reshape(*x.shape[:2], of_slot, size, x.shape[3]).swapaxes(1, 2)
+        memory = jnp.full((slots * of_slot + (2 if page else 0), *pieces.shape[2:]), np.nan, x.dtype)
+        return memory.at[places].set(pieces)
+
+    return KeyView(put(key), put(value), {}, jnp.asarray(table, jnp.int32) if page else None), jnp.asarray(slot)
 
 
 def attend(
@@ -50,11 +75,13 @@ def two_stage_attention(
     lengths: Any,
     basis: Any = None,
     projected: Any = None,
+    constants: Any = None,
     **mask: Any,
 ) -> jax.Array:
     """Two-stage attention, also where the budget covers every key, or no query block selects."""
-    keys, rows, constants = _arrays(key, value, projected), _rows(offset, lengths), constants_of(basis)
-    rows = rows._replace(length=jax.numpy.minimum(rows.length, keys.capacity))
+    keys, rows = _arrays(key, value, projected), _rows(offset, lengths)
+    constants = constants_of(basis) if constants is None else constants
+    rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
     if config.objection(query, keys, Mask(**mask)) is None:
         return config.attend_in_kernel(query, keys, rows, Mask(**mask), constants)
     selecting = config.selecting(rows, query.shape[2], Mask(**mask).causal)
@@ -73,5 +100,5 @@ def _arrays(key: jax.Array, value: jax.Array, projected: Any) -> KeyView:
 
 
 def _rows(offset: Any, lengths: Any) -> Rows:
-    whole = Rows.whole(jax.numpy.asarray(lengths, "int32"))
-    return whole._replace(offset=jax.numpy.asarray(offset, "int32"))
+    whole = Rows.whole(jnp.asarray(lengths, "int32"))
+    return whole._replace(offset=jnp.asarray(offset, "int32"))

@@ -18,7 +18,7 @@ NATIVE, HERE = ROOT / "kernels" / "native", Path(__file__).parent
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16"]
 VECTORS = [*AVX512, "-mavx2", "-mfma"]
 TILES = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-SETS = ["-DICEFORMER_AMX", "-DICEFORMER_EMULATE_AMX"]
+SETS = ["-DICEFORMER_INSTRUCTION_SETS=X(amx) X(baseline) X(amx_emulated)"]
 HEADERS = ["-isystem", str(Path(jaxlib.__file__).parent / "include")]
 # Object: source and flags. trap.cpp stands in for amx.cpp.
 OBJECTS = {

@@ -128,8 +128,8 @@ STRATEGIES: dict[str, Attention] = {
 
 
 def rows_in_turn(lengths: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Calls over rows of several lengths: slots, offsets and tokens, first chunks of one row each, then single tokens
-    of all of them."""
+    """Calls over rows of several lengths: rows, offsets and tokens, first chunks of one row each up to its last four
+    tokens, then single tokens of all of them."""
     for row, length in enumerate(lengths):
         for start in range(0, length - 4, CHUNK):
             yield (row,), (start,), CHUNK
@@ -206,12 +206,12 @@ def test_a_ring_holds_what_a_sliding_window_sees(lengths: tuple[int, ...]) -> No
         pieces = [pieces_of(x, members, offset, tokens) for x in (query, key, value)]
         # In front an idle row, whose offset would be of a row that has begun.
         pieces = [jnp.concatenate([jnp.full_like(x[:1], np.nan), x]) for x in pieces]
-        end = [lengths[row] for row in members] if tokens > 1 else [start + 1 for start in offset]
+        end = [lengths[row] - 4 for row in members] if tokens > 1 else [start + 1 for start in offset]
         rows = rows_of({"slot": [-1, *slots[list(members)]], "offset": [70, *offset], "length": [80, *end]})
         cache, output = call(cache, *pieces, rows)
         np.testing.assert_array_equal(output[0], 0)
         for place, (row, start) in enumerate(zip(members, offset, strict=True), 1):
-            valid = min(tokens, lengths[row] - start)
+            valid = min(tokens, end[place - 1] - start)
             np.testing.assert_allclose(
                 output[place, :, :valid], expected[row, :, start : start + valid], atol=2e-5, err_msg=f"{row} {start}"
             )

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from iceformer import kernels
-from iceformer.attention import LowRank, TwoStage, custom_calls
+from iceformer.attention import Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
 
-from .calls import exact_attention, two_stage_attention
+from .calls import exact_attention, scattered, two_stage_attention
 from .reference import random_inputs
 
 
@@ -50,6 +50,8 @@ class Case:
 
 
 SMALL: dict[str, Any] = {"budget": 96, "query_block": 16, "key_block": 8, "candidates": 1.5, "sink": 4, "local": 4}
+# Room for a key of each query of a block: were logits so large that each has but one, chance would choose among them.
+MORE = {"budget": 192}
 HALF = {"method": LowRank(rank=30, query_share=0.5)}
 CASES = {
     "exact": Case(batch=3),
@@ -80,7 +82,7 @@ CASES = {
         two_stage=SMALL | HALF | {"key_block": 16, "candidates": 2.0, "local": 0}, keys=395
     ),
     "two-stage, budget above the keys": Case(two_stage=SMALL | {"budget": 512}, queries=40, keys=135),
-    "two-stage, bfloat16": Case(two_stage=SMALL, dtype="bfloat16", heads=(8, 1), queries=50),
+    "two-stage, bfloat16": Case(two_stage=SMALL | MORE, dtype="bfloat16", heads=(8, 1), queries=50),
     "two-stage, bfloat16, bidirectional": Case(
         two_stage=SMALL, dtype="bfloat16", heads=(2, 1), causal=False, head_dim=256, value_dim=31, queries=40, keys=203
     ),
@@ -95,30 +97,38 @@ LONG_ROW = st.tuples(st.integers(340, 430), st.sampled_from(PLACES[:2]))
 
 
 @functools.cache
-def attention(name: str) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """A case in XLA and with the kernels, as functions of arrays, offsets and lengths.
-
-    The kernels' is not under jit: so every array of the custom call is an allocation of its own, and a sanitizer sees
-    who reads past its end.
-    """
+def in_xla(name: str) -> Callable[..., Array]:
+    """A case in XLA, as a function of arrays, constants, offsets and lengths."""
     case = CASES[name]
     options: dict[str, Any] = {"causal": case.causal, "softcap": case.softcap}
 
-    def call(*arrays: Array, offset: Array, lengths: Array) -> Array:
+    def call(*arrays: Array, constants: dict[str, Array], offset: Array, lengths: Array) -> Array:
         rows = {"offset": offset, "lengths": lengths}
-        if case.two_stage is None:
-            return exact_attention(*arrays[:3], window=case.window, **rows, **options)
-        return two_stage_attention(TwoStage(**case.two_stage), *arrays[:3], basis=arrays[3], **rows, **options)
-
-    def in_xla(*arrays: Array, offset: Array, lengths: Array) -> Array:
         with kernels.disabled():
-            return call(*arrays, offset=offset, lengths=lengths)
+            if case.two_stage is None:
+                return exact_attention(*arrays, window=case.window, **rows, **options)
+            return two_stage_attention(TwoStage(**case.two_stage), *arrays, constants=constants, **rows, **options)
 
-    return jax.jit(in_xla), call
+    return jax.jit(call)
 
 
-def inputs(case: Case, seed: int, kind: str = "normal") -> tuple[Array, ...]:
-    """Queries, keys, values and a basis that is calibrated to them."""
+def native(
+    name: str, query: Array, keys: KeyView, rows: Rows, constants: dict[str, Array]
+) -> Float[Array, "rows heads queries value_dim"]:
+    """A case with the kernels, wherever keys and values lie.
+
+    Not under jit: so every array of the custom call is an allocation of its own, and a sanitizer sees who reads past
+    its end.
+    """
+    case = CASES[name]
+    strategy = Exact() if case.two_stage is None else TwoStage(**case.two_stage)
+    mask = Mask(case.causal, case.window, softcap=case.softcap)
+    assert strategy.objection(query, keys, mask) is None
+    return strategy.attend_in_kernel(query, keys, rows, mask, constants)
+
+
+def inputs(case: Case, seed: int, kind: str = "normal") -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
+    """Queries, keys, values, and the method's constants calibrated to them."""
     query, key, value = random_inputs(seed, case.batch, *case.heads, case.queries, case.keys, case.head_dim)
     value = np.random.default_rng(seed).standard_normal((*key.shape[:3], case.value_dim or case.head_dim), np.float32)
     query *= {"flat": 0.3, "sharp": 4.0, "huge logits": 50.0}.get(kind, 1.0)
@@ -131,8 +141,9 @@ def inputs(case: Case, seed: int, kind: str = "normal") -> tuple[Array, ...]:
         key, value = key[:, :, repeated], value[:, :, repeated]
     method = (case.two_stage or {}).get("method", LowRank())
     tokens = min(case.queries, case.keys)
-    basis = method.calibrate(query[0, :, :tokens], key[0, :, :tokens])
-    return (*(jnp.asarray(x, case.dtype) for x in (query, key, value)), jnp.asarray(basis))
+    constants = method.calibrate(query[0, :, :tokens], key[0, :, :tokens])
+    arrays = jnp.asarray(query, case.dtype), jnp.asarray(key, case.dtype), jnp.asarray(value, case.dtype)
+    return arrays, {name: jnp.asarray(x) for name, x in constants.items()}
 
 
 def tolerance(case: Case, query: Array, key: Array) -> float:
@@ -149,12 +160,13 @@ def tolerance(case: Case, query: Array, key: Array) -> float:
     seed=st.integers(0, 2**31 - 1),
     kind=st.sampled_from(KINDS),
     rows=st.tuples(LONG_ROW, ROWS, ROWS),
+    page=st.sampled_from([0, 128, 256]),
 )
-def test_agrees_with_xla(name: str, seed: int, kind: str, rows: tuple[tuple[int, str], ...]) -> None:
+def test_agrees_with_xla(name: str, seed: int, kind: str, rows: tuple[tuple[int, str], ...], page: int) -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
     case = CASES[name]
-    arrays = inputs(case, seed, kind)
+    arrays, constants = inputs(case, seed, kind)
     lengths = np.array([length for length, _ in rows[: case.batch]], np.int32)
     valid = np.minimum(lengths, case.keys)
     before = np.maximum(valid - case.queries, 0)
@@ -165,14 +177,17 @@ def test_agrees_with_xla(name: str, seed: int, kind: str, rows: tuple[tuple[int,
         ],
         np.int32,
     )
-    row_options = {"offset": jnp.asarray(offset), "lengths": jnp.asarray(lengths)}
-    in_xla, native = attention(name)
-    expected = np.asarray(in_xla(*arrays, **row_options), np.float32)
+    expected = in_xla(name)(*arrays, constants=constants, offset=jnp.asarray(offset), lengths=jnp.asarray(lengths))
+    expected = np.asarray(expected, np.float32)
     assert np.isfinite(expected).all()
+    query, key, value = arrays
+    keys, slot = scattered(key, value, page, seed)
+    # With pages there is memory behind the keys.
+    rows_of_call = Rows(slot, jnp.asarray(offset), jnp.asarray(valid if page else lengths))
     atol = tolerance(case, *arrays[:2])
     for instruction_set in kernels.instruction_sets():
         with kernels.using(instruction_set):
-            output = np.asarray(native(*arrays, **row_options), np.float32)
+            output = np.asarray(native(name, query, keys, rows_of_call, constants), np.float32)
         assert np.isfinite(output).all()
         for row in range(case.batch):
             # Under the causal mask and in a window queries from `lengths` on are padding: nobody promises their rows.
@@ -195,10 +210,8 @@ def test_log_sum_exp_is_that_of_the_visible_logits() -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
     query, key, value = map(jnp.asarray, random_inputs(0, 2, 4, 2, 20, 50, 16))
-    offset, lengths = jnp.array([30, 0], jnp.int32), jnp.array([50, 0], jnp.int32)
-    _, lse = custom_calls.exact(
-        query, key, value, offset=offset, lengths=lengths, causal=True, scale=0.25, softcap=None, window=None
-    )
+    rows = Rows.whole(jnp.array([50, 0], jnp.int32))._replace(offset=jnp.array([30, 0], jnp.int32))
+    _, lse = custom_calls.exact(query, KeyView(key, value), rows, Mask(scale=0.25))
     logits = jnp.einsum("hqd,hkd->hqk", query[0], jnp.repeat(key[0], 2, axis=0)) * 0.25
     visible = jnp.arange(50)[None, :] <= 30 + jnp.arange(20)[:, None]
     expected = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
@@ -212,12 +225,43 @@ def test_a_key_of_overwhelming_weight_that_is_not_selected_does_not_wipe_out_the
         pytest.skip("the native kernels are not built")
     name = "two-stage, bidirectional"
     case = CASES[name]
-    query, key, value, basis = inputs(case, 5)
+    (query, key, value), constants = inputs(case, 5)
     key = key * 60.0
-    rows = {"offset": jnp.zeros(2, jnp.int32), "lengths": jnp.full(2, case.keys, jnp.int32)}
-    in_xla, native = attention(name)
-    expected = np.asarray(in_xla(query, key, value, basis, **rows))
-    np.testing.assert_allclose(native(query, key, value, basis, **rows), expected, atol=1e-4)
+    rows = Rows.whole(jnp.full(2, case.keys, jnp.int32))
+    expected = in_xla(name)(query, key, value, constants=constants, offset=rows.offset, lengths=rows.length)
+    output = native(name, query, KeyView(key, value), rows, constants)
+    np.testing.assert_allclose(output, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("page", [0, 128])
+@pytest.mark.parametrize("name", ["exact", "exact, window", "two-stage", "exact, bfloat16"])
+def test_idle_rows_read_nothing(name: str, page: int) -> None:
+    """Each row of the call by turns, the others idle: the output is the row's own, and 0."""
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    case = CASES[name]
+    (query, key, value), constants = inputs(case, 6)
+    keys, slot = scattered(key, value, page, 7)
+    length = jnp.full(case.batch, case.keys, jnp.int32)
+    rows = Rows(slot, length - case.queries, length)
+    all_of_them = native(name, query, keys, rows, constants)
+    for row in range(case.batch):
+        only = jnp.arange(case.batch) == row
+        output = native(name, query, keys, rows._replace(slot=jnp.where(only, slot, -1)), constants)
+        np.testing.assert_array_equal(output, jnp.where(only[:, None, None, None], all_of_them, 0))
+
+
+def test_a_page_may_belong_to_several_slots() -> None:
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    query, key, value = map(jnp.asarray, random_inputs(0, 2, 4, 2, 20, 256, 16))
+    rows = Rows.whole(jnp.array([256, 200], jnp.int32))._replace(offset=jnp.array([236, 180], jnp.int32))
+    same_start = [x.at[1, :, :128].set(x[0, :, :128]) for x in (key, value)]
+    expected, _ = custom_calls.exact(query, KeyView(same_start[0], same_start[1]), rows, Mask())
+    pages = [x.reshape(2, 2, 2, 128, 16).swapaxes(1, 2).reshape(4, 2, 128, 16) for x in (key, value)]
+    keys = KeyView(pages[0], pages[1], {}, jnp.array([[0, 1], [0, 3]], jnp.int32))
+    output, _ = custom_calls.exact(query, keys, rows, Mask())
+    np.testing.assert_array_equal(output, expected)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -235,22 +279,38 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         ({"window": -1}, "window: 0 to 2\\^31 - 1"),
         ({"head_dim": 7}, "an even head_dim"),
         ({"kv_heads": 3}, "query_heads a multiple of kv_heads"),
-        ({"keys": 0}, None),
+        ({"page": 0}, None),
+        ({"slot": -1}, None),
+        ({"slot": -2}, "slot: expected one of the slots, or -1"),
+        ({"slot": 3}, "slot: expected one of the slots, or -1"),
+        ({"page": 128, "table": [[0, 2]]}, None),
+        ({"page": 128, "table": [[0, 3]]}, "table: expected one of the pages"),
+        ({"page": 128, "table": [[-1, 0]]}, "table: expected one of the pages"),
+        ({"page": 128, "table": [[0, 3]], "length": 128}, None),
+        ({"page": 128, "table": [[0, 1]], "slot": 1}, "slot: expected one of the slots, or -1"),
+        ({"page": 64, "table": [[0, 1]]}, "pages of a power of two of at least 128 tokens"),
+        ({"page": 192, "table": [[0, 1]]}, "pages of a power of two of at least 128 tokens"),
     ],
+    ids=str,
 )
-def test_calls_that_do_not_fit_are_refused(changed: dict[str, int], message: str | None) -> None:
+def test_calls_that_do_not_fit_are_refused(changed: dict[str, Any], message: str | None) -> None:
     if not kernels.register():
         pytest.skip("the native kernels are not built")
-    size = {"query_block": 16, "window": 0, "head_dim": 8, "kv_heads": 2, "keys": 5} | changed
+    size = {"query_block": 16, "window": 0, "head_dim": 8, "kv_heads": 2, "page": 5, "slot": 0, "length": 200} | changed
     query = jnp.ones((1, 4, 3, size["head_dim"]))
-    key = jnp.ones((1, size["kv_heads"], size["keys"], size["head_dim"]))
+    key = jnp.zeros((3, size["kv_heads"], size["page"], size["head_dim"]))
     results = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
     options = {"query_block": np.int64(size["query_block"]), "window": np.int64(size["window"]), "causal": True}
     call = jax.ffi.ffi_call(kernels.EXACT, results)
-    rows = jnp.zeros(1, jnp.int32), jnp.full(1, 5, jnp.int32)
-    refused = pytest.raises(jax.errors.JaxRuntimeError, match=message) if message else nullcontext()
+    slot, offset, length = (jnp.array([x], jnp.int32) for x in (size["slot"], 0, size["length"]))
+    table = jnp.array(size.get("table", [[]]), jnp.int32)
+    # A call that runs at once raises ValueError.
+    errors = (ValueError, jax.errors.JaxRuntimeError)
+    refused = pytest.raises(errors, match=message) if message else nullcontext()
     with refused:
-        output, _ = call(query, key, key, *rows, scale=np.float32(1), softcap=np.float32(0), **options)
+        output, _ = call(
+            query, key, key, slot, offset, length, table, scale=np.float32(1), softcap=np.float32(0), **options
+        )
         assert (output == 0).all()
 
 
@@ -260,8 +320,11 @@ TWO_STAGE_SHAPES: dict[str, tuple[int, ...]] = {
     "value": (2, 2, 24, 5),
     "projected": (2, 2, 24, 12),
     "projected_queries": (4, 3, 16, 12),
+    "selecting": (2, 2),
+    "slot": (2,),
     "offset": (2,),
-    "lengths": (2,),
+    "length": (2,),
+    "table": (0, 0),
 }
 TWO_STAGE_OPTIONS: dict[str, int] = {
     "query_block": 8,
@@ -270,10 +333,9 @@ TWO_STAGE_OPTIONS: dict[str, int] = {
     "candidate_blocks": 4,
     "sink": 4,
     "local": 0,
-    "exact_keys": 16,
     "ranking_queries": 16,
 }
-TYPES = {"projected": "int8", "projected_queries": "float32", "offset": "int32", "lengths": "int32"}
+TYPES = {"projected": "int8"} | dict.fromkeys(("selecting", "slot", "offset", "length", "table"), "int32")
 
 
 def call_two_stage(changed: dict[str, Any]) -> Array:
@@ -285,7 +347,7 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
     results = (jax.ShapeDtypeStruct(output, jnp.float32), jax.ShapeDtypeStruct(output[:3], jnp.float32))
     arrays = [jnp.zeros(shape, types[name]) for name, shape in shapes.items()]
     call = jax.ffi.ffi_call(kernels.TWO_STAGE, results)
-    options |= {"causal": True, "exact_last_block": False, "scale": np.float32(1), "softcap": np.float32(0)}
+    options |= {"causal": True, "scale": np.float32(1), "softcap": np.float32(0)}
     return call(*arrays, **options)[0].block_until_ready()
 
 
@@ -296,14 +358,17 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
         ({"query": (2, 3, 20, 8)}, "expected query"),
         ({"query": (2, 4, 160)}, "expected four axes"),
         ({"key": (2, 2, 20, 8)}, "expected query"),
-        ({"key": (1, 2, 24, 8)}, "expected query"),
+        ({"key": (3, 2, 24, 8)}, "expected query"),
         ({"value": (2, 2, 24, 6)}, "expected query"),
         ({"value": (2, 2, 20, 5)}, "expected query"),
         ({"offset": (1,)}, "expected query"),
-        ({"lengths": (3,)}, "expected query"),
+        ({"length": (3,)}, "expected query"),
+        ({"slot": (1,)}, "expected query"),
         ({"projected": (2, 2, 20, 12)}, "expected projected"),
         ({"projected": (2, 1, 24, 12)}, "expected projected"),
         ({"projected": (1, 2, 24, 12)}, "expected projected"),
+        ({"selecting": (2, 1)}, "expected projected"),
+        ({"selecting": (1, 2)}, "expected projected"),
         ({"projected": (2, 2, 24, 8)}, "expected projected"),
         ({"projected": (2, 2, 24, 10), "projected_queries": (4, 3, 16, 10)}, "expected projected"),
         ({"projected": (2, 2, 24, 0), "projected_queries": (4, 3, 16, 0)}, "expected projected"),
@@ -312,18 +377,17 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
         ({"projected_queries": (4, 2, 16, 12)}, "expected projected"),
         ({"projected_queries": (4, 3, 8, 12)}, "expected projected"),
         ({"projected_queries": (4, 3, 16, 16)}, "expected projected"),
-        ({"key_block": 5}, "keys one of key_block"),
+        ({"key_block": 5}, "page one of key_block"),
         ({"key_block": 0}, "key_block, budget, candidate_blocks: expected 1"),
         ({"query_block": 2**40}, "key_block, budget, candidate_blocks: expected 1"),
         ({"budget": 0}, "key_block, budget, candidate_blocks: expected 1"),
         ({"candidate_blocks": -1}, "key_block, budget, candidate_blocks: expected 1"),
-        ({"sink": -1}, "sink, local, exact_keys: 0"),
-        ({"local": 2**62}, "sink, local, exact_keys: 0"),
-        ({"exact_keys": -1}, "sink, local, exact_keys: 0"),
-        ({"ranking_queries": 0}, "1 to all of the rows"),
-        ({"ranking_queries": 17}, "1 to all of the rows"),
+        ({"sink": -1}, "sink, local: 0"),
+        ({"local": 2**62}, "sink, local: 0"),
+        ({"ranking_queries": 0}, "1 to all of the lanes"),
+        ({"ranking_queries": 17}, "1 to all of the lanes"),
         ({"types": {"projected": "float32"}}, "dtype"),
-        ({"types": {"lengths": "float32"}}, "dtype"),
+        ({"types": {"length": "float32"}}, "dtype"),
         ({"types": {"key": "bfloat16"}}, "expected the type of query"),
         ({"types": {"query": "float16", "key": "float16", "value": "float16"}}, "expected float32 or bfloat16"),
     ],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from iceformer import kernels
-from iceformer.attention import LowRank, TwoStage, custom_calls
+from iceformer.attention import KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
 
 from .calls import exact_attention, two_stage_attention
 
@@ -172,13 +172,6 @@ def test_exact_in_xla(case: Case) -> None:
         tiles = bias[:, distances(case).clip(-case["reach"], case["reach"]) + case["reach"]].swapaxes(0, 1)
     query_block, key_block = case["blocks"]
     blocks = {"query_block": query_block, "key_block": key_block}
-    call = partial(
-        exact_attention,
-        **options_of(case),
-        **blocks,
-        window=case["window"],
-        distance_bias=None if bias is None else jnp.asarray(bias),
-    )
     with kernels.disabled():
         output = exact_attention(
             *arrays,
@@ -261,9 +254,15 @@ def test_two_stage_in_kernels(case: Case) -> None:
     projected_queries = rng.standard_normal((4, blocks, case["group"] * case["query_block"], 8))
     arrays_of_ranking = jnp.asarray(projected, jnp.int8), jnp.asarray(projected_queries, jnp.float32)
     options = options_of(case)
-    options["lengths"] = jnp.minimum(options["lengths"], case["keys"])
-    options["scale"] = case["head_dim"] ** -0.5 if case["scale"] is None else case["scale"]
-    call = jax.jit(lambda *arrays: custom_calls.two_stage(config, *arrays, **options))
+    rows = Rows.whole(jnp.minimum(options["lengths"], case["keys"]))._replace(offset=options["offset"])
+    mask = Mask(case["causal"], None, case["scale"], case["softcap"])
+    selecting = config.selecting(rows, case["queries"], mask.causal)
+
+    @jax.jit
+    def call(query: jax.Array, key: jax.Array, value: jax.Array, projected: jax.Array, queries: jax.Array) -> Any:
+        keys = KeyView(key, value, {"projected_key": projected})
+        return custom_calls.two_stage(config, query, keys, queries, rows, selecting, mask)
+
     for instruction_set in kernels.instruction_sets():
         with kernels.using(instruction_set):
             output, _ = call(*arrays, *arrays_of_ranking)

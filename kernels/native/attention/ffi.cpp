@@ -6,24 +6,26 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
+#include "common/tasks.h"
 
 namespace ffi = xla::ffi;
 
 namespace iceformer {
 namespace {
 
-thread_local Scratch scratch;
-
 using Vector = ffi::Buffer<ffi::DataType::S32, 1>;
+using Integers = ffi::Buffer<ffi::DataType::S32, 2>;
 using Bytes = ffi::Buffer<ffi::DataType::S8, 4>;
 using Queries = ffi::Buffer<ffi::DataType::F32, 4>;
 using Floats = ffi::Buffer<ffi::DataType::F32, 3>;
 
+// Pages are cut into runs of keys, the longest of kTileKeys, and no run may cross from page to page.
+constexpr int64_t kLeastPage = 128;
+
 struct Operands {
   ffi::AnyBuffer query, key, value;
-  Vector offset, lengths;
+  Vector slot, offset, length;
+  Integers table;
 };
 
 struct Options {
@@ -38,6 +40,28 @@ bool has_shape(Buffer buffer, std::vector<int64_t> shape) {
   return std::equal(found.begin(), found.end(), shape.begin(), shape.end());
 }
 
+// Takes the table of pages, none where it is empty, and sees to it that no row reads outside of the `pages` that there are.
+ffi::Error find_pages(Attention& call, Integers table, int64_t pages) {
+  const int64_t slot_pages = table.dimensions()[1];
+  const bool paged = table.element_count() > 0;
+  call.table = paged ? table.typed_data() : nullptr;
+  call.slot_pages = paged ? slot_pages : 1;
+  if (paged && (call.page < kLeastPage || call.page & (call.page - 1) || pages * call.kv_heads * call.page > INT32_MAX))
+    return ffi::Error::InvalidArgument(
+        "expected pages of a power of two of at least 128 tokens, and fewer than 2^31 tokens of all heads");
+  const int64_t slots = paged ? table.dimensions()[0] : pages;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const int64_t slot = call.slot[row];
+    if (slot < -1 || slot >= slots) return ffi::Error::InvalidArgument("slot: expected one of the slots, or -1");
+    const int64_t length = call.row_length(row), used = paged ? (length + call.page - 1) / call.page : 0;
+    for (int64_t i = 0; i < used; ++i) {
+      const int32_t page = call.table[slot * slot_pages + i];
+      if (page < 0 || page >= pages) return ffi::Error::InvalidArgument("table: expected one of the pages");
+    }
+  }
+  return ffi::Error::Success();
+}
+
 // The call's arrays and sizes, or an error that names the array that does not fit.
 ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi::AnyBuffer output, Floats lse) {
   const auto query = in.query.dimensions(), key = in.key.dimensions(), value = in.value.dimensions();
@@ -50,34 +74,37 @@ ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi
     return ffi::Unexpected(ffi::Error::InvalidArgument("query, key, value: expected four axes"));
   Attention call = {};
   call.bfloat16 = type == ffi::DataType::BF16;
-  call.batch = query[0];
+  call.rows = query[0];
   call.query_heads = query[1];
   call.queries = query[2];
   call.head_dim = query[3];
   call.kv_heads = key[1];
-  call.keys = key[2];
+  call.page = key[2];
   call.value_dim = value[3];
-  const bool fits = has_shape(in.key, {call.batch, call.kv_heads, call.keys, call.head_dim}) &&
-                    has_shape(in.value, {call.batch, call.kv_heads, call.keys, call.value_dim}) &&
-                    has_shape(output, {call.batch, call.query_heads, call.queries, call.value_dim}) &&
-                    has_shape(lse, {call.batch, call.query_heads, call.queries}) &&
-                    has_shape(in.offset, {call.batch}) && has_shape(in.lengths, {call.batch});
+  const bool fits = has_shape(in.key, {key[0], call.kv_heads, call.page, call.head_dim}) &&
+                    has_shape(in.value, {key[0], call.kv_heads, call.page, call.value_dim}) &&
+                    has_shape(output, {call.rows, call.query_heads, call.queries, call.value_dim}) &&
+                    has_shape(lse, {call.rows, call.query_heads, call.queries}) && has_shape(in.slot, {call.rows}) &&
+                    has_shape(in.offset, {call.rows}) && has_shape(in.length, {call.rows});
   if (!fits || call.kv_heads < 1 || call.query_heads % call.kv_heads || call.head_dim % 2)
     return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "expected query [batch, query_heads, queries, head_dim], key and value [batch, kv_heads, keys, width], an even "
-        "head_dim and query_heads a multiple of kv_heads"));
+        "expected query [rows, query_heads, queries, head_dim], key and value [pages, kv_heads, page, width], slot, "
+        "offset and length [rows], an even head_dim and query_heads a multiple of kv_heads"));
   call.query = in.query.untyped_data();
   call.key = in.key.untyped_data();
   call.value = in.value.untyped_data();
   call.output = output.untyped_data();
   call.lse = lse.typed_data();
+  call.slot = in.slot.typed_data();
   call.offset = in.offset.typed_data();
-  call.lengths = in.lengths.typed_data();
+  call.length = in.length.typed_data();
   call.query_block = options.query_block;
   call.window = options.window;
   call.causal = options.causal;
   call.scale = options.scale;
   call.softcap = options.softcap;
+  const ffi::Error found = find_pages(call, in.table, key[0]);
+  if (found.failure()) return ffi::Unexpected(found);
   return call;
 }
 
@@ -85,9 +112,9 @@ bool between(int64_t least, int64_t value) { return value >= least && value <= I
 
 int64_t clip(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
-// Query blocks of a row that hold a query before the row's length.
+// Query blocks of a row that hold a query before the row's length; none of an idle row.
 int64_t valid_blocks(const Attention& call, int64_t row) {
-  const int64_t left = call.length(row) - call.offset[row];
+  const int64_t left = call.row_length(row) - call.offset[row];
   return clip((left + call.query_block - 1) / call.query_block, 0, call.blocks());
 }
 
@@ -105,33 +132,29 @@ void clear(const Attention& call, int64_t head, int64_t first_block) {
 ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* selection,
                const std::vector<Task>& tasks) {
   const Kernels& chosen = kernels();
-  const size_t bytes = chosen.scratch_bytes(call, nullptr);
-  const size_t selected_bytes = selection ? chosen.scratch_bytes(call, selection) : 0;
-  std::atomic<bool> out_of_memory{false};
-  parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    void* memory = scratch.get(std::max(bytes, selected_bytes));
-    if (memory)
-      chosen.run(call, tasks[i], memory);
-    else
-      out_of_memory = true;
-  });
-  if (out_of_memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: out of memory");
-  return ffi::Error::Success();
+  const size_t exact_bytes = chosen.scratch_bytes(call, nullptr);
+  const size_t bytes = selection ? std::max(exact_bytes, chosen.scratch_bytes(call, selection)) : exact_bytes;
+  return run_tasks(
+      pool, "attention", static_cast<int64_t>(tasks.size()), [&](int64_t) { return bytes; },
+      [&](int64_t i, void* memory) { chosen.run(call, tasks[i], memory); });
 }
 
-ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector offset,
-                 Vector lengths, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block,
-                 int64_t window, bool causal, float scale, float softcap) {
-  auto described =
-      describe({query, key, value, offset, lengths}, {query_block, window, causal, scale, softcap}, *output, *lse);
+ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector slot,
+                 Vector offset, Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output,
+                 ffi::Result<Floats> lse, int64_t query_block, int64_t window, bool causal, float scale,
+                 float softcap) {
+  auto described = describe({query, key, value, slot, offset, length, table},
+                            {query_block, window, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
   if (!between(1, query_block) || !between(0, window))
     return ffi::Error::InvalidArgument("query_block: expected 1 to 2^31 - 1; window: 0 to 2^31 - 1");
   const Attention& call = *described;
   std::vector<Task> tasks;
-  for (int64_t head = 0; head < call.batch * call.kv_heads; ++head) {
+  for (int64_t head = 0; head < call.rows * call.kv_heads; ++head) {
+    const int64_t row = head / call.kv_heads;
     // With neither mask queries may belong to another sequence than the keys, so all of them count.
-    const int64_t count = causal || window ? valid_blocks(call, head / call.kv_heads) : call.blocks();
+    const bool all = !causal && !window && call.slot[row] >= 0;
+    const int64_t count = all ? call.blocks() : valid_blocks(call, row);
     // Later blocks see more keys: the longest tasks go first.
     for (int64_t block = count - 1; block >= 0; --block) tasks.push_back({head, block, nullptr});
     clear(call, head, count);
@@ -140,48 +163,36 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
 }
 
 ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                     Bytes projected, Queries projected_queries, Vector offset, Vector lengths,
-                     ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse, int64_t query_block, bool causal,
-                     float scale, float softcap, int64_t budget, int64_t key_block, int64_t candidate_blocks,
-                     int64_t sink, int64_t local, int64_t exact_keys, bool exact_last_block, int64_t ranking_queries) {
-  auto described =
-      describe({query, key, value, offset, lengths}, {query_block, 0, causal, scale, softcap}, *output, *lse);
+                     Bytes projected, Queries projected_queries, Integers selecting, Vector slot, Vector offset,
+                     Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
+                     int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
+                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t ranking_queries) {
+  auto described = describe({query, key, value, slot, offset, length, table}, {query_block, 0, causal, scale, softcap},
+                            *output, *lse);
   if (described.has_error()) return described.error();
   if (!between(1, query_block) || !between(1, key_block) || !between(1, budget) || !between(1, candidate_blocks) ||
-      !between(0, sink) || !between(0, local) || !between(0, exact_keys))
+      !between(0, sink) || !between(0, local))
     return ffi::Error::InvalidArgument(
-        "query_block, key_block, budget, candidate_blocks: expected 1 to 2^31 - 1; sink, local, exact_keys: 0 to "
-        "2^31 - 1");
+        "query_block, key_block, budget, candidate_blocks: expected 1 to 2^31 - 1; sink, local: 0 to 2^31 - 1");
   const Attention& call = *described;
-  const int64_t heads = call.batch * call.kv_heads, blocks = call.blocks();
-  const int64_t rank = projected.dimensions()[3];
-  if (!has_shape(projected, {call.batch, call.kv_heads, call.keys, rank}) || rank < 4 || rank % 4 ||
-      !has_shape(projected_queries, {heads, blocks, call.rows(), rank}) || call.keys % key_block ||
-      ranking_queries < 1 || ranking_queries > call.rows())
+  const int64_t heads = call.rows * call.kv_heads, rank = projected.dimensions()[3];
+  if (!has_shape(projected, {key.dimensions()[0], call.kv_heads, call.page, rank}) || rank < 4 || rank % 4 ||
+      !has_shape(projected_queries, {heads, call.blocks(), call.lanes(), rank}) ||
+      !has_shape(selecting, {call.rows, 2}) || call.page % key_block || ranking_queries < 1 ||
+      ranking_queries > call.lanes())
     return ffi::Error::InvalidArgument(
-        "expected projected [batch, kv_heads, keys, rank], projected_queries [heads, blocks, rows, rank], rank a "
-        "positive multiple of 4, keys one of key_block, and 1 to all of the rows as ranking_queries");
-  const Selection selection = {projected.typed_data(),
-                               projected_queries.typed_data(),
-                               rank,
-                               ranking_queries,
-                               budget,
-                               key_block,
-                               candidate_blocks,
-                               sink,
-                               local};
+        "expected projected [pages, kv_heads, page, rank], projected_queries [heads, blocks, lanes, rank], selecting "
+        "[rows, 2], rank a positive multiple of 4, page one of key_block, and 1 to all of the lanes as "
+        "ranking_queries");
+  const LowRank low_rank = {projected.typed_data(), projected_queries.typed_data(), rank, ranking_queries};
+  const Selection selection = {low_rank, budget, key_block, candidate_blocks, sink, local};
   std::vector<Task> exact_tasks, tasks;
   for (int64_t head = 0; head < heads; ++head) {
-    const int64_t row = head / call.kv_heads, length = call.length(row), start = call.offset[row];
-    const int64_t count = valid_blocks(call, row);
-    const int64_t few_keys = causal ? clip((exact_keys - start) / query_block, 0, count) : 0;
-    const int64_t first = length <= exact_keys ? count : few_keys;
-    // A quotient below 0 may round either way: it is clipped.
-    const int64_t tail = length - query_block - start;
-    const int64_t last = exact_last_block ? clip(tail < 0 ? 0 : tail / query_block, 0, count) : count;
+    const int64_t row = head / call.kv_heads, count = valid_blocks(call, row);
+    const int32_t* range = selecting.typed_data() + 2 * row;
     for (int64_t block = count - 1; block >= 0; --block) {
-      const bool selected = block >= first && block < last;
-      (selected ? tasks : exact_tasks).push_back({head, block, selected ? &selection : nullptr});
+      const bool selects = block >= range[0] && block < range[1];
+      (selects ? tasks : exact_tasks).push_back({head, block, selects ? &selection : nullptr});
     }
     clear(call, head, count);
   }
@@ -203,6 +214,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_exact, iceformer::exact,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<iceformer::Vector>()
                                   .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Integers>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<iceformer::Floats>()
                                   .Attr<int64_t>("query_block")
@@ -219,8 +232,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<iceformer::Bytes>()
                                   .Arg<iceformer::Queries>()
+                                  .Arg<iceformer::Integers>()
                                   .Arg<iceformer::Vector>()
                                   .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Integers>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<iceformer::Floats>()
                                   .Attr<int64_t>("query_block")
@@ -232,8 +248,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Attr<int64_t>("candidate_blocks")
                                   .Attr<int64_t>("sink")
                                   .Attr<int64_t>("local")
-                                  .Attr<int64_t>("exact_keys")
-                                  .Attr<bool>("exact_last_block")
                                   .Attr<int64_t>("ranking_queries"));
 
 #pragma GCC visibility pop

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "attention/problem.h"
-#include "attention/softmax.h"
+#include "common/arena.h"
+#include "common/pack_tiles.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
@@ -47,8 +48,7 @@ ICEFORMER_INLINE void raise_to_products(Left keys, Lanes queries, int64_t depth,
 // The products of one key block after the other.
 class BlockMaxima {
  public:
-  BlockMaxima(const Attention& call, const Selection& selection, Arena& arena)
-      : call_(call), selection_(selection), depth_(selection.rank / 4) {
+  BlockMaxima(const Selection& selection, Arena& arena) : selection_(selection), depth_(selection.low_rank.rank / 4) {
     flipped_ = arena.take<uint32_t>(depth_ * selection.key_block);
   }
 
@@ -60,10 +60,10 @@ class BlockMaxima {
   NoScope scope() const { return {}; }
 
   // Writes the largest product of each lane with the keys of `count` key blocks: [count][lanes].
-  void run(int64_t head, int64_t block, int64_t, RankingQueries queries, int32_t* largest) {
+  void run(const HeadMemory& memory, int64_t block, int64_t, RankingQueries queries, int32_t* largest) {
     const int64_t size = selection_.key_block;
     const uint32_t* keys =
-        reinterpret_cast<const uint32_t*>(selection_.projected) + (head * call_.keys + block * size) * depth_;
+        reinterpret_cast<const uint32_t*>(selection_.low_rank.keys) + memory.place(block * size) * depth_;
     if (Int8Product::kFlip) {
       for (int64_t i = 0; i < size * depth_; ++i) flipped_[i] = keys[i] ^ Int8Product::kFlip;
       keys = flipped_;
@@ -82,7 +82,6 @@ class BlockMaxima {
   }
 
  private:
-  const Attention& call_;
   const Selection& selection_;
   int64_t depth_;
   uint32_t* flipped_;
@@ -95,10 +94,9 @@ constexpr int64_t kMaximaLanes = 2 * kTileSide;
 // The same on tiles, which multiply signed bytes as they are.
 class BlockMaxima {
  public:
-  BlockMaxima(const Attention& call, const Selection& selection, Arena& arena)
-      : call_(call),
-        selection_(selection),
-        depth_(selection.rank / 4),
+  BlockMaxima(const Selection& selection, Arena& arena)
+      : selection_(selection),
+        depth_(selection.low_rank.rank / 4),
         step_(depth_ < kTileSide ? depth_ : kTileSide),
         blocks_(selection.key_block < kKeys ? kKeys / selection.key_block : 1) {
     const int64_t rows = round_up(blocks_ * selection.key_block, kTileSide);
@@ -111,9 +109,9 @@ class BlockMaxima {
   Tiles scope() const { return Tiles(step_); }
 
   // Writes the largest product of each lane with the keys of `count` key blocks: [count][lanes].
-  void run(int64_t head, int64_t block, int64_t count, RankingQueries queries, int32_t* largest) {
+  void run(const HeadMemory& memory, int64_t block, int64_t count, RankingQueries queries, int32_t* largest) {
     const int64_t size = selection_.key_block;
-    const Left left = keys(head, block * size, count * size);
+    const Left left = keys(memory, block * size, count * size);
     for (int64_t lane = 0; lane < queries.lanes; lane += kMaximaLanes) {
       multiply_by_tiles<true>(count * size, kMaximaLanes, left, {queries.words + lane, queries.lanes}, depth_, step_,
                               products_, kMaximaLanes, false);
@@ -123,15 +121,14 @@ class BlockMaxima {
   }
 
  private:
-  // Keys of one run, at least: their tiles and products stay in the first cache.
+  // Keys of one run, at least: their tiles and products stay in the first cache. A divisor of every page.
   static constexpr int64_t kKeys = 64;
 
-  // Keys as whole tiles: where they lie if the array holds that many, which may be of the next key blocks.
-  Left keys(int64_t head, int64_t first, int64_t count) {
-    const uint32_t* from =
-        reinterpret_cast<const uint32_t*>(selection_.projected) + (head * call_.keys + first) * depth_;
+  // Keys as whole tiles: where they lie if the page holds that many, which may be of the next key blocks.
+  Left keys(const HeadMemory& memory, int64_t first, int64_t count) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(selection_.low_rank.keys) + memory.place(first) * depth_;
     const int64_t rows = round_up(count, kTileSide), width = padded_depth();
-    if (width == depth_ && first + rows <= call_.keys) return {from, depth_, 1};
+    if (width == depth_ && rows <= memory.left_in_page(first)) return {from, depth_, 1};
     memset(copy_, 0, sizeof(uint32_t) * rows * width);
     for (int64_t i = 0; i < count; ++i) memcpy(copy_ + i * width, from + i * depth_, sizeof(uint32_t) * depth_);
     return {copy_, width, 1};
@@ -148,7 +145,6 @@ class BlockMaxima {
     store(largest + kLanes, high);
   }
 
-  const Attention& call_;
   const Selection& selection_;
   int64_t depth_, step_, blocks_;
   uint32_t* copy_;

@@ -14,17 +14,38 @@ namespace iceformer {
 // The logit of a key that is not visible, and the log-sum-exp of a query that sees none: the lowest float32.
 constexpr float kMasked = -3.4028234663852886e38f;
 
-// softmax(query . key * scale) . value. Arrays are dense and row-major, [batch, heads, tokens, width].
+// Where the keys of one head of one row lie in an array of [pages, kv_heads, page, ...], counted in tokens.
+struct HeadMemory {
+  const int32_t* table;  // the row's pages; null where all of the row is one page
+  int64_t base;          // of the head in the row's only page, or in page 0
+  int64_t page, shift;   // tokens of a page; with a table a power of two, and which
+  int64_t stride;        // from page to page: the tokens of all heads
+
+  ICEFORMER_INLINE int64_t place(int64_t position) const {
+    if (!table) return base + position;
+    return table[position >> shift] * stride + base + (position & (page - 1));
+  }
+  // Tokens from a position to the end of its page.
+  ICEFORMER_INLINE int64_t left_in_page(int64_t position) const {
+    return page - (table ? position & (page - 1) : position);
+  }
+};
+
+// softmax(query . key * scale) . value. Arrays are dense and row-major. The rows of the call need not be those of the
+// memory: a row of the call has a slot, and a slot is a page, or several that the table names.
 struct Attention {
-  bool bfloat16;           // of query, key, value and output; else float32
-  const void* query;       // [batch, query_heads, queries, head_dim]
-  const void* key;         // [batch, kv_heads, keys, head_dim]
-  const void* value;       // [batch, kv_heads, keys, value_dim]
-  void* output;            // [batch, query_heads, queries, value_dim]
-  float* lse;              // [batch, query_heads, queries]: log-sum-exp of the logits attended to
-  const int32_t* offset;   // [batch]: absolute position of the first query
-  const int32_t* lengths;  // [batch]: tokens of the row; later keys are not seen
-  int64_t batch, query_heads, kv_heads, queries, keys, head_dim, value_dim;
+  bool bfloat16;          // of query, key, value and output; else float32
+  const void* query;      // [rows, query_heads, queries, head_dim]
+  const void* key;        // [pages, kv_heads, page, head_dim]
+  const void* value;      // [pages, kv_heads, page, value_dim]
+  void* output;           // [rows, query_heads, queries, value_dim]
+  float* lse;             // [rows, query_heads, queries]: log-sum-exp of the logits attended to
+  const int32_t* slot;    // [rows]; -1 for an idle row, which reads nothing and whose output is 0
+  const int32_t* offset;  // [rows]: absolute position of the first query
+  const int32_t* length;  // [rows]: tokens of the row; later keys are not seen
+  const int32_t* table;   // [slots, slot_pages]: the page of each run of tokens; null where a slot is one page
+  int64_t rows, query_heads, kv_heads, queries, head_dim, value_dim;
+  int64_t page, slot_pages;
   int64_t query_block;  // queries, in tokens, of one task
   int64_t window;       // a query sees the keys less than this many positions from its own; 0 for all
   bool causal;
@@ -32,28 +53,43 @@ struct Attention {
   float softcap;  // 0 for none
 
   ICEFORMER_INLINE int64_t group() const { return query_heads / kv_heads; }
-  ICEFORMER_INLINE int64_t rows() const { return group() * query_block; }
+  ICEFORMER_INLINE int64_t lanes() const { return group() * query_block; }
   ICEFORMER_INLINE int64_t blocks() const { return (queries + query_block - 1) / query_block; }
-  ICEFORMER_INLINE int64_t length(int64_t row) const { return lengths[row] < keys ? lengths[row] : keys; }
+  // Tokens that a slot may have.
+  ICEFORMER_INLINE int64_t capacity() const { return page * slot_pages; }
+  ICEFORMER_INLINE int64_t row_length(int64_t row) const {
+    if (slot[row] < 0) return 0;
+    return length[row] < capacity() ? length[row] : capacity();
+  }
   // The first position that no query of the call sees. Under the causal mask that is no later than the call's end, where
   // the queries that fill up the last block would see what memory held before.
   ICEFORMER_INLINE int64_t seen_length(int64_t row) const {
-    const int64_t all = length(row), end = offset[row] + queries;
+    const int64_t all = row_length(row), end = offset[row] + queries;
     return causal && end < all ? end : all;
+  }
+  // Of a head, counted through rows and KV heads, of a row that is not idle.
+  ICEFORMER_INLINE HeadMemory memory(int64_t head) const {
+    const int64_t of_row = slot[head / kv_heads], kv_head = head % kv_heads, stride = kv_heads * page;
+    if (!table) return {nullptr, of_row * stride + kv_head * page, page, 0, stride};
+    return {table + of_row * slot_pages, kv_head * page, page, __builtin_ctzll(page), stride};
   }
 };
 
-// How two-stage attention selects keys; fields as in TwoStage (attention/config.py).
-struct Selection {
-  const int8_t* projected;  // [batch, kv_heads, keys, rank]: keys in the directions that stage 1 looks at
-  const float*
-      projected_queries;  // [batch * kv_heads, blocks, rows, rank]: the queries of each block, projected likewise
+// What the ranker low_rank (attention/methods/low_rank.py) knows of keys and queries.
+struct LowRank {
+  const int8_t* keys;    // [pages, kv_heads, page, rank]: keys in the directions that stage 1 looks at
+  const float* queries;  // [rows * kv_heads, blocks, lanes, rank]: the queries of each block, projected likewise
   int64_t rank;
   int64_t ranking_queries;  // how many queries of a block rank key blocks: those of the largest norm
+};
+
+// How two-stage attention selects keys; fields as in TwoStage (attention/two_stage.py).
+struct Selection {
+  LowRank low_rank;
   int64_t budget, key_block, candidate_blocks, sink, local;
 };
 
-// One query block of one KV head (counted through batch rows), attended exactly where there is no selection.
+// One query block of one KV head (counted through rows), attended exactly where there is no selection.
 struct Task {
   int64_t head, block;
   const Selection* selection;

@@ -3,11 +3,8 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "common/arena.h"
 #include "common/pack_tiles.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
@@ -17,35 +14,12 @@ constexpr int64_t kTileKeys = 128;
 // Where the running maximum begins: below every logit that is visible, above kMasked.
 constexpr float kLowest = -1e30f;
 
-// Hands out aligned pieces of one scratch buffer; with no buffer it only counts. AddressSanitizer sees every access
-// between the pieces, as if each were allocated alone.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+// Up to kTileKeys keys: those at `positions`, or those that follow each other from position `first` on, in one page.
+struct KeyTile {
+  const int32_t* positions;
+  int64_t first, count;
 
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T), room = (bytes + 63) / 64 * 64 + kGap;
-    used_ += room;
-#if defined(__SANITIZE_ADDRESS__)
-    if (piece) {
-      __asan_unpoison_memory_region(piece, bytes);
-      __asan_poison_memory_region(piece + bytes, room - bytes);
-    }
-#endif
-    return reinterpret_cast<T*>(piece);
-  }
-  size_t used() const { return used_; }
-
- private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kGap = 256;
-#else
-  static constexpr size_t kGap = 0;
-#endif
-  char* base_;
-  size_t used_ = 0;
+  int64_t position(int64_t index) const { return positions ? positions[index] : first + index; }
 };
 
 // Logits after a cap, 0 for none.
@@ -64,8 +38,8 @@ class QueryBlock {
       : call_(call),
         scale_waits_(call.scale > 0 && !(call.softcap > 0)),
         factor_(scale_waits_ ? call.scale : 1.0f),
-        rows_(call.rows()),
-        lanes_(round_up(rows_, kLanes)),
+        queries_(call.lanes()),
+        lanes_(round_up(queries_, kLanes)),
         // Rows of a power of two apart would share the same few sets of the cache.
         stride_(lanes_ + (lanes_ / kLanes % 2 == 0 ? kLanes : 0)),
         depth_(round_up(call.head_dim / Format::kPerWord, Product::kDepth)),
@@ -81,16 +55,18 @@ class QueryBlock {
     weight_ = arena.take<float>(lanes_);
     decay_ = arena.take<float>(lanes_);
     position_ = arena.take<int32_t>(lanes_);
+    place_ = call.table ? arena.take<int32_t>(kTileKeys) : nullptr;
   }
 
   // Starts a block: packs its queries and forgets what was attended to.
   void begin(const Task& task) {
     head_ = task.head;
     block_ = task.block;
+    memory_ = call_.memory(head_);
     const int64_t row = head_ / call_.kv_heads;
     first_ = call_.offset[row] + block_ * call_.query_block;
     for (int64_t lane = 0; lane < lanes_; ++lane)
-      position_[lane] = lane < rows_ ? static_cast<int32_t>(first_ + lane % call_.query_block) : -1;
+      position_[lane] = lane < queries_ ? static_cast<int32_t>(first_ + lane % call_.query_block) : -1;
     pack_queries();
     restart();
   }
@@ -104,13 +80,13 @@ class QueryBlock {
   }
 
   int64_t lanes() const { return lanes_; }
-  int64_t rows() const { return rows_; }
+  int64_t queries() const { return queries_; }
   int64_t stride() const { return stride_; }
   int64_t first() const { return first_; }
   int64_t last() const { return first_ + call_.query_block - 1; }
   int64_t seen_length() const { return call_.seen_length(head_ / call_.kv_heads); }
   // Whether a lane is a query before the end of its row and of the call; the others fill up the block.
-  bool present(int64_t lane) const { return lane < rows_ && position_[lane] < seen_length(); }
+  bool present(int64_t lane) const { return lane < queries_ && position_[lane] < seen_length(); }
   // A key before which no query of the block sees any, such that what is summed over keys is cut into whole tiles.
   int64_t start() const {
     constexpr int64_t kUnit = Format::kPerWord * Product::kDepth;
@@ -127,23 +103,15 @@ class QueryBlock {
   float* logits() { return logits_; }
   float* weights() { return weight_; }
 
-  Rows<Element> keys(const int32_t* positions, int64_t first) const {
-    return {static_cast<const Element*>(call_.key) + head_ * call_.keys * call_.head_dim, call_.head_dim, first,
-            positions};
-  }
-  Rows<Element> values(const int32_t* positions, int64_t first) const {
-    return {static_cast<const Element*>(call_.value) + head_ * call_.keys * call_.value_dim, call_.value_dim, first,
-            positions};
-  }
-
-  // Logits of up to kTileKeys keys into rows of `logits`, capped and masked; raises the largest of each lane. They are
+  // Logits of the keys of one tile into rows of `logits`, capped and masked; raises the largest of each lane. They are
   // still to be multiplied by `factor_`, which is the scale if that waits.
-  void score(Rows<Element> keys, int64_t count, float* logits) {
-    const int64_t depth = call_.head_dim / Format::kPerWord;
+  void score(KeyTile tile, float* logits) {
+    const int64_t depth = call_.head_dim / Format::kPerWord, count = tile.count;
+    const Rows<Element> keys = rows(call_.key, call_.head_dim, tile);
     multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
                                        logits, stride_, false);
     for (int64_t i = 0; i < count; ++i) {
-      const Span seeing = queries_that_see(keys.position(i));
+      const Span seeing = queries_that_see(tile.position(i));
       const bool masked = seeing.first > first_ || seeing.last < last();
       if (masked || !scale_waits_) finish_logits(logits + i * stride_, seeing, masked);
     }
@@ -160,23 +128,32 @@ class QueryBlock {
   }
 
   // Adds values times weights; the weights are used up.
-  void accumulate(Rows<Element> values, int64_t count, float* weights) {
-    const Left left = Format::values(values, count, packed_);
+  void accumulate(KeyTile tile, float* weights) {
+    const int64_t count = tile.count;
+    const Left left = Format::values(rows(call_.value, call_.value_dim, tile), count, packed_);
     const Lanes right = Format::weights(weights, count, lanes_, stride_);
     const int64_t depth = (count + Format::kPerWord - 1) / Format::kPerWord;
     multiply<Product>(call_.value_dim, lanes_, left, right, depth, total_, stride_, true);
   }
 
+  // The tile that begins `start` keys behind `first`, of `count` keys that follow each other or are at `positions`. Tiles
+  // of keys that follow each other end where a page does.
+  KeyTile tile(const int32_t* positions, int64_t first, int64_t count, int64_t start) const {
+    const int64_t size = smaller(count - start, kTileKeys);
+    if (positions) return {positions + start, 0, size};
+    return {nullptr, first + start, smaller(size, memory_.left_in_page(first + start))};
+  }
+
   // Exact attention to `count` keys, consecutive ones from `first` on or those at `positions`.
   void attend(const int32_t* positions, int64_t first, int64_t count) {
-    for (int64_t start = 0; start < count; start += kTileKeys) {
-      const int64_t size = count - start < kTileKeys ? count - start : kTileKeys;
-      const int32_t* at = positions ? positions + start : nullptr;
+    for (int64_t start = 0; start < count;) {
+      const KeyTile some = tile(positions, first, count, start);
       memcpy(decay_, largest_, sizeof(float) * lanes_);
-      score(keys(at, first + start), size, logits_);
+      score(some, logits_);
       scale_total();
-      exponentiate(logits_, size, true);
-      accumulate(values(at, first + start), size, logits_);
+      exponentiate(logits_, some.count, true);
+      accumulate(some, logits_);
+      start += some.count;
     }
   }
 
@@ -185,7 +162,7 @@ class QueryBlock {
     const int64_t row = head_ / call_.kv_heads, kv_head = head_ % call_.kv_heads;
     const int64_t block_start = block_ * call_.query_block;
     Element* output = static_cast<Element*>(call_.output);
-    for (int64_t lane = 0; lane < rows_; ++lane) {
+    for (int64_t lane = 0; lane < queries_; ++lane) {
       const int64_t query = block_start + lane % call_.query_block;
       if (query >= call_.queries) continue;
       const int64_t query_head = kv_head * call_.group() + lane / call_.query_block;
@@ -203,6 +180,15 @@ class QueryBlock {
   struct Span {
     int64_t first, last;
   };
+
+  // The rows of keys or values of a tile.
+  Rows<Element> rows(const void* array, int64_t width, KeyTile tile) {
+    const Element* base = static_cast<const Element*>(array);
+    if (!tile.positions) return {base + memory_.place(tile.first) * width, width, nullptr};
+    if (!memory_.table) return {base + memory_.base * width, width, tile.positions};
+    for (int64_t i = 0; i < tile.count; ++i) place_[i] = static_cast<int32_t>(memory_.place(tile.positions[i]));
+    return {base, width, place_};
+  }
 
   // Those of the block's queries that see a key, by the masks of positions.
   Span queries_that_see(int64_t position) const {
@@ -266,7 +252,7 @@ class QueryBlock {
     for (int64_t lane = 0; lane < lanes_; ++lane) {
       const int64_t index = block_ * call_.query_block + lane % call_.query_block;
       const int64_t query_head = kv_head * call_.group() + lane / call_.query_block;
-      if (lane >= rows_ || index >= call_.queries) {
+      if (lane >= queries_ || index >= call_.queries) {
         for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = 0;
         continue;
       }
@@ -299,12 +285,13 @@ class QueryBlock {
   // it. `factor_` is what the exponential then multiplies by.
   bool scale_waits_;
   float factor_;
-  int64_t rows_, lanes_, stride_;
+  int64_t queries_, lanes_, stride_;
   int64_t depth_, total_rows_;  // words of a packed query or key, and rows of total_: whole tiles
   int64_t head_ = 0, block_ = 0, first_ = 0;
+  HeadMemory memory_ = {};
   uint32_t *query_, *packed_;
   float *logits_, *total_, *largest_, *weight_, *decay_;
-  int32_t* position_;
+  int32_t *position_, *place_;
 };
 
 }  // namespace ICEFORMER_ISA

@@ -12,25 +12,31 @@
 
 namespace iceformer {
 
-#define ICEFORMER_DECLARE(isa)  \
-  namespace isa {               \
+// setup.py defines ICEFORMER_INSTRUCTION_SETS: X(name) for each set that this build has, best first.
+#define X(name)                 \
+  namespace name {              \
   extern const Kernels kernels; \
   }
-
-ICEFORMER_DECLARE(baseline)
-#if defined(ICEFORMER_X86)
-ICEFORMER_DECLARE(avx2)
-ICEFORMER_DECLARE(avx512)
-ICEFORMER_DECLARE(avx512_bf16)
-#endif
-#if defined(ICEFORMER_AMX)
-ICEFORMER_DECLARE(amx)
-#endif
-#if defined(ICEFORMER_EMULATE_AMX)
-ICEFORMER_DECLARE(amx_emulated)
-#endif
+ICEFORMER_INSTRUCTION_SETS
+#undef X
 
 namespace {
+
+// Whether this processor has an instruction set.
+[[maybe_unused]] bool has_baseline() { return true; }
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+[[maybe_unused]] bool has_amx() { return amx_allowed(); }
+// For tests, on tiles that are emulated; never chosen by itself, because it comes after the baseline.
+[[maybe_unused]] bool has_amx_emulated() { return has_avx512_bf16(); }
+#endif
 
 struct InstructionSet {
   const char* name;
@@ -41,23 +47,13 @@ struct InstructionSet {
 const std::vector<InstructionSet>& available() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
-#if defined(ICEFORMER_AMX)
-    if (amx_allowed()) found.push_back({"amx", &amx::kernels});
-#endif
-#if defined(ICEFORMER_X86)
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-    if (bf16) found.push_back({"avx512_bf16", &avx512_bf16::kernels});
-    if (avx512) found.push_back({"avx512", &avx512::kernels});
-    if (avx2) found.push_back({"avx2", &avx2::kernels});
 #endif
-    found.push_back({"baseline", &baseline::kernels});
-#if defined(ICEFORMER_EMULATE_AMX)
-    found.push_back({"amx_emulated", &amx_emulated::kernels});
-#endif
+#define X(name) \
+  if (has_##name()) found.push_back({#name, &name::kernels});
+    ICEFORMER_INSTRUCTION_SETS
+#undef X
     return found;
   }();
   return sets;

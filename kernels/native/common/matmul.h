@@ -5,6 +5,7 @@
 // the dot-product instructions of each type take.
 #pragma once
 
+#include "common/integers.h"
 #include "common/simd.h"
 
 namespace iceformer {
@@ -12,8 +13,6 @@ namespace ICEFORMER_ISA {
 
 // What a product needs while its kernels run: nothing, unless it works on tiles (tiles.h).
 struct NoScope {};
-
-ICEFORMER_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Products of words of one float. `multiply` works on multiples of `kRows` rows and `kDepth` words: it reads and writes
 // beyond what it is asked for up to those.

@@ -6,19 +6,18 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// Rows of an array of `width` elements each: consecutive ones from `first` on, or those at `positions`.
+// Rows of `width` elements: those that follow each other from `base` on, or those at `places`, counted from `base`.
 template <class Element>
 struct Rows {
   const Element* base;
-  int64_t width, first;
-  const int32_t* positions;
+  int64_t width;
+  const int32_t* places;
 
-  int64_t position(int64_t index) const { return positions ? positions[index] : first + index; }
-  const Element* row(int64_t index) const { return base + position(index) * width; }
+  const Element* row(int64_t index) const { return base + (places ? places[index] : index) * width; }
 
   // Asks the memory for a row that is read soon. Rows that a selection gathers lie where no hardware expects them.
   ICEFORMER_INLINE void prefetch(int64_t index, int64_t count) const {
-    if (!positions || index >= count) return;
+    if (!places || index >= count) return;
     const char* from = reinterpret_cast<const char*>(row(index));
     for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(Element)); byte += 64)
       __builtin_prefetch(from + byte);
@@ -39,7 +38,7 @@ struct Float32 {
 
   // Keys as rows of words; consecutive ones are used where they lie.
   static Left keys(Rows<float> rows, int64_t count, uint32_t* packed) {
-    if (!rows.positions) return {reinterpret_cast<const uint32_t*>(rows.row(0)), rows.width, 1};
+    if (!rows.places) return {reinterpret_cast<const uint32_t*>(rows.row(0)), rows.width, 1};
     copy(rows, count, packed);
     return {packed, rows.width, 1};
   }

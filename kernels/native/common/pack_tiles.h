@@ -46,7 +46,7 @@ struct Bfloat16 : Bfloat16Pairs {
   // Keys as rows of words; whole tiles of consecutive ones are used where they lie.
   static Left keys(Rows<Bfloat16Bits> rows, int64_t count, uint32_t* packed) {
     const int64_t words = rows.width / 2, padded = round_up(words, kTileSide);
-    if (!rows.positions && words == padded && count % kTileSide == 0)
+    if (!rows.places && words == padded && count % kTileSide == 0)
       return {reinterpret_cast<const uint32_t*>(rows.row(0)), words, 1};
     for (int64_t i = 0; i < count; ++i) {
       memcpy(packed + i * padded, rows.row(i), sizeof(uint32_t) * words);

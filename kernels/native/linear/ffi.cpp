@@ -4,15 +4,12 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
+#include "common/tasks.h"
 
 namespace ffi = xla::ffi;
 
 namespace iceformer {
 namespace {
-
-thread_local Scratch scratch;
 
 using Matrix = ffi::Buffer<ffi::DataType::F32, 2>;
 using Scales = ffi::Buffer<ffi::DataType::F32, 1>;
@@ -55,16 +52,10 @@ ffi::Error int8_linear(ffi::ThreadPool pool, ffi::AnyBuffer input, Int8Matrix ke
                        weights[1]};
   const std::vector<LinearTask> tasks = cut(call, pool.num_threads());
   const Kernels& chosen = kernels();
-  std::atomic<bool> out_of_memory{false};
-  parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    void* memory = scratch.get(chosen.linear_scratch_bytes(call, tasks[i]));
-    if (memory)
-      chosen.run_linear(call, tasks[i], memory);
-    else
-      out_of_memory = true;
-  });
-  if (out_of_memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "int8 product: out of memory");
-  return ffi::Error::Success();
+  return run_tasks(
+      pool, "int8 product", static_cast<int64_t>(tasks.size()),
+      [&](int64_t i) { return chosen.linear_scratch_bytes(call, tasks[i]); },
+      [&](int64_t i, void* memory) { chosen.run_linear(call, tasks[i], memory); });
 }
 
 }  // namespace

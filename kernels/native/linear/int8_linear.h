@@ -2,8 +2,8 @@
 // convert a panel at a time, which stays in the cache. An int8 is exact in bfloat16, too, so that no precision is lost.
 #pragma once
 
-#include "attention/softmax.h"
-#include "common/pack.h"
+#include "common/arena.h"
+#include "common/pack_tiles.h"
 #include "linear/problem.h"
 
 namespace iceformer {
