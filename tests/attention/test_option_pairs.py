@@ -260,7 +260,7 @@ def test_two_stage_in_kernels(case: Case) -> None:
 
     @jax.jit
     def call(query: jax.Array, key: jax.Array, value: jax.Array, projected: jax.Array, queries: jax.Array) -> Any:
-        keys = KeyView(key, value, {"projected_key": projected})
+        keys = KeyView(key, value, {"projected_key": projected}).padded(config.key_block)
         return custom_calls.two_stage(config, query, keys, queries, rows, selecting, mask)
 
     for instruction_set in kernels.instruction_sets():
