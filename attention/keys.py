@@ -6,7 +6,6 @@ share one.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ class KeyView(NamedTuple):
 
     key: Float[Array, "pages kv_heads page head_dim"]
     value: Float[Array, "pages kv_heads page value_dim"]
-    fields: Mapping[str, Shaped[Array, "pages kv_heads entries ..."]] = MappingProxyType({})
+    fields: Mapping[str, Shaped[Array, "pages kv_heads entries ..."]] = {}
     table: Int[Array, "slots slot_pages"] | None = None
 
     @property

@@ -202,8 +202,8 @@ def _timed(
     attention: Attention, arrays: tuple[Array, ...], constants: Constants, causal: bool
 ) -> Callable[[np.ndarray, np.ndarray], float]:
     """A function that gives the seconds of one call at an offset and lengths."""
-    query, *rest = arrays
-    keys = KeyView(*rest)
+    query, key, value = arrays
+    keys = KeyView(key, value)
     # The cache of a compiled entry holds the index; an encoder has none and makes it in the call.
     if causal and isinstance(attention, TwoStage):
         keys = attention.indexed(keys, constants)

@@ -112,7 +112,7 @@ class Engine:
         self._runner, self._info = runner, runner.info
         self._places = {bucket.capacity: _Place(Slots(bucket, self._info.batch)) for bucket in self._info.buckets}
         self._running: dict[int, _Running] = {}
-        self._lost: list[int] = []
+        self._events: list[Event] = []
         self._cancelled: set[int] = set()
         self._next_handle = 0
 
@@ -131,24 +131,24 @@ class Engine:
     def busy(self) -> bool:
         """Whether there is anything to do in a step."""
         self._sweep()
-        return bool(self._running or self._lost or any(place.waiting for place in self._places.values()))
+        return bool(self._running or self._events or any(place.waiting for place in self._places.values()))
 
     def step(self) -> list[Event]:
         """One chunk of the oldest prompt that is not done, and one token of every request whose prompt is.
 
         A call that fails raises; the requests of its bucket are lost, which the next step tells, and all others go on.
+        The next step also gives what happened before the failure.
         """
         self._sweep()
         self._seat()
-        events: list[Event] = [RequestLost(handle) for handle in self._lost]
-        self._lost.clear()
-        reading = next((running for running in self._running.values() if not running.writes), None)
+        reading = min((x for x in self._running.values() if not x.writes), key=lambda x: x.handle, default=None)
         if reading is not None:
-            events += self._read(reading)
+            self._read(reading)
         for bucket in self._info.buckets:
             writing = [running for running in self._running.values() if running.bucket is bucket and running.writes]
             if writing:
-                events += self._write(bucket, writing)
+                self._write(bucket, writing)
+        events, self._events = self._events, []
         return events
 
     def has_room(self, tokens: int) -> bool:
@@ -211,15 +211,16 @@ class Engine:
         self._places[running.bucket.capacity].slots.give_back(running.slot)
         del self._running[running.handle]
 
-    def _read(self, running: _Running) -> Sequence[Event]:
+    def _read(self, running: _Running) -> None:
         bucket, ids, start = running.bucket, running.request.ids, running.read
         piece = _piece(ids, start, bucket.chunk)
         (logits,) = self._call(bucket, "prefill", piece, *_row(running.slot, start, len(ids)))
         running.read = min(start + bucket.chunk, len(ids))
-        read = PromptRead(running.handle, running.read, len(ids))
-        return (read, self._sample(running, np.asarray(logits)[0])) if running.writes else (read,)
+        self._events.append(PromptRead(running.handle, running.read, len(ids)))
+        if running.writes:
+            self._sample(running, np.asarray(logits)[0])
 
-    def _write(self, bucket: BucketInfo, writing: Sequence[_Running]) -> Sequence[Event]:
+    def _write(self, bucket: BucketInfo, writing: Sequence[_Running]) -> None:
         """One more token of each request, all of them in one call."""
         slots = self._info.batch
         tokens, slot, offset = np.zeros(slots, np.int32), np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
@@ -231,9 +232,10 @@ class Engine:
             )
         (result,) = self._call(bucket, "decode", tokens, slot, offset)
         logits = np.asarray(result)
-        return [self._sample(running, logits[running.slot]) for running in writing]
+        for running in writing:
+            self._sample(running, logits[running.slot])
 
-    def _sample(self, running: _Running, logits: NDArray[np.float32]) -> TokenWritten:
+    def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
         request = running.request
         running.last = sample(logits, request.temperature, running.generator)
         running.written += 1
@@ -246,7 +248,7 @@ class Engine:
             reason = "capacity"
         if reason is not None:
             self._release(running)
-        return TokenWritten(running.handle, running.last, reason)
+        self._events.append(TokenWritten(running.handle, running.last, reason))
 
     def _call(self, bucket: BucketInfo, entry: str, *arguments: NDArray[np.int32]) -> tuple[Any, ...]:
         table = self._places[bucket.capacity].slots.table
@@ -255,7 +257,7 @@ class Engine:
         except BaseException:
             # The cache is gone, and with it what the others had in it.
             for running in [running for running in self._running.values() if running.bucket is bucket]:
-                self._lost.append(running.handle)
+                self._events.append(RequestLost(running.handle))
                 self._release(running)
             raise
 

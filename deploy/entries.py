@@ -114,7 +114,8 @@ class DecoderEntries(Entries):
                 ring = (batch, config.num_key_value_heads, min(window, capacity), config.head_dim)
                 return {"key": ArrayInfo(ring, dtype), "value": ArrayInfo(ring, dtype)}
             heads = (pages, config.num_key_value_heads)
-            arrays = dict.fromkeys(("key", "value"), ArrayInfo((*heads, length, config.head_dim), dtype))
+            keys = ArrayInfo((*heads, length, config.head_dim), dtype)
+            arrays = {"key": keys, "value": keys}
             for name, kept in fields.items():
                 arrays[name] = ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
             return arrays

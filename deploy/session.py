@@ -271,7 +271,7 @@ class Session:
         with self._turn():
             handle = self._engine.add(Request(ids, max_new_tokens, float(temperature), seed))
             self._events[handle] = deque()
-        written = Stream(self, self._follow(handle, progress), len(ids))
+        written = Stream(self, handle, len(ids), progress)
         return written if stream else written.wait()
 
     @overload
@@ -473,19 +473,13 @@ class Session:
             }[model.kind]
             raise ValueError(f"this artifact holds {content}")
 
-    def _follow(self, handle: int, progress: Progress | None) -> Iterator[TokenWritten]:
-        """The tokens of a request as they are written; letting go of the iterator ends the request."""
-        try:
-            finished = False
-            while not finished:
-                written = self._next_token(handle, progress)
-                finished = written.finish_reason is not None
-                yield written
-        finally:
-            self._engine.cancel(handle)
-            self._events.pop(handle, None)
+    def _end(self, handle: int) -> None:
+        """Ends a request, from any thread, at any time."""
+        self._engine.cancel(handle)
+        self._events.pop(handle, None)
 
     def _next_token(self, handle: int, progress: Progress | None) -> TokenWritten:
+        """The next token of a request that has not ended."""
         events = self._events[handle]
         while True:
             with self._turn():
@@ -536,8 +530,9 @@ class Stream(Iterator[Piece]):
         generation: the whole, once the last token is there; None before.
     """
 
-    def __init__(self, session: Session, written: Iterator[TokenWritten], prompt_tokens: int) -> None:
-        self._session, self._written, self._prompt_tokens = session, written, prompt_tokens
+    def __init__(self, session: Session, handle: int, prompt_tokens: int, progress: Progress | None) -> None:
+        self._session, self._handle, self._prompt_tokens, self._progress = session, handle, prompt_tokens, progress
+        self._ended = False
         self._ids: list[int] = []
         self._text = ""
         self.generation: Generation | None = None
@@ -557,13 +552,20 @@ class Stream(Iterator[Piece]):
 
     def wait(self) -> Generation:
         """Writes the rest, and gives the whole."""
-        while self.generation is None:
+        while self.generation is None and not self._ended:
             self._take()
+        if self.generation is None:
+            raise RuntimeError("the stream was closed before its end: there is no whole text")
         return self.generation
 
     def close(self) -> None:
         """Ends the request, if it has not ended."""
-        self._written = iter(())
+        if not self._ended:
+            self._ended = True
+            self._session._end(self._handle)
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> "Stream":
         return self
@@ -574,9 +576,16 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def _take(self) -> TokenWritten:
-        written = next(self._written)
+        if self._ended:
+            raise StopIteration
+        try:
+            written = self._session._next_token(self._handle, self._progress)
+        except BaseException:
+            self.close()
+            raise
         self._ids.append(written.id)
         if written.finish_reason is not None:
+            self.close()
             text = self._session.detokenize(self._ids) if self._session.has_tokenizer else None
             ids = np.asarray(self._ids, np.int32)
             self.generation = Generation(text, ids, written.finish_reason, self._prompt_tokens)

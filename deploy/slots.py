@@ -11,12 +11,11 @@ class Slots:
 
     Attributes:
         table: int32 [slots, pages of a slot], the page of each run of a slot's tokens; None where a slot is one page.
-            What stands for tokens that a slot has no page for is page 0, of which nothing is read.
+            What stands for tokens that a slot has no page for is page 0, which nothing reads or writes for it.
     """
 
     def __init__(self, bucket: BucketInfo, slots: int) -> None:
-        self._page = bucket.cache.page
-        self._capacity = bucket.capacity
+        self._bucket, self._page = bucket, bucket.cache.page
         self._free = list(range(slots))
         per_slot = bucket.capacity // self._page if self._page else 0
         self._free_pages = list(range(slots * per_slot))
@@ -29,10 +28,14 @@ class Slots:
         return bool(self._free)
 
     def take(self, tokens: int) -> int:
-        """A slot with room for so many tokens, or for as many as the bucket has; there must be one."""
+        """A slot with room for so many tokens, or for as many as the bucket has; there must be one.
+
+        Prompts are written in whole chunks: there is room for all of the last one.
+        """
         slot = self._free.pop(0)
         if self.table is not None:
-            count = -(-min(tokens, self._capacity) // self._page)
+            chunk, capacity = self._bucket.chunk, self._bucket.capacity
+            count = -(-min(-(-tokens // chunk) * chunk, capacity) // self._page)
             pages, self._free_pages = self._free_pages[:count], self._free_pages[count:]
             self.table[slot] = 0
             self.table[slot, :count] = pages

@@ -60,8 +60,10 @@ def attention_tables(manifest: Manifest) -> list[Table]:
 def _dispatch_table(manifest: Manifest) -> Table:
     """What computes the attention of each entry's layers, and why."""
     table = Table(title="attention of each entry, as compiled for this kind of CPU")
-    for name, side in (("bucket", "right"), ("entry", "left"), ("layers", "right"), ("computed", "left")):
-        table.add_column(name, justify=side)
+    table.add_column("bucket", justify="right")
+    table.add_column("entry")
+    table.add_column("layers", justify="right")
+    table.add_column("computed")
     for bucket in manifest.buckets:
         for name, entry in bucket.entries.items():
             for computed, layers in entry.attention.items():

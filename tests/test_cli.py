@@ -61,8 +61,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
 
 def test_compile_options_reach_the_manifest(artifact: Path) -> None:
     info = iceformer.load(artifact).info
-    attention = info.buckets[0].attention
-    assert info.buckets[0].attention_reason == "as asked"
+    attention = info.buckets[0].plan["prompt"]
+    assert info.buckets[0].plan_reason == "as asked"
     assert attention["method"]["name"] == "low_rank"
     assert attention["method"]["rank"] == 4
     assert [attention[name] for name in ("budget", "query_block", "key_block", "sink", "local")] == [32, 8, 2, 4, 4]

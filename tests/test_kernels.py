@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from iceformer import kernels
-from iceformer.attention import LowRank, TwoStage, two_stage_attention
+from iceformer.attention import LowRank, TwoStage
+
+from .attention.calls import two_stage_attention
 
 # Two-stage attention to 300 keys, by a selection and exactly; prints the instruction set and the output.
 ATTEND = """
@@ -29,11 +31,11 @@ def attend() -> np.ndarray:
     rng = np.random.default_rng(0)
     query, key = (rng.standard_normal((1, heads, 300, 16)).astype(np.float32) for heads in (4, 2))
     config = TwoStage(budget=64, query_block=8, key_block=4, sink=4, local=4)
-    basis = LowRank().calibrate(query[0], key[0])
+    constants = {name: jnp.asarray(x) for name, x in LowRank().calibrate(query[0], key[0]).items()}
     rows = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 300, jnp.int32)}
     arrays = (jnp.asarray(x) for x in (query, key, key))
     call = jax.jit(partial(two_stage_attention, config))
-    return np.asarray(call(*arrays, basis=jnp.asarray(basis), **rows)).sum(axis=(1, 3))
+    return np.asarray(call(*arrays, constants=constants, **rows)).sum(axis=(1, 3))
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -42,9 +42,9 @@ def checkpoint(source: tuple[Path, Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense_artifact(checkpoint: Path) -> Path:
+def exact_artifact(checkpoint: Path) -> Path:
     return iceformer.compile(
-        checkpoint, checkpoint.parent / "dense", buckets=BUCKETS, attention=iceformer.Exact(), chunk=CHUNK
+        checkpoint, checkpoint.parent / "exact", buckets=BUCKETS, attention=iceformer.Exact(), chunk=CHUNK
     )
 
 
@@ -57,8 +57,8 @@ def two_stage_artifact(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense_session(dense_artifact: Path) -> Session:
-    return iceformer.load(dense_artifact)
+def exact_session(exact_artifact: Path) -> Session:
+    return iceformer.load(exact_artifact)
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ FILES = (
 
 
 @pytest.fixture
-def copy(dense_artifact: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(dense_artifact, tmp_path / "artifact")
+def copy(exact_artifact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exact_artifact, tmp_path / "artifact")
 
 
 def change_environment(folder: Path, **fields: object) -> None:
@@ -45,8 +45,8 @@ def change_environment(folder: Path, **fields: object) -> None:
     layout.write_manifest(folder, dataclasses.replace(manifest, environment=environment))
 
 
-def test_holds_exactly_these_files(dense_artifact: Path) -> None:
-    found = {path.relative_to(dense_artifact).as_posix() for path in dense_artifact.rglob("*") if path.is_file()}
+def test_holds_exactly_these_files(exact_artifact: Path) -> None:
+    found = {path.relative_to(exact_artifact).as_posix() for path in exact_artifact.rglob("*") if path.is_file()}
     assert found == set(FILES)
 
 
@@ -96,17 +96,17 @@ def test_not_an_artifact(tmp_path: Path) -> None:
         iceformer.load(tmp_path)
 
 
-def test_another_jaxlib_uses_the_portable_tier(copy: Path, dense_session: Session) -> None:
+def test_another_jaxlib_uses_the_portable_tier(copy: Path, exact_session: Session) -> None:
     """Machine code of another jaxlib is not touched, and the StableHLO gives the same numbers."""
     change_environment(copy, jaxlib="0.9.9")
     with pytest.warns(PortableTierWarning, match=r"compiled with jaxlib 0\.9\.9, here is .* compiled instead"):
         session = iceformer.load(copy)
     assert session.tier == "portable"
     ids = np.arange(10, 60)
-    portable, native = session.score(ids), dense_session.score(ids)
+    portable, native = session.score(ids), exact_session.score(ids)
     np.testing.assert_allclose(portable.logprobs, native.logprobs, atol=1e-5)
     np.testing.assert_array_equal(portable.argmax, native.argmax)
-    np.testing.assert_array_equal(session.generate(ids, 5).ids, dense_session.generate(ids, 5).ids)
+    np.testing.assert_array_equal(session.generate(ids, 5).ids, exact_session.generate(ids, 5).ids)
 
 
 def test_a_missing_cpu_feature_uses_the_portable_tier(copy: Path) -> None:
@@ -211,11 +211,11 @@ def test_a_failed_compile_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_manifest_says_what_was_compiled(dense_session: Session, checkpoint: Path) -> None:
-    info = dense_session.info
+def test_manifest_says_what_was_compiled(exact_session: Session, checkpoint: Path) -> None:
+    info = exact_session.info
     assert [bucket.capacity for bucket in info.buckets] == list(BUCKETS)
-    assert info.buckets[0].attention["kind"] == "dense"
-    assert info.buckets[0].attention_reason == "as asked"
+    assert [info.buckets[0].plan[call]["kind"] for call in ("prompt", "decode")] == ["exact", "exact"]
+    assert info.buckets[0].plan_reason == "as asked"
     assert info.crossover == ()
     assert info.environment.kernels == (kernels.version() or "")
     assert (info.dtype, info.batch) == ("float32", 1)
@@ -224,8 +224,9 @@ def test_manifest_says_what_was_compiled(dense_session: Session, checkpoint: Pat
     assert info.provenance.source == json.loads((checkpoint / "iceformer.json").read_text())
     assert info.provenance.calibration is None
     score = info.buckets[0].entries["score"]
-    assert list(score.arguments) == ["tokens", "targets", "offset", "lengths"]
+    assert list(score.arguments) == ["tokens", "targets", "slot", "offset", "length"]
     assert score.results["logprobs"].shape == (1, 32)
+    assert sum(score.attention.values()) == info.model.config["num_hidden_layers"]
     assert score.memory.temp_bytes > 0
     assert score.compile_seconds > 0
     assert parse_manifest(info.to_json()) == info

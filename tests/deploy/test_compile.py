@@ -74,9 +74,12 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
     assert (calibration.kind, calibration.tokens) == ("ids", 64)
     assert calibration.sha256 == hashlib.sha256(ids.astype(np.int32).tobytes()).hexdigest()
     bucket = session.info.buckets[0]
-    assert bucket.attention["method"] == {"name": "low_rank", "rank": 4, "query_share": 0.5}
-    assert [name for name in session.info.weights.tensors if name.startswith("bases.")] == ["bases.0", "bases.1"]
-    assert [array.dtype for array in bucket.cache.layers[0]] == ["bfloat16", "bfloat16", "int8"]
+    assert bucket.plan["decode"] == {"kind": "exact", "query_block": 256, "key_block": 512}
+    assert bucket.plan["prompt"]["method"] == {"name": "low_rank", "rank": 4, "query_share": 0.5}
+    constants = [name for name in session.info.weights.tensors if name.startswith("attention.")]
+    assert constants == [f"attention.{layer}.{of}_projection" for layer in (0, 1) for of in ("key", "query")]
+    found = {name: array.dtype for name, array in bucket.cache.layers[0].items()}
+    assert found == {"key": "bfloat16", "value": "bfloat16", "projected_key": "int8"}
     assert bucket.cache.size_in_bytes == 2 * (2 * 2 * 64 * 16 * 2 + 2 * 64 * 4)
     assert session.info.weights.file.size < 0.6 * 4 * session.info.model.parameters
     prompt = ids[:30]
@@ -163,7 +166,7 @@ class TestCalibrationIds:
 
 
 def test_an_artifact_compiled_with_a_compilation_cache_runs(
-    checkpoint: Path, tmp_path: Path, dense_session: Session, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, exact_session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Executables that jax reads from its cache cannot be serialised: an equal one was stored there before."""
     assert jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
@@ -173,4 +176,4 @@ def test_an_artifact_compiled_with_a_compilation_cache_runs(
         iceformer.compile(checkpoint, tmp_path / "first", **options)
     session = iceformer.load(iceformer.compile(checkpoint, tmp_path / "second", **options))
     assert session.tier == "native"
-    np.testing.assert_allclose(session.score([5, 6, 7]).logprobs, dense_session.score([5, 6, 7]).logprobs, atol=1e-5)
+    np.testing.assert_allclose(session.score([5, 6, 7]).logprobs, exact_session.score([5, 6, 7]).logprobs, atol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import iceformer
-from iceformer.attention import LowRank, MeanPool
+from iceformer.attention import LowRank, Mask, MeanPool, Plan
 from iceformer.deploy import artifact as layout
 from iceformer.deploy import crossover
 from iceformer.deploy.card import card_text
@@ -89,7 +89,7 @@ LARGE = iceformer.TwoStage(budget=500, query_block=8, sink=0, local=0)
 def test_each_bucket_gets_what_is_faster(
     table: CrossoverTable | None, capacity: int, chosen: int | None, reason: str
 ) -> None:
-    expected = iceformer.Exact() if chosen is None else dataclasses.replace(LARGE, crossover=chosen)
+    expected = Plan() if chosen is None else Plan(dataclasses.replace(LARGE, crossover=chosen))
     assert choose(LARGE, table, capacity) == Choice(expected, reason)
 
 
@@ -110,12 +110,12 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("measured")
 
     monkeypatch.setattr(crossover, "measure", fail)
-    for asked in (iceformer.Exact(), LARGE):
+    for asked in (Plan(), Plan(LARGE)):
         choices, measured = decide(asked, (256, 1024), SHAPE, fail)
         assert choices == (Choice(asked, "as asked"),) * 2
         assert measured == ()
     choices, measured = decide(iceformer.Auto(LARGE), (256, 500), SHAPE, fail)
-    assert [choice.attention for choice in choices] == [iceformer.Exact()] * 2
+    assert [choice.plan for choice in choices] == [Plan()] * 2
     assert measured == ()
     assert needs_measurement(iceformer.Auto(LARGE), (256, 501), SHAPE)
     with pytest.raises(AssertionError, match="measured"):
@@ -156,9 +156,9 @@ def mixed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_manifest_card_and_tables_say_what_was_chosen(mixed: Path) -> None:
     info = parse_manifest((mixed / "manifest.json").read_bytes())
-    assert [bucket.attention["kind"] for bucket in info.buckets] == ["dense", "two_stage"]
-    assert info.buckets[1].attention["crossover"] == 136
-    reasons = [bucket.attention_reason for bucket in info.buckets]
+    assert [bucket.plan["prompt"]["kind"] for bucket in info.buckets] == ["exact", "two_stage"]
+    assert info.buckets[1].plan["prompt"]["crossover"] == 136
+    reasons = [bucket.plan_reason for bucket in info.buckets]
     assert reasons == [
         "exact: two-stage is faster only from 136 keys on",
         "two-stage from 136 keys on: at 200 it took 0.50 of exact attention's time",
@@ -168,7 +168,9 @@ def test_manifest_card_and_tables_say_what_was_chosen(mixed: Path) -> None:
     card = card_text(info, "artifact")
     assert all(reason in card for reason in reasons)
     assert "| 200 | 2.0 | 1.0 | 0.50 |" in card
-    chosen, measured = attention_tables(info)
+    chosen, computed, measured = attention_tables(info)
+    assert list(computed.columns[0].cells) == ["128"] * 3 + ["256"] * 3
+    assert list(computed.columns[2].cells) == ["2"] * 6
     assert list(chosen.columns[2].cells) == reasons
     assert list(measured.columns[3].cells) == ["2.00", "0.50"]
 
@@ -183,12 +185,12 @@ def exact_logprobs(checkpoint: Path, ids: NDArray[np.int64]) -> NDArray[np.float
 def test_buckets_of_both_kinds_run_from_one_set_of_weights(
     mixed: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tier: str
 ) -> None:
-    """The exact entries take the calibrated bases too, and make no use of them."""
+    """The exact entries take the method's constants too, and make no use of them."""
     if tier == "portable":
         monkeypatch.setattr(layout, "differences", lambda *_: ["made up"])
     with pytest.warns(PortableTierWarning) if tier == "portable" else nullcontext():
         session = iceformer.load(mixed)
-    assert any(name.startswith("bases.") for name in session.info.weights.tensors)
+    assert any(name.startswith("attention.") for name in session.info.weights.tensors)
     rng = np.random.default_rng(0)
     # 130 tokens run in the bucket of 256, where no query block of theirs sees more keys than the crossover.
     for length in (100, 130):
@@ -210,8 +212,8 @@ def test_auto_measures_and_compiles(checkpoint: Path, tmp_path: Path) -> None:
     assert all(row.exact_seconds > 0 and row.two_stage_seconds > 0 for row in info.crossover)
     crossing = crossover_of(info.crossover, 8)
     two_stage = crossing is not None and crossing < 512
-    assert info.buckets[0].attention["kind"] == ("two_stage" if two_stage else "dense")
-    assert info.buckets[0].attention_reason.startswith("two-stage from" if two_stage else "exact:")
+    assert info.buckets[0].plan["prompt"]["kind"] == ("two_stage" if two_stage else "exact")
+    assert info.buckets[0].plan_reason.startswith("two-stage from" if two_stage else "exact:")
     assert len(session.score(np.arange(4, 300)).argmax) == 296
 
 
@@ -236,8 +238,8 @@ def test_a_timed_call_is_bidirectional_if_the_model_is(monkeypatch: pytest.Monke
     """Attention that is told to be causal sees half of it; the timed function is told what the shape says."""
     told: list[bool] = []
 
-    def attend(*_: Any, causal: bool, **__: Any) -> jax.Array:
-        told.append(causal)
+    def attend(attention: Any, query: Any, keys: Any, rows: Any, mask: Mask, constants: Any) -> jax.Array:
+        told.append(mask.causal)
         return jax.numpy.zeros(1)
 
     monkeypatch.setattr(crossover, "attend", attend)
@@ -250,6 +252,6 @@ def test_a_timed_call_is_bidirectional_if_the_model_is(monkeypatch: pytest.Monke
 def test_a_model_of_windows_only_is_not_measured() -> None:
     shape = dataclasses.replace(SHAPE, only_exact="every layer has a sliding window")
     choices, measured = decide(iceformer.Auto(LARGE), (256, 1024), shape, lambda line: None)
-    assert choices == (Choice(iceformer.Exact(), "exact: every layer has a sliding window"),) * 2
+    assert choices == (Choice(Plan(), "exact: every layer has a sliding window"),) * 2
     assert measured == ()
     assert not needs_measurement(iceformer.Auto(LARGE), (256, 1024), shape)

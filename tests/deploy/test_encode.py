@@ -130,13 +130,13 @@ def test_rows_run_in_the_smallest_bucket_that_holds_them(
     features: tuple[Any, Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, seen = features[1], []
-    call = session._call
+    call = session._runner.call
 
     def watched(bucket: Any, name: str, *arrays: Any) -> Any:
         seen.append((bucket.capacity, arrays[-1].tolist()))
         return call(bucket, name, *arrays)
 
-    monkeypatch.setattr(session, "_call", watched)
+    monkeypatch.setattr(session._runner, "call", watched)
     done: list[tuple[int, int]] = []
     session.encode([random_ids(n) for n in LENGTHS], progress=lambda *counts: done.append(counts))
     assert seen == [(128, [100, 65]), (64, [64, 40]), (64, [33, 7]), (64, [1, 0])]
@@ -251,7 +251,10 @@ def test_two_stage_is_near_exact(made: Callable[..., tuple[Any, Path]]) -> None:
     from safetensors.numpy import load_file
 
     stored = load_file(weights)
-    bases = tuple(jax.numpy.asarray(stored[f"bases.{layer}"]) for layer in range(2))
+    names = ("query_projection", "key_projection")
+    constants = tuple(
+        {name: jax.numpy.asarray(stored[f"attention.{layer}.{name}"]) for name in names} for layer in range(2)
+    )
     graph, state = nnx.split(model)
     ids = np.zeros((1, 128), np.int32)
     ids[0, :120] = rows[1]
@@ -260,7 +263,7 @@ def test_two_stage_is_near_exact(made: Callable[..., tuple[Any, Path]]) -> None:
     def run(state: Any, ids: jax.Array) -> dict[str, jax.Array]:
         inputs = {"input_ids": ids, "token_type_ids": jax.numpy.zeros_like(ids)}
         lengths = jax.numpy.array([120])
-        return nnx.merge(graph, state).encode(inputs, lengths, attention=TWO_STAGE, bases=bases)
+        return nnx.merge(graph, state).encode(inputs, lengths, attention=TWO_STAGE, constants=constants)
 
     direct = np.asarray(run(state, ids)["last_hidden_state"])[0, :120]
     np.testing.assert_allclose(long.last_hidden_state, direct, atol=1e-3)
@@ -298,9 +301,9 @@ def test_refuses(features: tuple[Any, Session], inputs: Any, message: str) -> No
         features[1].encode(inputs)
 
 
-def test_each_kind_says_what_it_can_do(features: tuple[Any, Session], dense_session: Session) -> None:
+def test_each_kind_says_what_it_can_do(features: tuple[Any, Session], exact_session: Session) -> None:
     with pytest.raises(ValueError, match=r"holds a decoder \(llama\): it can only score and generate"):
-        dense_session.encode("Once")
+        exact_session.encode("Once")
     for call in (features[1].generate, features[1].score):
         with pytest.raises(ValueError, match=r"holds an? encoder \(bert\): it can only encode"):
             call([5, 6])

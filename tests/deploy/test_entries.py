@@ -1,6 +1,7 @@
 """A decoder's entries: what attention they have, and that what a cache held before counts for nothing."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -10,18 +11,18 @@ import pytest
 
 import iceformer
 from iceformer import kernels
-from iceformer.attention import Exact, LowRank, MeanPool
-from iceformer.attention.cache import LayerCache
-from iceformer.deploy.entries import DecoderEntries, PlainCache
+from iceformer.attention import Attention, Exact, KVCache, LowRank, MeanPool, Plan
+from iceformer.deploy.entries import DecoderEntries
 
 from ..model.cases import few
 
-CAPACITY, CHUNK, LENGTHS = 120, 40, (100, 61)
+CAPACITY, CHUNK = 256, 64
+LENGTHS, SLOTS = (200, 131), (2, 0)
 SMALL: dict[str, Any] = {
     "budget": 32, "query_block": 8, "key_block": 2, "sink": 4, "local": 4, "exact_last_block": False,
 }  # fmt: skip
 ATTENTIONS = {
-    "dense": Exact(),
+    "exact": Exact(),
     "mean_pool": iceformer.TwoStage(method=MeanPool(), **SMALL),
     "low_rank": iceformer.TwoStage(method=LowRank(rank=8), **SMALL),
 }
@@ -32,73 +33,109 @@ def entries(checkpoint: Any) -> DecoderEntries:
     """With projections for `low_rank`."""
     model = iceformer.load_model(checkpoint)
     config: Any = model.config
-    shape = (config.num_hidden_layers, config.num_key_value_heads, 2, config.head_dim, 8)
-    bases = tuple(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32))
-    made = DecoderEntries.of(model, bases)
+    rng, shape = np.random.default_rng(0), (config.num_key_value_heads, config.head_dim, 8)
+    constants = tuple(
+        {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name in ("query_projection", "key_projection")}
+        for _ in range(config.num_hidden_layers)
+    )
+    made = DecoderEntries.of(model, constants)
     assert isinstance(made, DecoderEntries)
     return made
 
 
+def of_plan(entries: DecoderEntries, prompt: Attention, decode: Attention | None = None) -> DecoderEntries:
+    """Entries with another plan."""
+    return dataclasses.replace(entries, plan=Plan(prompt, decode or Exact()))
+
+
 class Compiled:
-    """Prefill and decode, compiled once, with the weights in place."""
+    """Prefill and decode, compiled once, with the weights in place. Slot 1 of 3 is free."""
 
-    def __init__(self, entries: DecoderEntries) -> None:
-        functions = entries.functions(CAPACITY, CHUNK, batch=2)
-        self.entries = entries
+    def __init__(self, entries: DecoderEntries, page: int = 0) -> None:
+        self.entries, self._page = entries, page
+        functions = entries.functions(CAPACITY, CHUNK, batch=3, page=page)
         self._prefill, self._decode = (jax.jit(functions[name].function) for name in ("prefill", "decode"))
+        # The pages of a slot lie anywhere.
+        order = np.random.default_rng(2).permutation(3 * CAPACITY // page) if page else None
+        self._table = () if order is None else (jnp.asarray(order.reshape(3, -1), jnp.int32),)
 
-    def prefill(self, held: float) -> tuple[PlainCache, np.ndarray]:
-        """The cache after two prompts, where it held one number everywhere, and the logits after their last chunk."""
+    def cache(self, held: float) -> KVCache:
+        """That held one number everywhere."""
         # The largest int8 is where projections go that overflow.
-        layers = self.entries.cache(CAPACITY, 2, "float32").layers
-        cache = tuple(tuple(jnp.full(x.shape, 127 if x.dtype == "int8" else held, x.dtype) for x in y) for y in layers)
-        tokens = np.random.default_rng(1).integers(3, 300, (2, CAPACITY))
-        tokens = jnp.asarray(np.where(np.arange(CAPACITY) < np.array(LENGTHS)[:, None], tokens, 0), jnp.int32)
-        logits = np.zeros(())
-        for start in range(0, CAPACITY, CHUNK):
-            arguments = tokens[:, start : start + CHUNK], jnp.int32(start), jnp.array(LENGTHS, jnp.int32)
+        layers = self.entries.cache(CAPACITY, 3, "float32", self._page).layers
+        return tuple(
+            {name: jnp.full(x.shape, 127 if x.dtype == "int8" else held, x.dtype) for name, x in layer.items()}
+            for layer in layers
+        )
+
+    def prefill(self, held: float) -> tuple[KVCache, np.ndarray]:
+        """The cache after two prompts, which begin in turn, and the logits after their last tokens."""
+        cache, logits = self.cache(held), np.zeros((len(LENGTHS), 0))
+        prompts = np.random.default_rng(1).integers(3, 300, (2, CAPACITY))
+        found = {}
+        for start, row in itertools.product(range(0, CAPACITY, CHUNK), range(2)):
+            if start >= LENGTHS[row]:
+                continue
+            tokens = np.where(np.arange(CAPACITY) < LENGTHS[row], prompts[row], 0)[None, start : start + CHUNK]
+            numbers = (jnp.array([x], jnp.int32) for x in (SLOTS[row], start, LENGTHS[row]))
+            arguments = jnp.asarray(tokens, jnp.int32), *numbers, *self._table
             cache, logits = self._prefill(self.entries.weights, cache, *arguments)
-        return cache, np.asarray(logits)
+            found[row] = np.asarray(logits)[0]
+        return cache, np.stack([found[0], found[1]])
 
-    def decode(self, cache: PlainCache) -> np.ndarray:
-        """The logits after one more token of each row."""
-        arguments = jnp.array([5, 6], jnp.int32), jnp.array(LENGTHS, jnp.int32)
-        return np.asarray(self._decode(self.entries.weights, cache, *arguments)[1])
+    def decode(self, cache: KVCache) -> tuple[KVCache, np.ndarray]:
+        """The cache and the logits after one more token of each row."""
+        tokens, slot, offset = np.zeros(3, np.int32), np.full(3, -1, np.int32), np.full(3, 7, np.int32)
+        for row, of_row in enumerate(SLOTS):
+            tokens[of_row], slot[of_row], offset[of_row] = 5 + row, of_row, LENGTHS[row]
+        cache, logits = self._decode(self.entries.weights, cache, tokens, slot, offset, *self._table)
+        return cache, np.asarray(logits)[list(SLOTS)]
 
 
+@pytest.mark.parametrize("page", [0, 128])
 @pytest.mark.parametrize("name", few(ATTENTIONS, ["low_rank"]))
-def test_what_a_cache_held_before_counts_for_nothing(entries: DecoderEntries, name: str) -> None:
+def test_what_a_cache_held_before_counts_for_nothing(entries: DecoderEntries, name: str, page: int) -> None:
     with kernels.disabled():
-        without_basis = DecoderEntries.of(entries._model(entries.weights)[0], None)
-        assert isinstance(without_basis, DecoderEntries)
-        chosen = entries if name == "low_rank" else without_basis
-        compiled = Compiled(dataclasses.replace(chosen, attention=ATTENTIONS[name]))
+        without_constants = DecoderEntries.of(entries._model(entries.weights)[0], None)
+        assert isinstance(without_constants, DecoderEntries)
+        chosen = entries if name == "low_rank" else without_constants
+        compiled = Compiled(of_plan(chosen, ATTENTIONS[name]), page)
         cache, after_prompt = compiled.prefill(0.0)
-        after_token = compiled.decode(cache)
+        _, after_token = compiled.decode(cache)
         assert np.isfinite(after_prompt).all()
         assert np.isfinite(after_token).all()
         for held in (np.nan, np.inf):
             cache, found = compiled.prefill(held)
-            # The second row ends before the last chunk.
-            np.testing.assert_array_equal(found[0], after_prompt[0])
-            np.testing.assert_array_equal(compiled.decode(cache), after_token)
+            np.testing.assert_array_equal(found, after_prompt)
+            np.testing.assert_array_equal(compiled.decode(cache)[1], after_token)
 
 
-def test_a_new_token_attends_exactly_whatever_the_prompt_did(entries: DecoderEntries) -> None:
-    two_stage = dataclasses.replace(entries, attention=ATTENTIONS["low_rank"])
-    compiled = Compiled(two_stage)
-    cache, _ = compiled.prefill(0.0)
-    exact = Compiled(dataclasses.replace(entries, attention=Exact())).decode(cache)
-    np.testing.assert_array_equal(compiled.decode(cache), exact)
-    # The prompt's attention would give something else.
-    model, bases = entries._model(entries.weights)
-    positions = jnp.array(LENGTHS, jnp.int32)
-    hidden, _ = model.hidden_states(
-        jnp.array([[5], [6]], jnp.int32),
-        offset=positions,
-        lengths=positions + 1,
-        cache=tuple(LayerCache(*layer) for layer in cache),
-        attention=two_stage.attention,
-        bases=bases,
-    )
-    assert np.abs(model.logits(hidden[:, 0]) - exact).max() > 1e-3
+@pytest.mark.parametrize("name", few(ATTENTIONS, ["low_rank"]))
+def test_pages_give_what_whole_slots_give(entries: DecoderEntries, name: str) -> None:
+    outputs = []
+    for page in (0, 128):
+        compiled = Compiled(of_plan(entries, ATTENTIONS[name], ATTENTIONS[name]), page)
+        cache, after_prompt = compiled.prefill(np.nan)
+        outputs.append([after_prompt, compiled.decode(cache)[1]])
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+
+
+def test_an_idle_row_writes_nothing(entries: DecoderEntries) -> None:
+    compiled = Compiled(of_plan(entries, ATTENTIONS["low_rank"]))
+    before = compiled.cache(3.0)
+    after, _ = compiled.decode(before)
+    for was, now in zip(before, after, strict=True):
+        for name, array in was.items():
+            np.testing.assert_array_equal(now[name][1], array[1])
+            assert not (now[name][0] == array[0]).all(), name
+
+
+def test_decoding_takes_the_plans_decode(entries: DecoderEntries) -> None:
+    """Whatever the prompt's attention was; the other one would give something else."""
+    exact = Compiled(of_plan(entries, ATTENTIONS["low_rank"]))
+    cache, _ = exact.prefill(0.0)
+    _, found = exact.decode(cache)
+    reference = of_plan(entries, ATTENTIONS["low_rank"], Exact(64, 64))
+    np.testing.assert_allclose(found, Compiled(reference).decode(cache)[1], atol=1e-5)
+    selecting = Compiled(of_plan(entries, ATTENTIONS["low_rank"], ATTENTIONS["low_rank"]))
+    assert np.abs(selecting.decode(cache)[1] - found).max() > 1e-3

@@ -72,9 +72,9 @@ def test_scores_are_those_of_the_dequantised_model(session: Session, dequantized
     check_scores(session, dequantized, random_ids(length), atol=1e-4)
 
 
-def test_scores_are_near_to_those_of_the_float_model(session: Session, dense_session: Session) -> None:
+def test_scores_are_near_to_those_of_the_float_model(session: Session, exact_session: Session) -> None:
     ids = random_ids(128)
-    difference = np.abs(session.score(ids).logprobs - dense_session.score(ids).logprobs)
+    difference = np.abs(session.score(ids).logprobs - exact_session.score(ids).logprobs)
     assert 1e-3 < difference.max() < 0.5
     assert difference.mean() < 0.1
 
@@ -130,7 +130,7 @@ def test_bfloat16(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
     check_scores(session, dequantized, random_ids(60), atol=0.3)
 
 
-def test_reported_loss_is_that_of_the_sessions(session: Session, dense_session: Session, checkpoint: Path) -> None:
+def test_reported_loss_is_that_of_the_sessions(session: Session, exact_session: Session, checkpoint: Path) -> None:
     weights, loss = session.info.weights, session.info.weights.loss
     assert loss is not None
     ids, info = calibration_ids(None, checkpoint / "tokenizer.json", VOCABULARY, 512)
@@ -138,7 +138,7 @@ def test_reported_loss_is_that_of_the_sessions(session: Session, dense_session: 
     ids = ids[:128]  # What fits a session's bucket.
     model = iceformer.load_model(checkpoint)
     loss = weight_loss(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
-    before, after = dense_session.score(ids), session.score(ids)
+    before, after = exact_session.score(ids), session.score(ids)
     assert loss.nll is not None
     assert loss.rounded_nll is not None
     assert loss.greedy_agreement is not None
@@ -161,8 +161,8 @@ def test_loss_of_any_number_of_tokens(checkpoint: Path, length: int) -> None:
     assert loss.nll == loss.rounded_nll == pytest.approx(expected, abs=1e-4)
 
 
-def test_size_and_description(artifact: Path, session: Session, dense_session: Session) -> None:
-    info, floats = session.info, dense_session.info
+def test_size_and_description(artifact: Path, session: Session, exact_session: Session) -> None:
+    info, floats = session.info, exact_session.info
     assert info.model.parameters == floats.model.parameters
     assert (floats.weights.format, floats.weights.loss) == ("same", None)
     kernels_bytes = sum(

@@ -53,8 +53,8 @@ def put(new: Any, *path: Any) -> Callable[[Any], None]:
         (put(3, "files", 0), r"has 3 in files\[0\], expected an object"),
     ],
 )
-def test_damage_is_named(dense_artifact: Path, edit: Callable[[Any], None], message: str) -> None:
-    value = json.loads((dense_artifact / "manifest.json").read_text())
+def test_damage_is_named(exact_artifact: Path, edit: Callable[[Any], None], message: str) -> None:
+    value = json.loads((exact_artifact / "manifest.json").read_text())
     edit(value)
     with pytest.raises(ArtifactError, match=message):
         parse_manifest(json.dumps(value))

@@ -30,10 +30,10 @@ print(json.dumps({"modules": sorted(sys.modules), "events": quiet, "control": ev
 
 
 @pytest.fixture(scope="module")
-def run(dense_artifact: Path) -> dict[str, list[str]]:
+def run(exact_artifact: Path) -> dict[str, list[str]]:
     """What the process prints, after a check that it logged no compilation before its last line."""
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(dense_artifact)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", SCRIPT, str(exact_artifact)], capture_output=True, text=True, check=True, timeout=120
     )
     return json.loads(result.stdout)
 

@@ -38,9 +38,9 @@ def greedy(model: LlamaForCausalLM, ids: NDArray[np.int64], max_new_tokens: int)
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 65, 128])
-def test_score_equals_transformers(dense_session: Session, reference: LlamaForCausalLM, length: int) -> None:
+def test_score_equals_transformers(exact_session: Session, reference: LlamaForCausalLM, length: int) -> None:
     ids = random_ids(length, seed=length)
-    score = dense_session.score(ids)
+    score = exact_session.score(ids)
     logprobs, argmax = expected_score(reference, ids)
     assert (score.logprobs.dtype, score.argmax.dtype) == (np.float32, np.int32)
     np.testing.assert_allclose(score.logprobs, logprobs, atol=1e-3)
@@ -76,9 +76,9 @@ def test_two_stage_differs_from_exact(two_stage_session: Session, reference: Lla
 
 
 @pytest.mark.parametrize("length", [1, 32, 45, 60])
-def test_greedy_ids_equal_transformers(dense_session: Session, reference: LlamaForCausalLM, length: int) -> None:
+def test_greedy_ids_equal_transformers(exact_session: Session, reference: LlamaForCausalLM, length: int) -> None:
     ids = random_ids(length, seed=100 + length)
-    generation = dense_session.generate(ids, max_new_tokens=12)
+    generation = exact_session.generate(ids, max_new_tokens=12)
     assert generation.ids.tolist() == greedy(reference, ids, 12)
     assert generation.prompt_tokens == length
 
@@ -100,34 +100,34 @@ def test_generate_beyond_the_budget_in_a_batch_artifact(two_stage_session: Sessi
     np.testing.assert_array_equal(score.argmax[96:], generation.ids)
 
 
-def test_text_in_and_out(dense_session: Session) -> None:
-    generation = dense_session.generate("Once upon a time", max_new_tokens=5)
-    ids = dense_session.tokenize("Once upon a time")
+def test_text_in_and_out(exact_session: Session) -> None:
+    generation = exact_session.generate("Once upon a time", max_new_tokens=5)
+    ids = exact_session.tokenize("Once upon a time")
     assert ids[0] == 1
     assert generation.prompt_tokens == len(ids)
-    np.testing.assert_array_equal(generation.ids, dense_session.generate(ids, max_new_tokens=5).ids)
-    assert generation.text == dense_session.detokenize(generation.ids)
-    assert dense_session.detokenize(dense_session.tokenize(TEXT)) == TEXT
+    np.testing.assert_array_equal(generation.ids, exact_session.generate(ids, max_new_tokens=5).ids)
+    assert generation.text == exact_session.detokenize(generation.ids)
+    assert exact_session.detokenize(exact_session.tokenize(TEXT)) == TEXT
 
 
-def test_stops_at_every_eos_id(dense_session: Session) -> None:
+def test_stops_at_every_eos_id(exact_session: Session) -> None:
     """Both ids of generation_config.json end a text; a high temperature reaches them soon."""
-    runs = [dense_session.generate([5], 60, temperature=50.0, seed=seed) for seed in range(40)]
+    runs = [exact_session.generate([5], 60, temperature=50.0, seed=seed) for seed in range(40)]
     stopped = [run for run in runs if run.finish_reason == "stop"]
     assert {int(run.ids[-1]) for run in stopped} == {EOS, 3}
     assert all(not {EOS, 3} & set(run.ids[:-1].tolist()) for run in runs)
     assert all(len(run.ids) == 60 for run in runs if run.finish_reason == "length")
 
 
-def test_seed_decides_the_draw(dense_session: Session) -> None:
-    first, again, other = (dense_session.generate([5, 6], 10, temperature=1.0, seed=seed).ids for seed in (1, 1, 2))
+def test_seed_decides_the_draw(exact_session: Session) -> None:
+    first, again, other = (exact_session.generate([5, 6], 10, temperature=1.0, seed=seed).ids for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert first.tolist() != other.tolist()
 
 
-def test_ends_when_the_largest_bucket_is_full(dense_session: Session, reference: LlamaForCausalLM) -> None:
+def test_ends_when_the_largest_bucket_is_full(exact_session: Session, reference: LlamaForCausalLM) -> None:
     ids = random_ids(126)
-    generation = dense_session.generate(ids, max_new_tokens=50)
+    generation = exact_session.generate(ids, max_new_tokens=50)
     assert generation.finish_reason == "capacity"
     assert generation.ids.tolist() == greedy(reference, ids, 3)
 
@@ -137,10 +137,10 @@ def test_ends_when_the_largest_bucket_is_full(dense_session: Session, reference:
     [(128, 1, "length"), (128, 9, "capacity"), (64, 1, "length"), (64, 2, "length")],
 )
 def test_a_prompt_as_long_as_a_bucket(
-    dense_session: Session, reference: LlamaForCausalLM, length: int, max_new_tokens: int, reason: str
+    exact_session: Session, reference: LlamaForCausalLM, length: int, max_new_tokens: int, reason: str
 ) -> None:
     ids = random_ids(length, seed=7)
-    generation = dense_session.generate(ids, max_new_tokens)
+    generation = exact_session.generate(ids, max_new_tokens)
     assert generation.finish_reason == reason
     assert generation.ids.tolist() == greedy(reference, ids, 1 if length == 128 else max_new_tokens)
 
@@ -152,7 +152,7 @@ def test_a_prompt_as_long_as_the_bucket_beyond_the_budget(two_stage_session: Ses
     np.testing.assert_array_equal(generation.ids, two_stage_session.score(ids).argmax[-1:])
 
 
-def test_calls_of_several_threads_do_not_meet(dense_session: Session, two_stage_session: Session) -> None:
+def test_calls_of_several_threads_do_not_meet(exact_session: Session, two_stage_session: Session) -> None:
     """Those of one session share its caches, and those of two sessions XLA's threads."""
 
     def scores(session: Session, length: int) -> Callable[[], NDArray[Any]]:
@@ -163,7 +163,7 @@ def test_calls_of_several_threads_do_not_meet(dense_session: Session, two_stage_
 
     calls = [
         call(session, length)
-        for session in (dense_session, two_stage_session)
+        for session in (exact_session, two_stage_session)
         for call, length in ((scores, 90), (tokens, 97), (scores, 40), (tokens, 20))
     ]
     alone = [call() for call in calls]
@@ -174,25 +174,93 @@ def test_calls_of_several_threads_do_not_meet(dense_session: Session, two_stage_
                 np.testing.assert_array_equal(future.result(timeout=120), expected)
 
 
-def test_progress_reaches_the_end(dense_session: Session) -> None:
+def test_progress_reaches_the_end(exact_session: Session) -> None:
     seen: list[tuple[int, int]] = []
-    dense_session.generate(random_ids(70), 1, progress=lambda done, total: seen.append((done, total)))
+    exact_session.generate(random_ids(70), 1, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(32, 70), (64, 70), (70, 70)]
     seen.clear()
-    dense_session.score([random_ids(40), random_ids(10)], progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(10, 50), (42, 50), (50, 50)]
+    exact_session.score([random_ids(40), random_ids(10)], progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(32, 50), (40, 50), (50, 50)]
 
 
-def test_a_failed_callback_leaves_the_session_usable(dense_session: Session) -> None:
+def test_a_stream_gives_what_generate_gives(exact_session: Session) -> None:
+    whole = exact_session.generate(TEXT[:50], 20)
+    stream = exact_session.generate(TEXT[:50], 20, stream=True)
+    assert stream.generation is None
+    pieces = list(stream)
+    assert [piece.id for piece in pieces] == whole.ids.tolist()
+    assert "".join(piece.text or "" for piece in pieces) == whole.text
+    assert stream.generation is not None
+    assert stream.generation.finish_reason == whole.finish_reason
+    assert list(stream) == []
+
+
+def test_streams_at_once_and_calls_between_their_tokens(two_stage_session: Session) -> None:
+    """Two streams and a score in an artifact of two slots, turn by turn."""
+    prompts = [random_ids(length, seed=length) for length in (90, 20)]
+    expected = [two_stage_session.generate(ids, 8).ids.tolist() for ids in prompts]
+    score = two_stage_session.score(prompts[0])
+    streams = [two_stage_session.generate(ids, 8, stream=True) for ids in prompts]
+    found: list[list[int]] = [[], []]
+    for _ in range(8):
+        for ids, stream in zip(found, streams, strict=True):
+            ids.append(next(stream).id)
+        np.testing.assert_array_equal(two_stage_session.score(prompts[0]).logprobs, score.logprobs)
+    assert found == expected
+
+
+@pytest.mark.parametrize("way", ["close", "with", "del", "never begun"])
+def test_a_stream_that_is_let_go_gives_its_slot_back(exact_session: Session, way: str) -> None:
+    ids = random_ids(40)
+    expected = exact_session.generate(ids, 6).ids.tolist()
+    for _ in range(3):
+        stream = exact_session.generate(ids, 60, stream=True)
+        if way == "with":
+            with stream:
+                next(stream)
+        elif way != "never begun":
+            next(stream)
+        if way == "close":
+            stream.close()
+            assert list(stream) == []
+        del stream
+    assert exact_session.generate(ids, 6).ids.tolist() == expected
+    assert not exact_session._engine.busy
+    assert not exact_session._events
+
+
+def test_an_interrupted_call_is_told_to_the_others(exact_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream whose cache a failed call took away says so; the next request goes on as ever."""
+    ids = random_ids(40)
+    expected = exact_session.generate(ids, 6).ids.tolist()
+    stream = exact_session.generate(ids, 6, stream=True)
+    next(stream)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exact_session._runner, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exact_session.score(random_ids(10))
+    monkeypatch.undo()
+    # What was written before is there.
+    assert next(stream).id == expected[1]
+    with pytest.raises(RuntimeError, match="cannot be continued, because a call on the same cache failed"):
+        next(stream)
+    assert list(stream) == []
+    assert exact_session.generate(ids, 6).ids.tolist() == expected
+
+
+def test_a_failed_callback_leaves_the_session_usable(exact_session: Session) -> None:
     ids = random_ids(50)
-    before = dense_session.score(ids).logprobs
+    before = exact_session.score(ids).logprobs
 
     def fail(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dense_session.score(ids, progress=fail)
-    np.testing.assert_array_equal(dense_session.score(ids).logprobs, before)
+        exact_session.score(ids, progress=fail)
+    np.testing.assert_array_equal(exact_session.score(ids).logprobs, before)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +275,9 @@ def test_a_failed_callback_leaves_the_session_usable(dense_session: Session) -> 
         (np.ones((2, 3), np.int32), r"shape \(2, 3\)"),
     ],
 )
-def test_score_refuses(dense_session: Session, ids: Any, message: str) -> None:
+def test_score_refuses(exact_session: Session, ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dense_session.score(ids)
+        exact_session.score(ids)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +291,6 @@ def test_score_refuses(dense_session: Session, ids: Any, message: str) -> None:
         ({"prompt": [4], "temperature": float("nan")}, "temperature is nan"),
     ],
 )
-def test_generate_refuses(dense_session: Session, options: dict, message: str) -> None:
+def test_generate_refuses(exact_session: Session, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dense_session.generate(**options)
+        exact_session.generate(**options)

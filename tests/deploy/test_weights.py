@@ -62,10 +62,10 @@ def test_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
         write_weights(tmp_path / "w", {"a": np.ones(2, np.complex64)})
 
 
-def test_artifact_weights_equal_the_checkpoint(dense_artifact: Path, source: tuple[Path, object]) -> None:
+def test_artifact_weights_equal_the_checkpoint(exact_artifact: Path, source: tuple[Path, object]) -> None:
     """Kernels are the transposed weights of the Hugging Face file."""
-    manifest = parse_manifest((dense_artifact / "manifest.json").read_bytes())
-    views = read_weights(dense_artifact / "weights.safetensors", manifest.weights.tensors)
+    manifest = parse_manifest((exact_artifact / "manifest.json").read_bytes())
+    views = read_weights(exact_artifact / "weights.safetensors", manifest.weights.tensors)
     with safe_open(source[0] / "model.safetensors", framework="numpy") as opened:
         kernel = opened.get_tensor("model.layers.1.mlp.up_proj.weight").T
     np.testing.assert_array_equal(views["model.layers.1.mlp.up_proj.kernel"], kernel)

@@ -20,7 +20,7 @@ from iceformer.evaluate.benchmark import run_benchmark
 from iceformer.evaluate.benchmark_report import benchmark_table, plot, summary
 from iceformer.evaluate.benchmark_result import Benchmark
 from iceformer.evaluate.engines import ENGINES, PrefillJob, ours
-from iceformer.evaluate.own_engines import attention_left_out, compile_engine
+from iceformer.evaluate.own_engines import compile_engine
 from iceformer.evaluate.processes import Timing
 from iceformer.evaluate.retention_beside_speed import ALL_ALONG, AT_THE_END, Kept, Retention
 from iceformer.evaluate.shapes import ModelShape, write_random_model
@@ -114,16 +114,6 @@ def test_seconds_without_retention_name_the_reason() -> None:
     assert "retention not measured: not asked for" in summary(result)
     longer = replace(made_up(), timings=[Timing("exact", 800, (1.0, 1.0, 1.0))])
     assert "retention at 800 tokens is not known: the records have 390" in summary(longer)
-
-
-def test_attention_is_left_out_only_inside(tmp_path: Path) -> None:
-    folder = write_random_model(tmp_path / "model", SHAPE, 64, "float32")
-    model = iceformer.load_model(iceformer.convert_checkpoint(folder, tmp_path / "checkpoint"))
-    ids = jnp.arange(10)[None]
-    before = model(ids)
-    with attention_left_out():
-        assert jnp.abs(model(ids) - before).max() > 1e-4
-    np.testing.assert_array_equal(model(ids), before)
 
 
 def test_our_engine_gives_the_logits_of_the_last_token(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 import iceformer
-from iceformer.attention import AttentionConfig
+from iceformer.attention import Attention
 from iceformer.model.decoder import CausalLM
 
 
@@ -23,7 +23,7 @@ def forward(
     model: CausalLM,
     ids: ArrayLike,
     lengths: ArrayLike | None = None,
-    attention: AttentionConfig = iceformer.Exact(),  # noqa: B008 - a frozen value
+    attention: Attention = iceformer.Exact(),  # noqa: B008 - a frozen value
 ) -> np.ndarray:
     """`model(ids, lengths, attention=attention)`."""
     graph, state = nnx.split(model)

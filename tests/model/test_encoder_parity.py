@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import iceformer
-from iceformer.attention import AttentionConfig
+from iceformer.attention import Attention
 from iceformer.model.encoder import Encoder
 
 from .cases import ENCODERS, few
@@ -56,7 +56,7 @@ def encode(
     model: Encoder,
     inputs: dict[str, np.ndarray],
     lengths: np.ndarray,
-    attention: AttentionConfig = iceformer.Exact(),  # noqa: B008 - a frozen value
+    attention: Attention = iceformer.Exact(),  # noqa: B008 - a frozen value
 ) -> dict[str, np.ndarray]:
     graph, state = nnx.split(model)
 

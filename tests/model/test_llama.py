@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import iceformer
-from iceformer.attention.cache import KVCache, empty_cache
+from iceformer.attention import KVCache, Plan, Rows
 from iceformer.model.decoder import CausalLM
 from iceformer.model.llama import LlamaConfig, LlamaForCausalLM
 from iceformer.model.registry import build
@@ -83,15 +83,15 @@ def test_chunks_with_a_cache_equal_one_call(tmp_path: Path, save_llama: Callable
     config, lengths = model.config, jnp.array([18, 13])
     ids = token_ids(model, 2, 18)
     expected = forward(model, ids, lengths)
-    cache = empty_cache(config.num_hidden_layers, 2, config.num_key_value_heads, 24, config.head_dim, jnp.float32)
+    empty = jnp.zeros((2, config.num_key_value_heads, 24, config.head_dim))
+    cache: KVCache = ({"key": empty, "value": empty},) * config.num_hidden_layers
     graph, state = nnx.split(model)
 
     @jax.jit
     def step(state: nnx.State, ids: jax.Array, offset: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         merged = nnx.merge(graph, state)
-        hidden, cache_after = merged.hidden_states(
-            ids, offset=offset, lengths=lengths, cache=cache, attention=iceformer.Exact()
-        )
+        rows = Rows(jnp.arange(2, dtype=jnp.int32), offset, lengths)
+        hidden, cache_after = merged.hidden_states(ids, rows, plan=Plan(), cache=cache)
         assert cache_after is not None
         return merged.logits(hidden), cache_after
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from iceformer import kernels
-from iceformer.attention import Exact
+from iceformer.attention import Plan, Rows
 from iceformer.model.decoder import CausalLM
 from iceformer.model.encoder import Encoder
 from iceformer.model.registry import build
@@ -57,8 +57,7 @@ def test_padding_reaches_no_output(name: str) -> None:
         if isinstance(model, Encoder):
             inputs = {name: ids if name == "input_ids" else jnp.zeros_like(ids) for name in model.inputs(TOKENS)}
             return model.encode(inputs, lengths)
-        offset = jnp.zeros_like(lengths)
-        hidden, _ = model.hidden_states(ids, offset=offset, lengths=lengths, cache=None, attention=Exact())
+        hidden, _ = model.hidden_states(ids, Rows.whole(lengths), plan=Plan())
         return {"last_hidden_state": hidden}
 
     def outputs(embedding: float) -> dict[str, np.ndarray]:

@@ -1,0 +1,176 @@
+"""Several requests at once through the engine: each writes what it writes alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import iceformer
+from iceformer.deploy.artifact import open_artifact
+from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
+from iceformer.deploy.manifest import ENTRIES, BucketInfo, CacheInfo
+from iceformer.deploy.runner import Runner
+from iceformer.deploy.session import Session
+from iceformer.deploy.slots import Slots
+
+from .conftest import TWO_STAGE, VOCABULARY
+
+LENGTHS, NEW = (100, 5, 70, 33), (9, 20, 12, 7)
+
+
+def request(index: int) -> Request:
+    ids = np.random.default_rng(index).integers(4, VOCABULARY, LENGTHS[index]).astype(np.int32)
+    # Every other one draws: its draws are its own, whoever runs beside it.
+    return Request(ids, NEW[index], float(index % 2), seed=index)
+
+
+@pytest.fixture(scope="module")
+def paged_artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return iceformer.compile(
+        checkpoint,
+        tmp_path_factory.mktemp("paged") / "artifact",
+        buckets=(256,),
+        attention=TWO_STAGE,
+        chunk=32,
+        batch=2,
+        page=128,
+    )
+
+
+@pytest.fixture
+def engines(two_stage_artifact: Path, paged_artifact: Path) -> dict[str, Callable[[], Engine]]:
+    return {
+        "whole slots": lambda: Engine(Runner(open_artifact(two_stage_artifact))),
+        "pages": lambda: Engine(Runner(open_artifact(paged_artifact))),
+    }
+
+
+def finish(engine: Engine, written: dict[int, list[int]], read: dict[int, list[int]] | None = None) -> None:
+    """Steps until there is nothing to do."""
+    while engine.busy:
+        for event in engine.step():
+            assert not isinstance(event, RequestLost)
+            if isinstance(event, TokenWritten):
+                written.setdefault(event.handle, []).append(event.id)
+            elif read is not None:
+                read.setdefault(event.handle, []).append(event.done)
+
+
+def alone(session: Session, index: int) -> list[int]:
+    asked = request(index)
+    return session.generate(asked.ids, asked.max_new_tokens, asked.temperature, asked.seed).ids.tolist()
+
+
+@pytest.mark.parametrize("memory", ["whole slots", "pages"])
+def test_requests_at_once_write_what_each_writes_alone(
+    engines: dict[str, Callable[[], Engine]], two_stage_session: Session, memory: str
+) -> None:
+    """Four requests in two slots, the last of which comes when the first are on their way."""
+    engine = engines[memory]()
+    handles = [engine.add(request(index)) for index in range(3)]
+    written: dict[int, list[int]] = {}
+    read: dict[int, list[int]] = {}
+    for _ in range(3):
+        for event in engine.step():
+            if isinstance(event, PromptRead):
+                read.setdefault(event.handle, []).append(event.done)
+            elif isinstance(event, TokenWritten):
+                written.setdefault(event.handle, []).append(event.id)
+    handles.append(engine.add(request(3)))
+    finish(engine, written, read)
+    assert read == dict(zip(handles, ([32, 64, 96, 100], [5], [32, 64, 70], [32, 33]), strict=True))
+    for index, handle in enumerate(handles):
+        assert written[handle] == alone(two_stage_session, index)
+
+
+def test_a_short_request_does_not_wait_for_a_long_prompt(engines: dict[str, Callable[[], Engine]]) -> None:
+    engine = engines["whole slots"]()
+    short, long = engine.add(request(1)), engine.add(request(0))
+    events = [event for _ in range(4) for event in engine.step()]
+    assert [event.done for event in events if isinstance(event, PromptRead) and event.handle == long] == [32, 64, 96]
+    # One token with its prompt, then one in each step.
+    assert sum(isinstance(event, TokenWritten) and event.handle == short for event in events) == 5
+
+
+@pytest.mark.parametrize("memory", ["whole slots", "pages"])
+@pytest.mark.parametrize("steps", [0, 2, 6])
+def test_a_cancelled_request_makes_room_and_changes_nobody(
+    engines: dict[str, Callable[[], Engine]], two_stage_session: Session, memory: str, steps: int
+) -> None:
+    engine = engines[memory]()
+    handles = [engine.add(request(index)) for index in range(4)]
+    written: dict[int, list[int]] = {}
+    for _ in range(steps):
+        for event in engine.step():
+            if isinstance(event, TokenWritten):
+                written.setdefault(event.handle, []).append(event.id)
+    engine.cancel(handles[0])
+    engine.cancel(handles[0])
+    engine.cancel(12345)
+    before = list(written.get(handles[0], []))
+    finish(engine, written)
+    assert written.pop(handles[0], []) == before
+    for index in (1, 2, 3):
+        assert written[handles[index]] == alone(two_stage_session, index)
+
+
+def test_a_failed_call_loses_its_buckets_requests_and_no_other(
+    exact_artifact: Path, exact_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buckets of 64 and 128 tokens have a slot and a cache each. In the step that fails the smaller one has written
+    already."""
+    engine = Engine(Runner(open_artifact(exact_artifact)))
+    short, long = engine.add(request(1)), engine.add(request(0))
+    call: Any = engine._runner.call
+
+    def fail(bucket: BucketInfo, name: str, *arguments: Any) -> Any:
+        if (bucket.capacity, name) == (128, "decode"):
+            raise MemoryError
+        return call(bucket, name, *arguments)
+
+    monkeypatch.setattr(engine._runner, "call", fail)
+    events = [event for _ in range(4) for event in engine.step()]
+    with pytest.raises(MemoryError):
+        engine.step()
+    monkeypatch.undo()
+    later = engine.add(request(0))
+    while engine.busy:
+        events += engine.step()
+    assert [event.handle for event in events if isinstance(event, RequestLost)] == [long]
+    for handle, index in ((short, 1), (later, 0)):
+        ids = [event.id for event in events if isinstance(event, TokenWritten) and event.handle == handle]
+        assert ids == alone(exact_session, index)
+
+
+def test_pages_have_one_owner_and_room_for_whole_chunks(exact_session: Session) -> None:
+    bucket = replace(exact_session.info.buckets[0], capacity=1024, chunk=256, cache=CacheInfo((), 128))
+    slots = Slots(bucket, 3)
+    table: NDArray[np.int32] | None = slots.table
+    assert table is not None
+    counts = {10: 2, 257: 4, 1030: 8}
+    owned = {slots.take(tokens): count for tokens, count in counts.items()}
+    assert not slots.free
+    pages = [table[slot, :count].tolist() for slot, count in owned.items()]
+    assert len({page for of_slot in pages for page in of_slot}) == sum(counts.values())
+    for slot in owned:
+        slots.give_back(slot)
+    assert sorted(slots.take(1024) for _ in range(3)) == [0, 1, 2]
+    assert sorted(table.reshape(-1).tolist()) == list(range(24))
+
+
+def test_an_artifact_with_an_entry_more_is_read(exact_session: Session, exact_artifact: Path) -> None:
+    """A newer version may compile more; what is known is checked and used."""
+    bucket = exact_session.info.buckets[0]
+    more = replace(bucket, entries={**bucket.entries, "verify": bucket.entries["decode"]})
+    artifact = open_artifact(exact_artifact)
+    runner = Runner(replace(artifact, manifest=replace(artifact.manifest, buckets=(more,))))
+    written: dict[int, list[int]] = {}
+    engine = Engine(runner)
+    handle = engine.add(request(1))
+    finish(engine, written)
+    assert written[handle] == alone(exact_session, 1)
+    assert set(ENTRIES["decoder"]) < set(more.entries)
