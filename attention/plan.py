@@ -2,7 +2,6 @@
 strategies and their JSON form.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,11 +87,3 @@ def attention_to_dict(attention: Attention) -> dict[str, Any]:
 def plan_to_dict(plan: Plan) -> dict[str, dict[str, Any]]:
     """The JSON form of a plan."""
     return {"prompt": attention_to_dict(plan.prompt), "decode": attention_to_dict(plan.decode)}
-
-
-def is_attention(value: object) -> bool:
-    """Whether a value is the JSON form of a strategy, as far as somebody who only shows it can tell."""
-    if not isinstance(value, Mapping) or value.get("kind") not in STRATEGIES:
-        return False
-    method = value.get("method")
-    return value["kind"] != TwoStage.kind or (isinstance(method, Mapping) and isinstance(method.get("name"), str))

@@ -105,11 +105,13 @@ def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
         ):
             shapes = ", ".join(f"{key} {list(shape)}" for key, (shape, _) in expected.items())
             yield f"has {_shown(found)} as results of {name}, expected {shapes}"
-    for layer in bucket.cache.layers:
-        yield from _of_layer(manifest, bucket, layer)
+    if len(bucket.cache.windows) != len(bucket.cache.layers):
+        yield f"has a cache of {len(bucket.cache.layers)} layers and {len(bucket.cache.windows)} windows"
+    for layer, window in zip(bucket.cache.layers, bucket.cache.windows, strict=False):
+        yield from _of_layer(manifest, bucket, layer, window)
 
 
-def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayInfo]) -> Iterator[str]:
+def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayInfo], window: int) -> Iterator[str]:
     """Keys and values of all slots: of whole rows, of their pages, or of the last tokens only (a ring)."""
     slots, page = manifest.batch, bucket.cache.page
     keys = layer.get("key")
@@ -117,14 +119,17 @@ def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayI
         yield f"has a layer of the cache without keys and values of one shape in {manifest.dtype}"
         return
     pages, heads, length, _ = keys.shape
-    paged = page > 0 and (pages, length) == (slots * bucket.capacity // page, page)
-    whole = page == 0 and pages == slots and length >= bucket.capacity
-    ring = len(layer) == 2 and pages == slots and length <= bucket.capacity
+    if window:
+        fits = len(layer) == 2 and (pages, length) == (slots, window) and window <= bucket.capacity
+    elif page:
+        fits = (pages, length) == (slots * bucket.capacity // page, page)
+    else:
+        fits = pages == slots and length >= bucket.capacity
     of_keys = all(
         array.shape[:2] == (pages, heads) and len(array.shape) > 2 and array.shape[2] <= length
         for array in layer.values()
     )
-    if not (of_keys and (paged or whole or ring)) or any(0 in array.shape for array in layer.values()):
+    if not (of_keys and fits) or any(0 in array.shape for array in layer.values()):
         yield f"has {_shown(layer)} as a layer of the cache, expected {slots} slots of {bucket.capacity} tokens"
 
 

@@ -109,9 +109,9 @@ class DecoderEntries(Entries):
         length = page or -(-capacity // (unit := max((kept.tokens for kept in fields.values()), default=1))) * unit
         pages = batch * (capacity // page if page else 1)
 
-        def layer(window: int | None) -> dict[str, ArrayInfo]:
-            if window is not None:
-                ring = (batch, config.num_key_value_heads, min(window, capacity), config.head_dim)
+        def layer(window: int) -> dict[str, ArrayInfo]:
+            if window:
+                ring = (batch, config.num_key_value_heads, window, config.head_dim)
                 return {"key": ArrayInfo(ring, dtype), "value": ArrayInfo(ring, dtype)}
             heads = (pages, config.num_key_value_heads)
             keys = ArrayInfo((*heads, length, config.head_dim), dtype)
@@ -120,7 +120,8 @@ class DecoderEntries(Entries):
                 arrays[name] = ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
             return arrays
 
-        return CacheInfo(tuple(layer(window) for window in config.windows), page)
+        windows = tuple(min(window or 0, capacity) for window in config.windows)
+        return CacheInfo(tuple(layer(window) for window in windows), windows, page)
 
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         arguments = decoder_arguments(capacity, chunk, batch, page)
@@ -201,7 +202,7 @@ class EncoderEntries(Entries):
 
     def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
         """None."""
-        return CacheInfo((), 0)
+        return CacheInfo((), (), 0)
 
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         model, _ = self._model(self.weights)

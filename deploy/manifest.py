@@ -244,10 +244,13 @@ class CacheInfo:
 
     Attributes:
         layers: the arrays of each layer by name: `key`, `value`, and what the attention keeps of the keys.
+        windows: of each layer, the tokens that it sees and keeps, each in the place of one that nobody sees any more;
+            0 for a layer that keeps whole rows.
         page: tokens of a page, whose places a table gives; 0 where each slot is one page.
     """
 
     layers: tuple[dict[str, ArrayInfo], ...]
+    windows: tuple[int, ...]
     page: int
 
     @property

@@ -77,7 +77,7 @@ def test_compile_options_reach_the_manifest(artifact: Path) -> None:
         (["--budget", "512"], iceformer.Auto(iceformer.TwoStage(budget=512))),
         (["--attention", "auto", "--method", "mean_pool"], iceformer.Auto(iceformer.TwoStage(method="mean_pool"))),
         (["--attention", "two_stage", "--sink", "4"], iceformer.TwoStage(sink=4)),
-        (["--attention", "dense"], iceformer.Exact()),
+        (["--attention", "exact"], iceformer.Exact()),
     ],
 )
 def test_attention_is_auto_unless_named(
@@ -286,8 +286,8 @@ class TestEncode:
         (["compile", "{nowhere}", "{new}"], "{nowhere} is not a folder: expected a checkpoint"),
         (["compile", "{nowhere}", "{artifact}"], "{artifact} exists"),
         (
-            ["compile", "{nowhere}", "{new}", "--attention", "dense", "--budget", "64"],
-            "--budget is for --attention auto or two_stage, not for dense",
+            ["compile", "{nowhere}", "{new}", "--attention", "exact", "--budget", "64"],
+            "--budget is for --attention auto or two_stage, not for exact",
         ),
         (["compile", "{nowhere}", "{new}", "--method", "best"], "method is 'best', expected one of"),
         (["compile", "{nowhere}", "{new}", "--method-option", "rank=1"], "--method-option needs --method"),

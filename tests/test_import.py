@@ -27,7 +27,16 @@ def test_loading_needs_no_compile_packages() -> None:
 
 
 def test_public_names() -> None:
-    assert iceformer.__all__ == ["Auto", "Dense", "TwoStage", "compile", "convert_checkpoint", "load", "load_model"]
+    assert iceformer.__all__ == [
+        "Auto",
+        "Exact",
+        "Plan",
+        "TwoStage",
+        "compile",
+        "convert_checkpoint",
+        "load",
+        "load_model",
+    ]
     assert all(callable(getattr(iceformer, name)) for name in iceformer.__all__)
     assert set(iceformer.__all__) <= set(dir(iceformer))
 

@@ -36,6 +36,33 @@ def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: 
             assert token == int(reference(row).logits[0, -1].argmax())
 
 
+@pytest.mark.parametrize("window", [1, 5, 16, 20, 40, 60])
+def test_a_layer_with_a_window_keeps_no_more_than_it_sees(window: int, tmp_path: Path) -> None:
+    """Prompts of all lengths around window and chunk, and what is written after them, against transformers."""
+    sizes = DECODERS["mistral"].tiny | {"sliding_window": window, "num_hidden_layers": 2}
+    reference = save_random(tmp_path / "source", "mistral", **sizes)
+    iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint")
+    iceformer.compile(
+        tmp_path / "checkpoint", tmp_path / "artifact", buckets=(64,), chunk=16, attention=iceformer.Exact(), batch=2
+    )
+    session = iceformer.load(tmp_path / "artifact")
+    cache = session.info.buckets[0].cache
+    assert cache.windows == (window, window)
+    assert [layer["key"].shape[2] for layer in cache.layers] == [window, window]
+    ids = np.random.default_rng(4).integers(0, session.info.model.vocab_size, 64)
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(ids)[None]).logits[0]
+    logprobs = torch.log_softmax(logits, -1).numpy()
+    expected = np.take_along_axis(logprobs[:-1], ids[1:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(session.score(ids).logprobs, expected, atol=2e-4)
+    for length in (1, 15, 16, 17, 33, 50):
+        generated = session.generate(ids[:length], max_new_tokens=NEW).ids
+        with torch.no_grad():
+            whole = torch.from_numpy(np.concatenate([ids[:length], generated]))[None]
+            chosen = reference(whole).logits[0].argmax(-1).numpy()
+        np.testing.assert_array_equal(generated, chosen[length - 1 : length - 1 + len(generated)])
+
+
 @pytest.mark.parametrize("model_type", few(ENCODERS, ("modernbert", "t5", "vit")))
 def test_encodings_equal_transformers(model_type: str, tmp_path: Path) -> None:
     """Two rows, padded to the bucket; those of images and sound have one length."""

@@ -147,7 +147,7 @@ def test_a_failed_call_loses_its_buckets_requests_and_no_other(
 
 
 def test_pages_have_one_owner_and_room_for_whole_chunks(exact_session: Session) -> None:
-    bucket = replace(exact_session.info.buckets[0], capacity=1024, chunk=256, cache=CacheInfo((), 128))
+    bucket = replace(exact_session.info.buckets[0], capacity=1024, chunk=256, cache=CacheInfo((), (), 128))
     slots = Slots(bucket, 3)
     table: NDArray[np.int32] | None = slots.table
     assert table is not None

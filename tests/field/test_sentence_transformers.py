@@ -62,7 +62,7 @@ class TestSession:
 
     @pytest.fixture(scope="class")
     def session(self, source: Path) -> Session:
-        options: dict[str, Any] = {"buckets": (16,), "batch": 2, "attention": iceformer.Dense()}
+        options: dict[str, Any] = {"buckets": (16,), "batch": 2, "attention": iceformer.Exact()}
         return iceformer.load(iceformer.compile(convert(source), source.parent / "artifact", **options))
 
     @pytest.mark.parametrize(

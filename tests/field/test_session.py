@@ -238,13 +238,19 @@ def swap_names(manifest: Any) -> None:
     manifest["weights"]["tensors"] = {other.get(name, name): tensors[name] for name in names}
 
 
-ENTRIES = ("buckets", 0, "entries")
+def both(manifest: Any) -> tuple[list[Any], list[Any]]:
+    """What the cache has for each layer."""
+    cache = manifest["buckets"][0]["cache"]
+    return cache["layers"], cache["windows"]
+
+
+ENTRIES, PLAN = ("buckets", 0, "entries"), ("buckets", 0, "plan")
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (put(2, "batch"), "as arguments of prefill, expected"),
+        (put(2, "batch"), "as arguments of decode, expected"),
         (put(0, "batch"), "has batch 0"),
         (put(16, "buckets", 0, "chunk"), "as arguments of prefill, expected"),
         (put(128, "buckets", 0, "capacity"), "as a layer of the cache"),
@@ -259,9 +265,15 @@ ENTRIES = ("buckets", 0, "entries")
         (put([1], *ENTRIES, "decode", "results", "logits", "shape"), "as results of decode"),
         (put("bfloat16", *ENTRIES, "decode", "results", "logits", "dtype"), "gives float32 .* says bfloat16"),
         (put("complex64", *ENTRIES, "decode", "results", "logits", "dtype"), "has dtype 'complex64'"),
-        (lambda m: m["buckets"][0]["cache"]["layers"].pop(), "takes .* arrays, where manifest.json says"),
-        (lambda m: [layer.pop() for layer in m["buckets"][0]["cache"]["layers"]], "without keys and values"),
-        (put({"kind": "two_stage"}, "buckets", 0, "attention"), "has an attention that is neither"),
+        (lambda m: [kept.pop() for kept in both(m)], "takes .* arrays, where manifest.json says"),
+        (lambda m: [layer.popitem() for layer in m["buckets"][0]["cache"]["layers"]], "without keys and values"),
+        (put({"kind": "two_stage", "method": {"name": 3}}, *PLAN, "prompt"), "has a plan that is not an attention"),
+        (put({"kind": None}, *PLAN, "decode"), "has a plan that is not an attention"),
+        (lambda m: m["buckets"][0]["plan"].pop("decode"), "has a plan that is not an attention"),
+        (put(8, "buckets", 0, "cache", "windows", 1), "as a layer of the cache"),
+        (lambda m: m["buckets"][0]["cache"]["windows"].pop(), "has a cache of 2 layers and 1 windows"),
+        (put(96, "buckets", 0, "cache", "page"), "has pages of 96 tokens, expected a power of two"),
+        (put(32, "buckets", 0, "cache", "page"), "as arguments of prefill, expected"),
         (swap_names, "in another order than that of their names"),
         (lambda m: m["weights"]["tensors"].popitem(), "is float32 .*, expected none"),
         (lambda m: m["weights"]["tensors"].update(zzz={"shape": [1], "dtype": "float32"}), "zzz is missing"),
