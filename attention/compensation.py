@@ -1,8 +1,8 @@
 """Compensation for the keys that a selection leaves out: each block of them enters the softmax as one mean key.
 
 A block of c left-out keys with mean key k and mean value v counts as one key with the logit query . k * scale + log c
-and the value v. That is exact where the block's keys are equal. Otherwise it is exact to first order in how far keys and
-values lie from their means: it ignores the spread of the logits within the block, and how they vary with the values.
+and the value v. That is exact where the block's keys are equal. Otherwise it is exact to first order in how far keys
+and values lie from their means: it ignores the spread of the logits within the block and how they vary with the values.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
-"""The `iceformer` command: each subcommand calls one public function and prints what it gives.
+"""The `iceformer` command: each subcommand calls one public function and prints its result.
 
-Results go to stdout, progress and errors to stderr; a known error is one red line and exit code 1, Ctrl-C one word and
-exit code 130.
+Results go to stdout, progress and errors to stderr. A known error is one red line and exit code 1; Ctrl-C is one word
+and exit code 130.
 """
 
 import errno
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .deploy.session import Progress, Session
 
 app = typer.Typer(
-    help="Long-context transformers on CPUs: convert a checkpoint, compile it ahead of time, run it.",
+    help="Run long-context transformers on CPUs: convert a checkpoint, compile it ahead of time, run it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,7 +66,7 @@ class WeightFormat(StrEnum):
 
 
 class Compensation(StrEnum):
-    """What stands for the keys that were not selected."""
+    """What replaces the keys that were not selected."""
 
     NONE = "none"
     BLOCK_MEAN = "block_mean"
@@ -74,13 +74,13 @@ class Compensation(StrEnum):
 
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 SpecialTokens = Annotated[
     bool | None,
     typer.Option(
         "--special-tokens/--no-special-tokens",
-        help="Put the tokenizer's special tokens around a text whatever it has, or none at all.",
-        show_default="those that the text does not begin or end with",
+        help="Add all of the tokenizer's special tokens to a text, or none.",
+        show_default="those that the text does not have already",
     ),
 ]
 
@@ -137,23 +137,26 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Hugging Face folder (config.json and weights), a model's name on the hub (organisation/name), or a "
+            help="Hugging Face folder (config.json and weights), name of a model on the hub (organisation/name), or "
             "GGUF file.",
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write; must not exist.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Checkpoint folder to write. It must not exist.")],
     adapter: Annotated[
-        Path | None, typer.Option(help="Folder of a LoRA adapter that PEFT saved, to merge into the weights.")
+        Path | None, typer.Option(help="Folder of a LoRA adapter saved by PEFT, to merge into the weights.")
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Of what a GGUF file holds quantised; bfloat16 takes half of it.", show_default="float32"),
+        typer.Option(
+            help="Number format for the quantised tensors of a GGUF file. bfloat16 halves their size.",
+            show_default="float32",
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default="main")
     ] = None,
 ) -> None:
-    """Convert a Hugging Face folder, a model of the hub or a GGUF file to a checkpoint (weights, config, tokenizer)."""
+    """Convert a Hugging Face folder, a hub model or a GGUF file to a checkpoint (weights, config, tokenizer)."""
     from . import convert_checkpoint
 
     checkpoint = convert_checkpoint(source, target, adapter=adapter, dtype=dtype, revision=revision, progress=True)
@@ -163,80 +166,87 @@ def convert(
 @app.command()
 def compile(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `iceformer convert`.")],
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder to write; must not exist.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder to write. It must not exist.")],
     buckets: Annotated[
         str | None,
         typer.Option(
-            help="Sequence capacities in tokens, rising, with commas.",
-            show_default="4096,16384; of encoders 128,512,4096,16384; as far as the model goes",
+            help="Sequence capacities in tokens, ascending, separated by commas.",
+            show_default="4096,16384; encoders 128,512,4096,16384; up to the model's context",
         ),
     ] = None,
     attention: Annotated[
         AttentionKind,
         typer.Option(
-            help="Attention of prompts, scoring and encoding; auto measures here from which length on two-stage is "
-            "faster, and gives each bucket the faster one. New tokens always attend exactly."
+            help="Attention for prompts, scoring and encoding. auto measures on this machine from which length "
+            "two-stage attention is faster, and chooses for each bucket. New tokens always attend exactly."
         ),
     ] = AttentionKind.AUTO,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and KV cache.")] = Dtype.FLOAT32,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of weights and KV cache.")] = Dtype.FLOAT32,
     weights: Annotated[
         WeightFormat,
         typer.Option(
-            help="Of linear layers: same as --dtype, or int8 with a scale for each output channel; what that costs is "
-            "measured and shown."
+            help="Number format of linear layers: same as --dtype, or int8 with one scale per output channel. The loss "
+            "of accuracy is measured and reported."
         ),
     ] = WeightFormat.SAME,
     batch: Annotated[
         int,
-        typer.Option(help="Decoders: requests that are continued together. Encoders: rows of every call."),
+        typer.Option(help="Decoders: number of requests that run together. Encoders: rows per call."),
     ] = 1,
     page: Annotated[
         int | None,
         typer.Option(
-            help="Decoders: tokens of a page of the KV cache, a power of two from 128 on.",
-            show_default="each request in one piece",
+            help="Decoders: tokens per page of the KV cache, a power of two, at least 128.",
+            show_default="no pages",
         ),
     ] = None,
-    chunk: Annotated[
-        int, typer.Option(help="Decoders: tokens of a prompt that one call takes; divides every bucket.")
-    ] = 2048,
+    chunk: Annotated[int, typer.Option(help="Decoders: prompt tokens per call. Must divide every bucket.")] = 2048,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text file that the method is fitted on, and int8 weights are judged by.",
-            show_default="a text in the package",
+            help="Text file for calibrating the method and measuring the error of int8 weights.",
+            show_default="a text that ships with iceformer",
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Two-stage: how blocks of keys are ranked.", show_default="low_rank")
+        str | None, typer.Option(help="Two-stage: how key blocks are ranked.", show_default="low_rank")
     ] = None,
     method_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Two-stage: an option of the method, e.g. rank=8.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Two-stage: an option of the method, such as rank=8.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Two-stage: keys that a query attends to.", show_default="1024")
+        int | None, typer.Option(help="Two-stage: number of keys that a query attends to.", show_default="1024")
     ] = None,
-    query_block: Annotated[int | None, typer.Option(help="Two-stage: queries that share a selection.")] = None,
-    key_block: Annotated[int | None, typer.Option(help="Two-stage: keys that are ranked as one.")] = None,
+    query_block: Annotated[
+        int | None, typer.Option(help="Two-stage: number of queries that share a selection.")
+    ] = None,
+    key_block: Annotated[int | None, typer.Option(help="Two-stage: number of keys that are ranked together.")] = None,
     candidates: Annotated[
-        float | None, typer.Option(help="Two-stage: tokens left by stage 1, as a multiple of the budget.")
+        float | None, typer.Option(help="Two-stage: tokens that stage 1 keeps, as a multiple of the budget.")
     ] = None,
-    sink: Annotated[int | None, typer.Option(help="Two-stage: first tokens that are always selected.")] = None,
-    local: Annotated[int | None, typer.Option(help="Two-stage: neighbours that are always selected.")] = None,
+    sink: Annotated[
+        int | None, typer.Option(help="Two-stage: number of first tokens that are always selected.")
+    ] = None,
+    local: Annotated[
+        int | None, typer.Option(help="Two-stage: number of neighbouring tokens that are always selected.")
+    ] = None,
     exact_last_block: Annotated[
         bool | None,
-        typer.Option("--exact-last-block/--no-exact-last-block", help="Two-stage: exact at a prompt's end."),
+        typer.Option(
+            "--exact-last-block/--no-exact-last-block", help="Two-stage: attend exactly at the end of a prompt."
+        ),
     ] = None,
     compensation: Annotated[
-        Compensation | None, typer.Option(help="Two-stage: what stands for the keys left out.", show_default="none")
+        Compensation | None,
+        typer.Option(help="Two-stage: what replaces the keys that were not selected.", show_default="none"),
     ] = None,
 ) -> None:
-    """Compile a checkpoint ahead of time, for this kind of CPU, into an artifact."""
+    """Compile a checkpoint ahead of time into an artifact for this kind of CPU."""
     from . import compile as compile_checkpoint
     from .attention.methods import make_method
 
     if method_option and not method:
-        raise ValueError("--method-option needs --method: the name of the method that has the option")
+        raise ValueError("--method-option needs --method: name the method that the option belongs to")
     given = {
         "method": make_method(method, **_method_options(method_option or [])) if method else None,
         "budget": budget,
@@ -269,17 +279,18 @@ def compile(
 def generate(
     artifact: ArtifactPath,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin. Ids if there is no tokenizer.")
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin. Token ids if there is no tokenizer."),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="Read the prompt from this file, in UTF-8; its final line end is no part of it.")
+        Path | None, typer.Option(help="Read the prompt from this UTF-8 file, without its final line end.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, draws.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     special_tokens: SpecialTokens = None,
 ) -> None:
-    """Continue a prompt; the new text goes to stdout."""
+    """Continue a prompt. The new text goes to stdout."""
     from . import load
 
     if (prompt is None) == (prompt_file is None):
@@ -306,7 +317,7 @@ def score(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Text in UTF-8, without its final line end, or token ids: .npy, .json, or numbers if there is no "
+            help="UTF-8 text, read without its final line end, or token ids: .npy, .json, or numbers if there is no "
             "tokenizer.",
         ),
     ],
@@ -321,7 +332,7 @@ def score(
     session = load(artifact)
     ids = _read_ids(session, file, special_tokens)
     if len(ids) < 2:
-        raise ValueError(f"{file} has {len(ids)} tokens, expected at least 2: the first is only context")
+        raise ValueError(f"{file} has {len(ids)} tokens, expected at least 2: the first one is only context")
     start = time.perf_counter()
     with _progress("score") as progress:
         result = session.score(ids, progress=progress)
@@ -346,38 +357,41 @@ def score(
 def encode(
     artifact: ArtifactPath,
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="The text; - reads stdin. Ids if there is no tokenizer.")
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="The text; - reads stdin. Token ids if there is no tokenizer."),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Texts in UTF-8, one a line (lines end at a line feed); or arrays by the model's names, .npz with a "
-            "row each."
+            help="UTF-8 file with one text per line (lines end at a line feed), or .npz with batches of arrays under "
+            "the model's input names."
         ),
     ] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="A text is a pair of texts with a tab between them.")] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each text is a pair of texts separated by a tab.")] = False,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Put this in front of each text.", show_default="the model's default, if it has one"),
+        typer.Option(help="Text to put before each text.", show_default="the model's default, if it has one"),
     ] = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="One of the model's prompts by its name; `iceformer inspect` lists them.")
+        str | None, typer.Option(help="Name of one of the model's prompts; `iceformer inspect` lists them.")
     ] = None,
     truncate: Annotated[
         bool,
         typer.Option(
-            "--truncate/--no-truncate", help="Cut longer texts at the model's max_seq_length, or refuse them."
+            "--truncate/--no-truncate", help="Truncate longer texts at the model's max_seq_length, or refuse them."
         ),
     ] = True,
     truncate_dim: Annotated[
         int | None,
         typer.Option(
-            help="Numbers of a sentence embedding to keep.", show_default="what the model's files say, or all"
+            help="Dimensions of a sentence embedding to keep.", show_default="what the model's files say, or all"
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write .npy (a vector for each text) or .npz (all outputs by name) and print no vectors."),
+        typer.Option(
+            help="Write to .npy (one vector per text) or .npz (all outputs by name) instead of printing vectors."
+        ),
     ] = None,
     special_tokens: SpecialTokens = None,
     as_json: AsJson = False,
@@ -391,7 +405,7 @@ def encode(
     if out is not None and out.suffix not in FORMATS:
         raise ValueError(f"--out is {out}, expected a file that ends in {' or '.join(FORMATS)}")
     if out is not None and as_json:
-        raise ValueError("--json does not go with --out")
+        raise ValueError("--json cannot be combined with --out")
     if out is not None:
         check_parent(out)
     session = load(artifact)
@@ -410,7 +424,7 @@ def encode(
         )
     if cut := sum(encoding.truncated for encoding in encodings):
         limit = session.info.model.text.max_seq_length if session.info.model.text else None
-        stderr.print(f"{cut} of {len(encodings)} texts cut at {limit} tokens", soft_wrap=True)
+        stderr.print(f"{cut} of {len(encodings)} texts truncated at {limit} tokens", soft_wrap=True)
     if out is not None:
         write_encodings(out, encodings)
         stdout.print(f"{len(encodings)} encodings: {out}", soft_wrap=True)
@@ -424,12 +438,12 @@ def encode(
         for found in lines_of(encoding, session.info, None if pairs else line):
             stdout.print(found, soft_wrap=True)
     if not session.info.model.labels:
-        stdout.print("--out FILE.npy or --out FILE.npz writes all numbers.", style="dim")
+        stdout.print("Use --out FILE.npy or --out FILE.npz to write all values.", style="dim")
 
 
 @app.command()
 def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
-    """Check an artifact's files and show what it holds."""
+    """Check an artifact's files and show what it contains."""
     from .deploy.artifact import open_artifact
     from .deploy.tables import attention_tables, code_table, file_table, summary_table, weight_tables
 
@@ -447,27 +461,34 @@ def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     ):
         stdout.print(table)
     if opened.differences:
-        stdout.print(f"Here its StableHLO would be compiled first: {'; '.join(opened.differences)}.", style="yellow")
+        stdout.print(
+            f"On this machine, its StableHLO would have to be compiled first: {'; '.join(opened.differences)}.",
+            style="yellow",
+        )
     else:
-        stdout.print("All files are as they were compiled, and the machine code runs here.", style="green")
+        stdout.print("All files are unchanged, and the machine code runs here.", style="green")
 
 
 @app.command()
 def benchmark(
-    work: Annotated[Path, typer.Argument(metavar="FOLDER", help="For model, artifacts and result; goes on if there.")],
+    work: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Folder for model, artifacts and results. An interrupted run continues."),
+    ],
     model: Annotated[
         Path | None, typer.Option(help="Hugging Face folder.", show_default="random weights of the shape below")
     ] = None,
-    hidden: Annotated[int, typer.Option(help="Width of the random model.", rich_help_panel=_RANDOM_MODEL)] = 768,
-    layers: Annotated[int, typer.Option(help="Its layers.", rich_help_panel=_RANDOM_MODEL)] = 4,
+    hidden: Annotated[int, typer.Option(help="Hidden size of the random model.", rich_help_panel=_RANDOM_MODEL)] = 768,
+    layers: Annotated[int, typer.Option(help="Number of layers.", rich_help_panel=_RANDOM_MODEL)] = 4,
     heads: Annotated[
-        int, typer.Option(help="Its query heads; also of --attention-only.", rich_help_panel=_RANDOM_MODEL)
+        int, typer.Option(help="Number of query heads, also with --attention-only.", rich_help_panel=_RANDOM_MODEL)
     ] = 12,
     kv_heads: Annotated[
-        int, typer.Option(help="Its key and value heads; also of --attention-only.", rich_help_panel=_RANDOM_MODEL)
+        int,
+        typer.Option(help="Number of key and value heads, also with --attention-only.", rich_help_panel=_RANDOM_MODEL),
     ] = 12,
-    mlp: Annotated[int, typer.Option(help="Width inside its MLP.", rich_help_panel=_RANDOM_MODEL)] = 2048,
-    vocab: Annotated[int, typer.Option(help="Its vocabulary.", rich_help_panel=_RANDOM_MODEL)] = 32000,
+    mlp: Annotated[int, typer.Option(help="Intermediate size of the MLP.", rich_help_panel=_RANDOM_MODEL)] = 2048,
+    vocab: Annotated[int, typer.Option(help="Vocabulary size.", rich_help_panel=_RANDOM_MODEL)] = 32000,
     attention_only: Annotated[
         bool,
         typer.Option(
@@ -488,38 +509,41 @@ def benchmark(
         int | None,
         typer.Option(help="With --attention-only: head width.", show_default="64", rich_help_panel=_ATTENTION_ONLY),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Prompts in tokens, with commas.")] = "4096,16384",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "4096,16384",
     engines: Annotated[
         str | None,
         typer.Option(
-            help="With commas, of two_stage, exact, floor (attention left out), sdpa, eager, openvino, onnxruntime; "
-            "with --attention-only of two_stage, exact, sdpa, eager.",
+            help="Separated by commas: two_stage, exact, floor (attention left out), sdpa, eager, openvino, "
+            "onnxruntime. With --attention-only: two_stage, exact, sdpa, eager.",
             show_default="two_stage,exact,floor,sdpa",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of every engine.")] = Dtype.FLOAT32,
-    budget: Annotated[int, typer.Option(help="Keys that a two-stage query attends to.")] = 1024,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each engine at each length, at least 3.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="Of every engine.", show_default="all")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of every engine.")] = Dtype.FLOAT32,
+    budget: Annotated[
+        int, typer.Option(help="Number of keys that a query attends to with two-stage attention.")
+    ] = 1024,
+    rounds: Annotated[int, typer.Option(help="Timed runs per engine and length, at least 3.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Threads of every engine.", show_default="all cores")] = None,
     retention: Annotated[
         bool | None,
         typer.Option(
             "--retention/--no-retention",
-            help="Measure what the timed attention keeps of the demo model's answers; takes minutes, once a folder.",
+            help="Measure the retention of the timed attention on the demo model. Takes minutes, once per folder.",
             show_default="yes; no with --attention-only",
             rich_help_panel=_RETENTION,
         ),
     ] = None,
     retention_records: Annotated[
-        int, typer.Option(help="Records of each kind for that.", rich_help_panel=_RETENTION)
+        int, typer.Option(help="Number of records of each kind.", rich_help_panel=_RETENTION)
     ] = 2,
     retention_tokens: Annotated[
-        int, typer.Option(help="Tokens of a record, nearly.", rich_help_panel=_RETENTION)
+        int, typer.Option(help="Approximate number of tokens per record.", rich_help_panel=_RETENTION)
     ] = 16384,
 ) -> None:
-    """Time prefill, or attention alone, beside other engines: same weights, input and threads, in turn, in one run.
+    """Compare the speed of prefill, or of attention alone, with other engines.
 
-    FOLDER takes benchmark.json and benchmark.png. The same command goes on where it was interrupted.
+    All engines get the same weights, input and threads, and take turns in one run. The results are
+    FOLDER/benchmark.json and FOLDER/benchmark.png. If a run is interrupted, the same command continues it.
     """
     from . import TwoStage
     from .evaluate.attention_benchmark import AttentionShape, run_attention_benchmark
@@ -528,9 +552,11 @@ def benchmark(
     from .evaluate.shapes import ModelShape
 
     if not attention_only and (bidirectional or head_dim):
-        raise ValueError(f"--{'bidirectional' if bidirectional else 'head-dim'} belongs to --attention-only")
+        raise ValueError(f"--{'bidirectional' if bidirectional else 'head-dim'} needs --attention-only")
     if attention_only and model:
-        raise ValueError("--model does not go with --attention-only, which takes --heads, --kv-heads and --head-dim")
+        raise ValueError(
+            "--model cannot be combined with --attention-only, which takes --heads, --kv-heads and --head-dim"
+        )
     options: dict[str, Any] = {
         "lengths": _integers(lengths, "--lengths"),
         "attention": TwoStage(budget=budget),
@@ -576,14 +602,14 @@ def _encoder_inputs(
     else:
         texts = split_lines(read_stdin()) if text == "-" else [str(text)]
     if not texts:
-        raise ValueError(f"{file or 'stdin'} has no line, expected a text in each")
+        raise ValueError(f"{file or 'stdin'} has no lines, expected one text per line")
     if not pairs:
         return texts, [_ids(session, line) for line in texts]
     split = [tuple(line.split("\t")) for line in texts]
     wrong = next((index for index, pair in enumerate(split) if len(pair) != 2), None)
     if wrong is not None:
         raise ValueError(
-            f"text {wrong} has {len(split[wrong]) - 1} tabs, but --pairs expects two texts with one between"
+            f"text {wrong} has {len(split[wrong]) - 1} tabs, but --pairs expects two texts separated by one tab"
         )
     return texts, split
 
@@ -607,7 +633,7 @@ def _integers(text: str, what: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
-        raise ValueError(f"{what} is {text[:40]!r}, expected integers with commas or blanks between them") from None
+        raise ValueError(f"{what} is {text[:40]!r}, expected integers separated by commas or spaces") from None
 
 
 def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "Attention | Auto":
@@ -629,7 +655,9 @@ def _method_options(assignments: list[str]) -> dict[str, Any]:
     try:
         return {name: json.loads(value) for name, _, value in (text.partition("=") for text in assignments)}
     except ValueError:
-        raise ValueError(f"--method-option is {assignments}, expected NAME=VALUE with a number as value") from None
+        raise ValueError(
+            f"--method-option is {assignments}, expected NAME=VALUE, where the value is a number"
+        ) from None
 
 
 @contextmanager
@@ -689,11 +717,11 @@ def _described(error: OSError) -> str:
 
 
 _REMEDIES = {
-    errno.EACCES: "; check the owner and mode of it and of the folders above it",
-    errno.EPERM: "; check the owner and mode of it and of the folders above it",
-    errno.EROFS: "; give a path on another file system",
-    errno.ENOSPC: "; make room or give a path on another file system",
-    errno.EDQUOT: "; make room or give a path on another file system",
+    errno.EACCES: "; check its owner and mode, and those of the folders above it",
+    errno.EPERM: "; check its owner and mode, and those of the folders above it",
+    errno.EROFS: "; choose a path on another file system",
+    errno.ENOSPC: "; free some space or choose a path on another file system",
+    errno.EDQUOT: "; free some space or choose a path on another file system",
     errno.EISDIR: "; expected a file",
     errno.ENOTDIR: "; expected a folder",
 }

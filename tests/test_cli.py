@@ -259,7 +259,7 @@ class TestEncode:
             (["the", "--file", "x"], "give the text either as an argument"),
             (["the", "--pairs"], "text 0 has 0 tabs, but --pairs expects two texts"),
             (["the", "--out", "a.txt"], "--out is a.txt, expected a file that ends in .npy or .npz"),
-            (["the", "--out", "a.npy", "--json"], "--json does not go with --out"),
+            (["the", "--out", "a.npy", "--json"], "--json cannot be combined with --out"),
             (["the " * 17], "input 0 has 17 tokens and the largest bucket takes 16"),
         ],
     )

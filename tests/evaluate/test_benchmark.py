@@ -202,9 +202,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bidirectional"], "--bidirectional belongs to --attention-only"),
-        (["--head-dim", "32"], "--head-dim belongs to --attention-only"),
-        (["--attention-only", "--model", "a"], "--model does not go with --attention-only"),
+        (["--bidirectional"], "--bidirectional needs --attention-only"),
+        (["--head-dim", "32"], "--head-dim needs --attention-only"),
+        (["--attention-only", "--model", "a"], "--model cannot be combined with --attention-only"),
         (["--attention-only", "--engines", "floor"], "expected some of: two_stage, exact, sdpa, eager"),
     ],
 )

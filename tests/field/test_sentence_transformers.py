@@ -128,7 +128,9 @@ class TestSession:
         expected = session.encode(TEXTS[-1], prompt_name="query", truncate_dim=5).pooled
         assert expected is not None
         assert code in (0, None)
-        assert text.startswith("1 of 1 texts cut at 12 tokens {") or text.endswith("1 of 1 texts cut at 12 tokens")
+        assert text.startswith("1 of 1 texts truncated at 12 tokens {") or text.endswith(
+            "1 of 1 texts truncated at 12 tokens"
+        )
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])["encodings"][0]["pooled"]
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert "is longer than the 12 tokens" in run("encode", TEXTS[-1], "--no-truncate")[1]
