@@ -147,7 +147,7 @@ def open_adapter(folder: Path) -> Adapter:
         ValueError: another kind of adapter than plain or rank-stabilised LoRA, by name, or tensors that are not its.
     """
     if not has_adapter(folder):
-        raise FileNotFoundError(f"{folder} lacks {CONFIG}: expected the folder of a LoRA adapter that PEFT saved")
+        raise FileNotFoundError(f"{folder} lacks {CONFIG}: expected the folder of a LoRA adapter saved by PEFT")
     config = read_json(folder / CONFIG)
     _check(folder / CONFIG, config)
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -196,7 +196,7 @@ def adapt(
     for inner, name in adapter.whole.items():
         rule, slots = match(rules, inner, parameters)
         if rule is None:
-            problems.append(f"{inner}: is not a tensor of the base model's architecture, nor a factor of LoRA")
+            problems.append(f"{inner}: is neither a tensor of the base model's architecture nor a LoRA factor")
             continue
         home = homes.get(slots, inner)
         replaced[home], tensors[home] = name, adapter.weights.tensors[name]
@@ -217,7 +217,7 @@ def adapt(
             )
         if shared & {slot.path for slot in slots}:
             problems.append(
-                f"{module}: the base model's output layer shares this weight, which the adapter leaves alone"
+                f"{module}: the base model's output layer shares this weight, but the adapter changes only one of them"
             )
         changes[home] = factors, transposed
     if problems:
@@ -239,7 +239,7 @@ def _check(file: Path, config: Mapping[str, Any]) -> None:
     """ValueError for what is not plain or rank-stabilised LoRA."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{file}: peft_type is {kind!r}, supported is only 'LORA': merge the adapter with PEFT first")
+        raise ValueError(f"{file}: peft_type is {kind!r}, supported: only 'LORA': merge the adapter with PEFT first")
     if config.get("init_lora_weights") not in _INITIALIZERS:
         raise ValueError(
             f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model's weights: "
@@ -269,7 +269,7 @@ def _factors(
             continue
         found[module] = Factors(a, sides["A"], b, sides["B"], _scale(file, config, module, a.shape[0]))
     if problems:
-        raise ValueError(f"{file} does not hold a whole LoRA adapter:{listed(problems)}")
+        raise ValueError(f"{file} does not contain a complete LoRA adapter:{listed(problems)}")
     return found
 
 

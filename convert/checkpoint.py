@@ -70,7 +70,7 @@ def check_layers(config: ModelConfig, tensors: int, folder: Path) -> None:
     if config.num_hidden_layers > tensors:
         raise ValueError(
             f"config: the number of layers is {config.num_hidden_layers}, but {shown(folder)} holds only {tensors} "
-            "tensors in all: the config is not the one of these weights"
+            "tensors in total: the config does not belong to these weights"
         )
 
 
@@ -123,20 +123,20 @@ def _check_fit(folder: Path, stored: Mapping[str, jax.ShapeDtypeStruct], wanted:
         if leaf.dtype.name not in _DTYPES
     ]
     if differing:
-        raise ValueError(f"{shown(folder)} does not fit {CONFIG} beside it:{listed(differing)}")
+        raise ValueError(f"{shown(folder)} does not fit the {CONFIG} next to it:{listed(differing)}")
 
 
 def _check_finite(folder: Path, stored: Mapping[str, jax.ShapeDtypeStruct], params: Mapping[str, Any]) -> None:
     """ValueError that lists the parameters which a cast to a smaller range made infinite."""
     overflowed = [
-        f"{name}: {stored[name].dtype} in the checkpoint, {array.dtype} asked for"
+        f"{name}: {stored[name].dtype} in the checkpoint, {array.dtype} requested"
         for name, array in sorted(params.items())
         if jnp.finfo(array.dtype).max < jnp.finfo(stored[name].dtype).max and not all_finite(np.asarray(array))
     ]
     if overflowed:
         raise ValueError(
-            f"{shown(folder)} has values that are too large for the dtype asked for, ask for float32 or for the one "
-            f"that it is in:{listed(overflowed)}"
+            f"{shown(folder)} has values that are too large for the requested dtype: ask for float32 or for the "
+            f"dtype of the checkpoint:{listed(overflowed)}"
         )
 
 

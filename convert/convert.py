@@ -169,7 +169,9 @@ def _opened(
         yield folder, origin, _open_weights
         return
     if revision is not None:
-        raise ValueError(f"revision is {revision!r}, but {source} is here: it is for models of the hub")
+        raise ValueError(
+            f"revision is {revision!r}, but {source} is a local path: revision is only for models on the hub"
+        )
     model = open_gguf(file)
     weights = model.weights(dtype or "float32")
     with TemporaryDirectory(prefix="iceformer-") as parent:
@@ -186,7 +188,9 @@ def _resolve(source: str, revision: str | None, progress: bool) -> tuple[Path, d
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision is {revision!r}, but {source} is a folder: it is for models of the hub")
+            raise ValueError(
+                f"revision is {revision!r}, but {source} is a folder: revision is only for models on the hub"
+            )
         return folder, {"source": folder.resolve().name}
     if folder.is_file():
         raise FileNotFoundError(not_a_folder(folder))
@@ -222,10 +226,10 @@ def _doubts(source: Path, fields: Mapping[str, Any], config: ModelConfig) -> Ite
     if isinstance(config, DecoderConfig) and config.kind == "decoder":
         yield from unapplied(source, fields, config.vocab_size)
     if isinstance(config, DecoderConfig) and config.ignored:
-        yield f"config: {', '.join(config.ignored)}, which {config.model_type} does not apply, here as in transformers"
+        yield f"config: {', '.join(config.ignored)}, which has no effect on {config.model_type}, as in transformers"
     if config.task in CLASSIFYING and (unnamed := unnamed_labels(fields)):
         yield (
-            f"config: id2label does not name each of the {config.num_labels} classes, of which some go by "
+            f"config: id2label does not name all of the {config.num_labels} classes; the others are called "
             f"{joined(unnamed)}"
         )
 
@@ -233,7 +237,7 @@ def _doubts(source: Path, fields: Mapping[str, Any], config: ModelConfig) -> Ite
 def _warn_of_spare(source: Path, task: str, names: list[str]) -> None:
     modules = sorted({name.rpartition(".")[0] or name for name in names})
     warnings.warn(
-        f"{shown(source)} holds heads that a model for {task.replace('_', ' ')} does not use, and they are left out: "
+        f"{shown(source)} holds heads that a model for {task.replace('_', ' ')} does not use; they are left out: "
         f"{joined(modules)}",
         stacklevel=3,
     )
@@ -247,9 +251,8 @@ def _text_settings(
         return text_settings(sentences, source, fields, config)
     if sentences is not None:
         raise ValueError(
-            f"{MODULES} asks for the texts' embeddings or scores, but {config.model_type} "
-            f"{'takes no texts' if config.fixed_tokens else 'is there to write'}: without {MODULES} it is converted "
-            "as that"
+            f"{MODULES} asks for embeddings or scores of texts, but {config.model_type} "
+            f"{'takes no texts' if config.fixed_tokens else 'generates text'}: remove {MODULES} to convert it for that"
         )
     return None
 

@@ -60,18 +60,18 @@ def settle_task(
             return dict(fields)
         _warn(
             "the config names no class under architectures and the weights have no output layer, so the model is "
-            f"converted as {base_class(name)}, to encode"
+            f"converted as {base_class(name)}, an encoder"
         )
         return _with_base_class(fields, architecture)
     if config.task == FEATURES and has_output_layer and not pooled:
         _warn(
-            f"architectures names {base_class(name)}, so the model is converted to encode, without its output layer: "
-            f"name {name} there to convert it to write text"
+            f"architectures names {base_class(name)}, so the model is converted as an encoder, without its output "
+            f"layer: to generate text, name {name} there"
         )
     if config.causal and "AutoModel" in (fields.get("auto_map") or ()):
         _warn(
-            "auto_map names code that comes with the model and is never run: tokens see only those before them, as in "
-            f"transformers' own {base_class(name)}; if they see all tokens there, set is_causal to false in the config"
+            "auto_map names code that comes with the model and is never run: attention is causal, as in transformers' "
+            f"own {base_class(name)}; if it is bidirectional in that code, set is_causal to false in the config"
         )
     return dict(fields)
 

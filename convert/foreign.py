@@ -11,26 +11,26 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
 # What a folder holds, and what it then is.
 _KINDS = {
     "iceformer.json": "a checkpoint that `iceformer convert` made: give it to `iceformer compile`",
-    "manifest.json": "an artifact that `iceformer compile` made: it runs as it is",
-    "model_index.json": "a diffusers pipeline, which is no language model or encoder",
+    "manifest.json": "an artifact that `iceformer compile` made: it needs no conversion",
+    "model_index.json": "a diffusers pipeline, which is neither a language model nor an encoder",
     "saved_model.pb": "a TensorFlow model: save it with transformers as safetensors",
     "*.ckpt.index": "a TensorFlow checkpoint: save it with transformers as safetensors",
     "tf_model.h5": "a TensorFlow model: save it with transformers as safetensors",
     "flax_model.msgpack": "a Flax model: save it with transformers as safetensors",
-    "openvino_model.xml": "an OpenVINO model: convert the one that it was made of",
-    "*.onnx": "an ONNX model: convert the one that it was made of",
-    "onnx/*.onnx": "an ONNX model: convert the one that it was made of",
-    "*.mlpackage": "a Core ML model: convert the one that it was made of",
-    "*.mlmodel": "a Core ML model: convert the one that it was made of",
-    "*.mlmodelc": "a Core ML model: convert the one that it was made of",
-    "*.tflite": "a TensorFlow Lite model: convert the one that it was made of",
+    "openvino_model.xml": "an OpenVINO model: convert the model that it was made from",
+    "*.onnx": "an ONNX model: convert the model that it was made from",
+    "onnx/*.onnx": "an ONNX model: convert the model that it was made from",
+    "*.mlpackage": "a Core ML model: convert the model that it was made from",
+    "*.mlmodel": "a Core ML model: convert the model that it was made from",
+    "*.mlmodelc": "a Core ML model: convert the model that it was made from",
+    "*.tflite": "a TensorFlow Lite model: convert the model that it was made from",
 }
 
 
 def not_a_folder(source: Path) -> str:
     """What to say of a source that is a file."""
     if source.suffix in _ARCHIVES:
-        return f"{shown(source)} is an archive, {_EXPECTED}: unpack it, and give the folder"
+        return f"{shown(source)} is an archive, {_EXPECTED}: unpack it and give the folder"
     return f"{shown(source)} is a file, {_EXPECTED}: give the folder that it is in, {shown(source.absolute().parent)}"
 
 
@@ -46,7 +46,7 @@ def _hint(folder: Path) -> str:
         return f", it is a folder of the hub's cache: give the snapshot in it, {joined(snapshots)}"
     if (folder / "params.json").is_file() and (weights := sorted(path.name for path in folder.glob("consolidated*"))):
         script = _LLAMA_SCRIPT.format(folder=shown(folder))
-        kind = f", its weights ({joined(weights)} and params.json) are as Meta or Mistral publish them"
+        kind = f", its weights ({joined(weights)} and params.json) are in the format of Meta or Mistral"
         return f"{kind}: make a Hugging Face folder of them, for Llama with `{script}` of transformers 4"
     for pattern, kind in _KINDS.items():
         if any(folder.glob(pattern)):

@@ -86,8 +86,8 @@ def unapplied(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[
     sentences = []
     if strange := [eos for eos in _named_ids(folder, config) if not 0 <= eos < vocab_size]:
         sentences.append(
-            f"{shown(folder)}: {_EOS} names {joined(strange)}, which no token has (vocab_size is {vocab_size}): a text "
-            "does not end there"
+            f"{shown(folder)}: {_EOS} names {joined(strange)}, outside the vocabulary (vocab_size is {vocab_size}): "
+            "generation does not stop there"
         )
     file, fields = _fields(folder, config)
     if settings := [
@@ -96,8 +96,8 @@ def unapplied(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[
         if fields.get(name) is not None and fields[name] != default
     ]:
         sentences.append(
-            f"{shown(folder / file)} sets {', '.join(settings)}, of which nothing is applied: texts are as long as "
-            "max_new_tokens says, and greedy unless a temperature is given"
+            f"{shown(folder / file)} sets {', '.join(settings)}, which are not applied: max_new_tokens limits "
+            "the length, and decoding is greedy unless a temperature is given"
         )
     return sentences
 

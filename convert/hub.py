@@ -127,14 +127,14 @@ def _plain_errors(name: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(f"{name} has no revision {revision!r} at {hub}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is neither a folder here nor a model that can be seen at {hub}: check the name, or, if it is "
-            "private, log in with `hf auth login`"
+            f"{name} is neither a local folder nor a model visible at {hub}: check the name, or, if it is private, "
+            "log in with `hf auth login`"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{hub} cannot be reached"
         raise ConnectionError(
-            f"{name} is not a folder here, {why}, and its cache does not hold it whole: fetch it where there is a "
-            "network with `hf download`, and give its folder"
+            f"{name} is not a local folder, {why}, and the cache does not contain all of it: download it with "
+            "`hf download` on a machine with network access, and give that folder"
         ) from error
     except HTTPError as error:
         reason = str(error).partition("\n")[0]

@@ -25,8 +25,8 @@ def strange_names(names: Sequence[str], is_known: Callable[[str], bool]) -> str 
     prefix = max(_prefixes(unknown), key=lambda prefix: _known_under(prefix, unknown, is_known), default="")
     if prefix and 2 * _known_under(prefix, unknown, is_known) > len(unknown):
         return (
-            f"{len(unknown)} of {len(names)} tensors are named under {prefix!r} ({unknown[0]} ...), which the model's "
-            f"names do not begin with: save them without it, or the part of the model under it alone"
+            f"{len(unknown)} of {len(names)} tensors have the prefix {prefix!r} ({unknown[0]} ...), which the model's "
+            "names do not have: save the tensors without it, or save only that part of the model"
         )
     if len(unknown) < len(names):
         return None

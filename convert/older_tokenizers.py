@@ -31,11 +31,13 @@ def make_tokenizer(source: Path) -> str | None:
     if not set(older) - {ADDED_TOKENS}:
         _warn_of_other_forms(source)
         return None
-    lack = f"{source} has its tokenizer in {', '.join(older)}, and the checkpoint goes without: {TOKENIZER} is"
+    lack = f"{source} has its tokenizer in {', '.join(older)}, so the checkpoint has none: {TOKENIZER}"
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError:
-        warnings.warn(f"{lack} made of them where transformers is installed: pip install transformers", stacklevel=3)
+        warnings.warn(
+            f"{lack} is only made from them if transformers is installed: pip install transformers", stacklevel=3
+        )
         return None
     try:
         if PAIRS in older and MERGES not in older and WORDS not in older:
@@ -48,7 +50,7 @@ def make_tokenizer(source: Path) -> str | None:
     except Exception as error:
         # Each kind of tokenizer fails in its own way, for want of a file or of a package such as sentencepiece.
         warnings.warn(
-            f"{lack} not made ({_reason(error, older)}): save one beside them with transformers", stacklevel=3
+            f"{lack} cannot be made ({_reason(error, older)}): save one next to them with transformers", stacklevel=3
         )
         return None
     _warn_of_assumptions(source, older, Tokenizer.from_str(made))
@@ -61,8 +63,8 @@ def _warn_of_other_forms(source: Path) -> None:
     )
     if found:
         warnings.warn(
-            f"{source} has its tokenizer only in {', '.join(found)}, which is not read, and the checkpoint goes "
-            f"without: download {TOKENIZER} too, or save one with the same vocabulary there",
+            f"{source} has its tokenizer only in {', '.join(found)}, which is not supported, so the checkpoint "
+            f"has none: download {TOKENIZER} too, or save one with the same vocabulary there",
             stacklevel=4,
         )
 
@@ -96,8 +98,8 @@ def _warn_of_assumptions(source: Path, older: list[str], made: Tokenizer) -> Non
     pieces = next((name for name in older if name in SENTENCE_PIECES), None)
     if pieces and "add_bos_token" not in options and not made.encode("").tokens:
         warnings.warn(
-            f"{TOKENIZER} is made of {pieces}, and no {TOKENIZER_CONFIG} in {source} says add_bos_token: nothing is "
-            "put in front of a text, as in transformers; if the model was trained with a token there, set it to true",
+            f"{TOKENIZER} is made from {pieces}, and no {TOKENIZER_CONFIG} in {source} sets add_bos_token: nothing is "
+            "added before a text, as in transformers; if the model was trained with a token there, set it to true",
             stacklevel=4,
         )
 

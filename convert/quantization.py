@@ -41,10 +41,10 @@ def without_quantization(fields: Mapping[str, Any], tensors: Mapping[str, Tensor
     said = f"{name} has quant_method {method}{f', {width} bits' if width else ''}"
     if method in _ROUNDED_LATER or any(_is_quantized(name, info) for name, info in tensors.items()):
         raise ValueError(
-            f"config: {said}, and quantised weights are not read: convert the float32, float16 or bfloat16 model that "
-            "this one was quantised from"
+            f"config: {said}, and quantised weights are not supported: convert the float32, float16 or bfloat16 "
+            "model that this one was quantised from"
         )
-    warnings.warn(f"config: {said}, but all weights are floats: they are converted as they are", stacklevel=3)
+    warnings.warn(f"config: {said}, but all weights are floats: they are converted unchanged", stacklevel=3)
     return kept
 
 

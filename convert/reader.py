@@ -140,7 +140,7 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
         if name not in tensors or tensors[name].file.name != file
     ]
     if absent:
-        raise ValueError(f"{folder}: the index places tensors where they are not:{listed(absent)}")
+        raise ValueError(f"{folder}: the index names the wrong files for these tensors:{listed(absent)}")
 
 
 def _without_wrappers(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

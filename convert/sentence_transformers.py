@@ -20,7 +20,7 @@ TRANSFORMER_CONFIGS = tuple(
 )
 """The config of a Transformer module, under the first of these names that there is."""
 _CONFIG = "config.json"
-_WITHOUT = f"; without {MODULES} the model is taken as it is, with no sentence embedding"
+_WITHOUT = f"; remove {MODULES} to convert the model without a sentence embedding"
 _MODEL_FIELDS = {
     *("model_type", "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "activation_fn"),
     # These change nothing: versions, and which layers compute in float32, as heads do here.
@@ -98,7 +98,7 @@ def open_sentence_folder(source: Path) -> SentenceFolder | None:
     config = read_optional(source / MODEL_CONFIG)
     kind = config.get("model_type", "SentenceTransformer")
     if not isinstance(kind, str) or kind not in _TASKS:
-        raise ValueError(f"{MODEL_CONFIG}: model_type is {shown(repr(kind))}, supported are: {', '.join(_TASKS)}")
+        raise ValueError(f"{MODEL_CONFIG}: model_type is {shown(repr(kind))}, supported: {', '.join(_TASKS)}")
     if not (source / MODULES).exists():
         _warn_of_lone_files(source)
         return None
@@ -116,7 +116,7 @@ def open_sentence_folder(source: Path) -> SentenceFolder | None:
     if kinds[: len(expected)] != expected or not {name for name, _ in steps} <= set(further):
         behind = f", then any of {', '.join(further)}" if further else ""
         raise ValueError(
-            f"{MODULES} has the modules {joined(kinds) or 'of an empty list'}, supported are {', '.join(expected)}"
+            f"{MODULES} has the modules {joined(kinds) or 'of an empty list'}, supported: {', '.join(expected)}"
             f"{behind} ({kind}){_WITHOUT}"
         )
     root = modules[0][1]
@@ -154,9 +154,9 @@ def _warn_of_lone_files(source: Path) -> None:
     found = [name for name in (MODEL_CONFIG, *TRANSFORMER_CONFIGS) if (source / name).exists()]
     if found:
         warnings.warn(
-            f"{shown(source)} has {', '.join(found)} but no {MODULES}: it is taken as a plain model, with no sentence "
-            "embedding, prompts or length. sentence-transformers would take the mean over its tokens; download "
-            f"{MODULES} and the folders that it names if there are any",
+            f"{shown(source)} has {', '.join(found)} but no {MODULES}: it is converted as a plain model, without "
+            "sentence embedding, prompts or maximum length. sentence-transformers would take the mean over its tokens; "
+            f"download {MODULES} and the folders that it names, if there are any",
             stacklevel=4,
         )
 
@@ -165,7 +165,7 @@ def _class_of(module: Mapping[str, Any]) -> str:
     package, _, name = module["type"].rpartition(".")
     if package and package.partition(".")[0] != "sentence_transformers":
         raise ValueError(
-            f"{MODULES} names the module {shown(module['type'])}, which is code of the model's own and never run"
+            f"{MODULES} names the module {shown(module['type'])}, which is custom code of the model and is never run"
             f"{_WITHOUT}"
         )
     return name
@@ -174,7 +174,7 @@ def _class_of(module: Mapping[str, Any]) -> str:
 def _check_options(options: Mapping[str, Any], kind: str) -> None:
     """Refuses what a Transformer's config asks for that is not done."""
     problems = [f"{name} is not known" for name in sorted(options.keys() - _TRANSFORMER_FIELDS)]
-    problems += [f"{name} is {options[name]!r}, supported is null" for name in _NULL_ONLY if options.get(name)]
+    problems += [f"{name} is {options[name]!r}, supported: null" for name in _NULL_ONLY if options.get(name)]
     for names, harmless in (
         (("model_args", "model_kwargs", "config_args", "config_kwargs"), _LOADING),
         (("tokenizer_args", "processor_kwargs"), _TOKENIZING),
@@ -182,14 +182,14 @@ def _check_options(options: Mapping[str, Any], kind: str) -> None:
         for name in names:
             given = options.get(name) or {}
             if not isinstance(given, Mapping) or given.keys() - harmless:
-                problems.append(f"{name} is {given!r}, supported are: {', '.join(sorted(harmless))}")
+                problems.append(f"{name} is {given!r}, supported: {', '.join(sorted(harmless))}")
     task, result, output = _TASKS[kind]
     for name, expected in (("transformer_task", task), ("module_output_name", output)):
         if options.get(name, expected) != expected:
-            problems.append(f"{name} is {options[name]!r}, supported is {expected!r}")
+            problems.append(f"{name} is {options[name]!r}, supported: {expected!r}")
     modalities = options.get("modality_config", {"text": {"method": "forward", "method_output_name": result}})
     if modalities != {"text": {"method": "forward", "method_output_name": result}}:
-        problems.append(f"modality_config is {modalities!r}, supported is text alone, by forward and {result}")
+        problems.append(f"modality_config is {modalities!r}, supported: only text, with forward and {result}")
     if not isinstance(options.get("do_lower_case", False), bool):
         problems.append(f"do_lower_case is {options['do_lower_case']!r}, expected true or false")
     if problems:
@@ -223,7 +223,7 @@ def _read_pooling(config: Mapping[str, Any], where: str) -> tuple[tuple[str, ...
     modes = config.get("pooling_mode", [_SWITCHES[name] for name, chosen in switches.items() if chosen] or "mean")
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or not modes or any(mode not in MODES for mode in modes):
-        raise ValueError(f"{where}: the pooling is {shown(modes)}, supported are: {', '.join(MODES)}{_WITHOUT}")
+        raise ValueError(f"{where}: the pooling is {shown(modes)}, supported: {', '.join(MODES)}{_WITHOUT}")
     return tuple(modes), include_prompt
 
 
@@ -234,9 +234,7 @@ def _read_dense(config: Mapping[str, Any], where: str) -> Dense:
     )
     _check_names(config, where)
     if config.get("use_residual", False) is not False:
-        raise ValueError(
-            f"{where}: use_residual is {shown(repr(config['use_residual']))}, supported is false{_WITHOUT}"
-        )
+        raise ValueError(f"{where}: use_residual is {shown(repr(config['use_residual']))}, supported: false{_WITHOUT}")
     sizes = [config.get(name) for name in ("in_features", "out_features")]
     use_bias = config.get("bias", True)
     if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(use_bias, bool):
@@ -253,7 +251,7 @@ def _check_names(config: Mapping[str, Any], where: str) -> None:
     for name in ("module_input_name", "module_output_name"):
         if config.get(name) not in (None, "sentence_embedding"):
             raise ValueError(
-                f"{where}: {name} is {shown(repr(config[name]))}, supported is 'sentence_embedding'{_WITHOUT}"
+                f"{where}: {name} is {shown(repr(config[name]))}, supported: 'sentence_embedding'{_WITHOUT}"
             )
 
 
@@ -267,7 +265,7 @@ def read_activation(name: object, where: str) -> str:
     package, _, found = str(name).rpartition(".")
     if found not in TORCH_ACTIVATIONS or (package != "torch.nn" and not package.startswith("torch.nn.modules.")):
         raise ValueError(
-            f"{where}: the activation is {shown(repr(name))}, supported are, of torch.nn: "
+            f"{where}: the activation is {shown(repr(name))}, supported, of torch.nn: "
             f"{', '.join(sorted(TORCH_ACTIVATIONS))}"
         )
     return found

@@ -105,7 +105,7 @@ def check_vocabulary(tokenizer_json: str, rows: int) -> None:
     if _ordinary(beyond, tokenizer, json.loads(tokenizer_json)["model"]):
         raise ValueError(
             f"the tokenizer gives ids up to {max(beyond.values())}, and the model's embedding has {rows} rows "
-            f"({CONFIG}: vocab_size): one of them is of another model; {joined(names)}"
+            f"({CONFIG}: vocab_size): one of them belongs to another model; {joined(names)}"
         )
     warnings.warn(
         f"the tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, and a text with one "
@@ -138,8 +138,8 @@ def _class_for(content: Mapping[str, Any], name: str, source: Path) -> Tokenizer
         _warn(
             source,
             f"{TOKENIZER} holds a {kind} model, and transformers reads it with {name}, which is for "
-            f"{of_class.models[0]}: it is taken as it is; set tokenizer_class to PreTrainedTokenizerFast in "
-            f"{TOKENIZER_CONFIG} to have it so there",
+            f"{of_class.models[0]}: it is used unchanged; set tokenizer_class to PreTrainedTokenizerFast in "
+            f"{TOKENIZER_CONFIG} to get the same in transformers",
         )
         return None
     return of_class
@@ -181,7 +181,7 @@ def _warn_of_versions(options: Mapping[str, Any], source: Path) -> None:
     if others := [name for name in names if name != TOKENIZER] if isinstance(names, list) else []:
         _warn(
             source,
-            f"{TOKENIZER_CONFIG} names {joined(others)} for some versions of transformers, and {TOKENIZER} is taken: "
+            f"{TOKENIZER_CONFIG} names {joined(others)} for some versions of transformers, but {TOKENIZER} is used: "
             f"rename the other to {TOKENIZER} if it is the right one",
         )
 
@@ -200,17 +200,17 @@ def _warn_of_ids(settings: TokenizerSettings, made: Tokenizer, source: Path) -> 
 def _warn_of_template(options: Mapping[str, Any], special: SpecialTokens, made: Tokenizer, source: Path) -> None:
     around = made.encode("a").tokens
     for option, name, where, found in (
-        ("add_bos_token", "bos_token", "in front of", around[:1]),
+        ("add_bos_token", "bos_token", "before", around[:1]),
         ("add_eos_token", "eos_token", "after", around[-1:]),
     ):
         token = special.get(name)
         has = token is not None and found == [str(token)]
         if isinstance(asked := options.get(option), bool) and asked != has:
-            puts = f"{'puts' if has else 'does not put'} {token or 'such a token'} {where} a text"
+            puts = f"{'adds' if has else 'does not add'} {token or 'such a token'} {where} a text"
             _warn(
                 source,
-                f"{TOKENIZER_CONFIG} has {option} {str(asked).lower()}, and {TOKENIZER} {puts}: the latter is "
-                "followed, as in transformers",
+                f"{TOKENIZER_CONFIG} has {option} {str(asked).lower()}, and {TOKENIZER} {puts}: the latter "
+                "counts, as in transformers",
             )
 
 
@@ -220,8 +220,8 @@ def _warn_of_changes(plain: Tokenizer, made: Tokenizer, name: str, source: Path)
         if now != alone:
             _warn(
                 source,
-                f"transformers reads {TOKENIZER} as a {name}, which makes other tokens of a text than the file alone, "
-                f"and so does the checkpoint: {text!r} becomes {joined(now) or 'nothing'}, not "
+                f"transformers reads {TOKENIZER} as a {name}, which tokenizes differently from the file alone, and so "
+                f"does the checkpoint: {text!r} becomes {joined(now) or 'nothing'}, not "
                 f"{joined(alone) or 'nothing'}",
             )
             break

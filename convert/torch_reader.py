@@ -106,8 +106,8 @@ class TorchFile:
                 content = torch.load(self.path, weights_only=True, mmap=mapped, map_location="cpu")
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{shown(self.path)} holds more than tensors ({shown(_reason(error))}), and what else a pickle holds "
-                "can run code: it was not opened; save the model's state_dict() alone, or as safetensors"
+                f"{shown(self.path)} holds more than tensors ({shown(_reason(error))}), and other pickled "
+                "objects can run code: it was not opened; save only the model's state_dict(), or use safetensors"
             ) from error
         except Exception as error:
             # torch's readers raise errors of many kinds for files that are damaged.
@@ -153,7 +153,7 @@ def _corrupt(path: Path, reason: str) -> ValueError:
 def _check_tensors(path: Path, state: "dict[str, torch.Tensor]") -> None:
     """ValueError for tensors that are larger than their file, as ones with a stride of 0 may be, and odd names."""
     if odd := [type(name).__name__ for name in state if not isinstance(name, str)]:
-        raise ValueError(f"{shown(path)} names a tensor by {odd[0]}, expected text: save the state dict alone")
+        raise ValueError(f"{shown(path)} names a tensor by {odd[0]}, expected text: save only the state dict")
     if nested := [name for name, tensor in state.items() if tensor.is_nested]:
         raise ValueError(f"{shown(path)} holds nested tensors, expected plain ones:{listed(nested)}")
     length = path.stat().st_size
@@ -192,7 +192,7 @@ def _unwrap(path: Path, content: object) -> "dict[str, torch.Tensor]":
         if others := [
             f"{_named(name)} is a {type(value).__name__}" for name, value in content.items() if not _is_tensor(value)
         ]:
-            raise ValueError(f"{shown(path)} holds more than tensors: {joined(others)}: save the state dict alone")
+            raise ValueError(f"{shown(path)} holds more than tensors: {joined(others)}: save only the state dict")
         return dict(content)
     inner = {name: value for name, value in content.items() if _is_state_dict(value)}
     if len(inner) != 1:

@@ -137,7 +137,7 @@ def _of_encoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
     model, batch = manifest.model, manifest.batch
     entry = bucket.entries["encode"]
     if bucket.cache.layers:
-        yield "has a cache, which no encoder has"
+        yield "has a cache, but encoders have none"
     if bucket.chunk != bucket.capacity:
         yield f"has chunk {bucket.chunk}, expected whole rows"
     arguments = dict(entry.arguments)

@@ -110,12 +110,12 @@ def differences(compiled: Environment, host: Environment) -> list[str]:
         "machine": (compiled.machine, host.machine),
         "XLA_FLAGS": (" ".join(compiled.xla_flags) or "(none)", " ".join(host.xla_flags) or "(none)"),
     }
-    found = [f"compiled with {name} {then}, here is {now}" for name, (then, now) in pairs.items() if then != now]
+    found = [f"compiled with {name} {then}, but this is {now}" for name, (then, now) in pairs.items() if then != now]
     missing = sorted(set(compiled.cpu_features) - set(host.cpu_features))
     if missing and compiled.machine == host.machine:
         found.append(f"needs the CPU features {' '.join(missing)}, which this CPU lacks")
     if compiled.kernels and compiled.kernels != host.kernels:
-        here = f"here is {host.kernels}" if host.kernels else "which are not built here"
+        here = f"but this is {host.kernels}" if host.kernels else "which are not built here"
         found.append(f"compiled with kernels {compiled.kernels}, {here}")
     return found
 
@@ -143,7 +143,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     for name in (MANIFEST, MANIFEST_HASH):
         if not (folder / name).is_file():
-            raise ArtifactError(f"{folder} lacks {name}: it is not an artifact, or not a whole one; compile it again")
+            raise ArtifactError(f"{folder} lacks {name}: it is not an artifact, or it is incomplete; compile it again")
     data = (folder / MANIFEST).read_bytes()
     expected = f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode()
     if (folder / MANIFEST_HASH).read_bytes() != expected:

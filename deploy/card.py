@@ -32,7 +32,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 ({manifest.dtype}), compiled ahead of time by iceformer {manifest.iceformer} on {manifest.created} from the checkpoint
 `{manifest.provenance.checkpoint}`.
 
-**This folder holds machine code. Load it only if you trust the person you have it from.**
+**This folder holds machine code. Load it only if you trust the person who gave it to you.**
 
 - Attention of {ATTENTION_OF[model.kind]}: see below.{fitted}
 - Compiled for {environment.machine} with {", ".join(environment.cpu_features) or "unknown CPU features"}
@@ -114,7 +114,7 @@ def _attention_text(manifest: Manifest) -> str:
         return text
     call = MEASURED_CALL[manifest.model.kind]
     measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
-    return f"{text}\n\nMeasured when this was compiled, {call}, some heads of one layer:\n\n{measured}"
+    return f"{text}\n\nMeasured at compile time: {call}, some heads of one layer:\n\n{measured}"
 
 
 def _weights_text(manifest: Manifest) -> str:
@@ -125,9 +125,9 @@ def _weights_text(manifest: Manifest) -> str:
     return f"""
 ## Weights
 
-The kernels of linear layers are {manifest.weights.format} with a scale for each output channel; activations,
+The kernels of linear layers are {manifest.weights.format} with one scale per output channel; activations,
 embeddings and an output layer tied to them are {manifest.dtype}.
-What rounding cost, with exact attention{_NLL[manifest.model.kind]}:
+What quantisation cost, with exact attention{_NLL[manifest.model.kind]}:
 
 {_markdown_table(tuple(cells), [tuple(cells.values())])}
 """

@@ -213,7 +213,7 @@ def check_options(
             "leave buckets out"
         )
     if not buckets or min(buckets) < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
-        raise ValueError(f"buckets are {tuple(buckets)}, expected rising numbers of tokens, each once")
+        raise ValueError(f"buckets are {tuple(buckets)}, expected ascending numbers of tokens without duplicates")
     for capacity in buckets:
         if config.kind == "decoder" and capacity % min(chunk, capacity):
             raise ValueError(f"bucket {capacity} is not a multiple of chunk {chunk}: change one of them")
@@ -232,8 +232,8 @@ def _check_page(page: int | None, config: ModelConfig, buckets: Sequence[int]) -
         raise ValueError(f"page is {page}, but an encoder has no KV cache: leave it out")
     if page < LEAST_PAGE or page & (page - 1) or any(capacity % page for capacity in buckets):
         raise ValueError(
-            f"page is {page} and the buckets are {tuple(buckets)}, expected a power of two from {LEAST_PAGE} on that "
-            "divides every bucket"
+            f"page is {page} and the buckets are {tuple(buckets)}, expected a power of two of at least {LEAST_PAGE} "
+            "that divides every bucket"
         )
 
 
@@ -245,7 +245,7 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
     if missing:
         raise FileNotFoundError(
             f"{checkpoint} lacks {', '.join(missing)}: expected a checkpoint; "
-            f"`iceformer convert {checkpoint} CHECKPOINT` makes one of a Hugging Face folder"
+            f"`iceformer convert {checkpoint} CHECKPOINT` makes one from a Hugging Face folder"
         )
     return read_json(checkpoint / CONFIG)
 
@@ -284,7 +284,7 @@ def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) ->
 def _only_exact(config: ModelConfig) -> str:
     if None not in config.windows:
         return "every layer has a sliding window"
-    return "two-stage attention would rank keys without the bias by distance" if config.distance_bias else ""
+    return "two-stage attention would rank keys without the relative position bias" if config.distance_bias else ""
 
 
 def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:

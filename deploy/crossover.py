@@ -104,17 +104,19 @@ def needs_measurement(asked: Plan | Auto, buckets: Sequence[int], shape: Attenti
 def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:
     """The plan of a bucket of `capacity` tokens; no table is needed where the budget covers every key."""
     if capacity <= two_stage.budget:
-        return Choice(Plan(), f"exact: a row here has no more keys than the budget, {two_stage.budget}")
+        return Choice(Plan(), f"exact: this bucket holds no more keys than the budget, {two_stage.budget}")
     assert table is not None
     crossover = table.crossover
     if crossover is None:
         last = table.rows[-1]
-        return Choice(Plan(), f"exact: at {last.keys} keys two-stage took {last.ratio:.2f} of exact attention's time")
+        return Choice(
+            Plan(), f"exact: at {last.keys} keys two-stage took {last.ratio:.2f} of the time of exact attention"
+        )
     if capacity <= crossover:
-        return Choice(Plan(), f"exact: two-stage is faster only from {crossover} keys on")
+        return Choice(Plan(), f"exact: two-stage is faster only from {crossover} keys")
     nearest = min(table.rows, key=lambda row: (row.ratio >= 1, abs(row.keys - capacity)))
-    took = f"at {nearest.keys} it took {nearest.ratio:.2f} of exact attention's time"
-    return Choice(Plan(replace(two_stage, crossover=crossover)), f"two-stage from {crossover} keys on: {took}")
+    took = f"at {nearest.keys} keys it took {nearest.ratio:.2f} of the time of exact attention"
+    return Choice(Plan(replace(two_stage, crossover=crossover)), f"two-stage from {crossover} keys: {took}")
 
 
 def crossover_of(rows: Sequence[CrossoverRow], multiple: int) -> int | None:

@@ -67,7 +67,7 @@ def check_truncate_dim(given: int | None, info: Manifest) -> int | None:
     if given is None:
         return None if text is None else text.truncate_dim
     if text is None or not text.embedding:
-        raise ValueError("truncate_dim is for sentence embedders, and this model is none")
+        raise ValueError("truncate_dim is for sentence embedders, but this model is not one")
     if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
         raise ValueError(f"truncate_dim is {given!r}, expected a whole number above 0")
     return int(given)
@@ -78,7 +78,7 @@ def check_outputs(outputs: Sequence[str] | None, available: Sequence[str]) -> tu
     wanted = tuple(available) if outputs is None else tuple(outputs)
     unknown = [name for name in wanted if name not in available]
     if unknown:
-        raise ValueError(f"outputs names {', '.join(unknown)}, but the model gives {', '.join(available)}")
+        raise ValueError(f"outputs names {', '.join(unknown)}, but the model returns {', '.join(available)}")
     return wanted
 
 

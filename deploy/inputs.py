@@ -69,13 +69,13 @@ def choose_prompt(info: Manifest, prompt: str | None, prompt_name: str | None) -
     text = info.model.text
     if text is None:
         if prompt is not None or prompt_name is not None:
-            raise ValueError(f"a prompt goes in front of texts, but the model ({info.model.model_type}) takes none")
+            raise ValueError(f"a prompt goes before texts, but the model ({info.model.model_type}) takes no texts")
         return ""
     if prompt is not None:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r}, expected text")
         if prompt_name is not None:
-            warnings.warn(f"prompt_name {prompt_name!r} has no effect beside prompt", stacklevel=3)
+            warnings.warn(f"prompt_name {prompt_name!r} has no effect together with prompt", stacklevel=3)
         return prompt
     name = text.default_prompt_name if prompt_name is None else prompt_name
     if name is None:
@@ -168,7 +168,7 @@ class _Reader:
         if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(text, str) for text in given):
             return self._text(tuple(given), what)
         if self.options.asked and self.options.prompt:
-            raise ValueError(f"{what} is {_kind_of(given)}, but a prompt goes in front of texts only")
+            raise ValueError(f"{what} is {_kind_of(given)}, but a prompt only goes before texts")
         return self._arrays(given if isinstance(given, Mapping) else {"input_ids": given}, what)
 
     def holds_many(self, given: Mapping[str, Any]) -> bool:
@@ -182,7 +182,7 @@ class _Reader:
         counts = {name: len(array) for name, array in given.items()}
         if len(set(counts.values())) > 1:
             rows = ", ".join(f"{count} of {name}" for name, count in counts.items())
-            raise ValueError(f"the input has rows {rows}, expected as many of each")
+            raise ValueError(f"the input has rows {rows}, expected the same number in each array")
         return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
 
     def _text(self, texts: tuple[str, ...], what: str) -> Row:
@@ -193,7 +193,7 @@ class _Reader:
         if text is not None and tokens.truncated and not options.truncate:
             raise ValueError(
                 f"{what} is longer than the {text.max_seq_length} tokens of the model's max_seq_length: shorten it, or "
-                "leave truncate as it is to have it cut"
+                "leave truncate at True to have it truncated"
             )
         segments = text is None or text.segments
         arrays = {

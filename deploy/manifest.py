@@ -128,7 +128,7 @@ class TextInfo:
     def __post_init__(self) -> None:
         if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
             raise ArtifactError(
-                f"manifest.json has default_prompt_name {self.default_prompt_name!r}, which is none of its prompts"
+                f"manifest.json has default_prompt_name {self.default_prompt_name!r}, which is not one of its prompts"
             )
         if self.truncation_side not in ("right", "left"):
             raise ArtifactError(
@@ -359,7 +359,7 @@ class Manifest:
     def __post_init__(self) -> None:
         capacities = [bucket.capacity for bucket in self.buckets]
         if not capacities or capacities != sorted(set(capacities)):
-            raise ArtifactError(f"manifest.json has buckets {capacities}, expected rising capacities")
+            raise ArtifactError(f"manifest.json has buckets {capacities}, expected ascending capacities")
         expected = ENTRIES.get(self.model.kind)
         if expected is None:
             raise ArtifactError(

@@ -428,7 +428,7 @@ class Session:
     def _open_tokenizer(self, cut: Cut | None) -> TextTokenizer:
         file, options = self._file(TOKENIZER), self._file(TOKENIZER_CONFIG)
         if file is None:
-            raise ValueError("this model has no tokenizer: give and take token ids")
+            raise ValueError("this model has no tokenizer: use token ids")
         read = self._artifact.read
         content = read(options) if options else None
         return TextTokenizer(read(file), self.info.model.vocab_size, cut, options=content)
@@ -555,7 +555,7 @@ class Stream(Iterator[Piece]):
         while self.generation is None and not self._ended:
             self._take()
         if self.generation is None:
-            raise RuntimeError("the stream was closed before its end: there is no whole text")
+            raise RuntimeError("the stream was closed before its end: the text is incomplete")
         return self.generation
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ class TextTokenizer:
         except BaseException as error:
             raise ArtifactError(
                 f"tokenizer.json cannot be read ({_reason(error)}): convert the source again, with one that "
-                "the package tokenizers reads"
+                "the package tokenizers can read"
             ) from error
 
     def encode(self, *texts: str, add_special_tokens: bool | None = None) -> Tokens:
@@ -147,7 +147,7 @@ class TextTokenizer:
             beyond = int(ids.max())
             raise ValueError(
                 f"tokenizer.json gives {self._tokenizer.id_to_token(beyond)!r} the id {beyond}, but the model has "
-                f"{limit} ids: leave it out of the text, if the tokenizer is that of this model"
+                f"{limit} ids: leave it out of the text, if the tokenizer belongs to this model"
             )
 
 
@@ -181,8 +181,8 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has {text[error.start]!r} at position {error.start}, which is no character but a byte that was "
-            "not UTF-8, or half of a surrogate pair: decode it in its own encoding"
+            f"the text has {text[error.start]!r} at position {error.start}, which is not a character but a byte "
+            "that was not UTF-8, or half of a surrogate pair: decode the text with its own encoding"
         ) from None
 
 

@@ -70,7 +70,7 @@ def read_choice(config: Mapping[str, Any], name: str, choices: Iterable[str], de
     """One of `choices`; ValueError, with all of them, if it is something else."""
     value = _value(config, name, default)
     if value not in (supported := sorted(choices)):
-        raise ValueError(f"config: {name} is {value!r}, supported are: {', '.join(supported)}")
+        raise ValueError(f"config: {name} is {value!r}, supported: {', '.join(supported)}")
     return value
 
 
@@ -78,7 +78,7 @@ def require(config: Mapping[str, Any], name: str, supported: object) -> None:
     """ValueError unless the field is absent, null or `supported`."""
     value = config.get(name)
     if value is not None and value != supported:
-        raise ValueError(f"config: {name} is {json.dumps(value)}, supported is only {json.dumps(supported)}")
+        raise ValueError(f"config: {name} is {json.dumps(value)}, supported: only {json.dumps(supported)}")
 
 
 def ignored(config: Mapping[str, Any], **usual: object) -> tuple[str, ...]:

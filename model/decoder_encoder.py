@@ -45,7 +45,7 @@ def read_decoder_task(config: Mapping[str, Any]) -> str:
     name = names[0] if isinstance(names, list) and isinstance(names[0], str) else repr(names)
     match = _CLASS.fullmatch(name)
     if match is None:
-        raise ValueError(f"config: architectures names {name}, supported are classes that end in: {', '.join(_TASKS)}")
+        raise ValueError(f"config: architectures names {name}, supported: classes that end in: {', '.join(_TASKS)}")
     return _TASKS[match[2]]
 
 

@@ -116,7 +116,7 @@ def read_task(config: Mapping[str, Any]) -> str:
     name = names[0] if isinstance(names, list) and isinstance(names[0], str) else repr(names)
     match = re.search(f"({'|'.join(TASKS)})$", name)
     if match is None:
-        raise ValueError(f"config: architectures names {name}, supported are classes that end in: {', '.join(TASKS)}")
+        raise ValueError(f"config: architectures names {name}, supported: classes that end in: {', '.join(TASKS)}")
     return TASKS[match[1]]
 
 
@@ -130,7 +130,7 @@ def require_class(config: Mapping[str, Any], classes: Collection[str]) -> None:
         return
     name = names[0] if isinstance(names, list) else names
     if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"config: architectures names {name}, supported are: {', '.join(classes)}")
+        raise ValueError(f"config: architectures names {name}, supported: {', '.join(classes)}")
 
 
 def read_pooler(config: Mapping[str, Any], task: str) -> bool:

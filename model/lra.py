@@ -79,7 +79,7 @@ class LraConfig(EncoderConfig):
             raise ValueError(f"config: hidden_size is {self.hidden_size}, expected an even number for sinusoids")
         if self.task not in ("features", "sequence_classification"):
             raise ValueError(
-                f"config: architectures asks for {self.task}, supported are only LraForSequenceClassification and, "
+                f"config: architectures asks for {self.task}, supported: only LraForSequenceClassification and, "
                 "without a head, LraModel"
             )
 

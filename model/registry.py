@@ -185,7 +185,7 @@ def build(config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """
     architecture = find(config)
     if config.get("per_layer_config"):
-        raise ValueError("config: per_layer_config has fields for single layers, supported is only one set for all")
+        raise ValueError("config: per_layer_config has fields for single layers, supported: only one set for all")
     checked = architecture.config.from_hf(config)
     if isinstance(checked, DecoderConfig):
         return architecture, with_task(checked, config)
@@ -208,7 +208,7 @@ def find(config: Mapping[str, Any]) -> Architecture:
         )
         raise ValueError(
             f"config: model_type is {config.get('model_type')!r} and architectures is {config.get('architectures')!r}"
-            f"{remote}, supported model types are: {', '.join(sorted(ARCHITECTURES))}"
+            f"{remote}, supported model types: {', '.join(sorted(ARCHITECTURES))}"
         )
     return architecture
 

@@ -128,7 +128,7 @@ def rope_from_config(
     inside = _object(config, name)
     if nested := [key for key, value in inside.items() if isinstance(value, Mapping)]:
         raise ValueError(
-            f"config: {name} has parameters per layer type ({', '.join(nested)}), supported is one set for all"
+            f"config: {name} has parameters per layer type ({', '.join(nested)}), supported: one set for all"
         )
     if default_partial_rotary_factor is None:
         require(config, partial_rotary_field, 1.0)

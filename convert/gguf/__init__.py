@@ -101,8 +101,8 @@ class GgufModel:
     def _warn_without(self, error: Exception) -> None:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         warnings.warn(
-            f"{self.path}: its tokenizer is not built ({reason}), and the checkpoint goes without: put the model's "
-            "tokenizer.json beside the file in a folder of its own, and convert that",
+            f"{self.path}: its tokenizer cannot be built ({reason}), so the checkpoint has none: put the model's "
+            "tokenizer.json next to the file in a separate folder, and convert that folder",
             stacklevel=2,
         )
 

@@ -103,8 +103,8 @@ class Fields:
                 refused.append(f"{self.architecture}.{name} is {json.dumps(value)[:200]}")
         if refused:
             raise ValueError(
-                f"{self.header.path} asks for what models of architecture {self.architecture} do not have "
-                f"here:{listed(refused)}"
+                f"{self.header.path} asks for what is not supported for architecture {self.architecture}:"
+                f"{listed(refused)}"
             )
 
 
@@ -128,17 +128,14 @@ def _architecture(header: Header) -> str:
     if kind == "adapter":
         raise ValueError(f"{path} is a LoRA adapter without its base model: merge it into that with llama.cpp first")
     if kind == "mmproj" or architecture == "clip":
-        raise ValueError(
-            f"{path} is what turns images or sound into a language model's inputs (mmproj): give the language model's "
-            "file"
-        )
+        raise ValueError(f"{path} is a projector for images or sound (mmproj): give the language model's file")
     if kind != "model":
-        raise ValueError(f"{path} is of general.type {shown(repr(kind))}, expected a model")
+        raise ValueError(f"{path} has general.type {shown(repr(kind))}, expected a model")
     if not isinstance(architecture, str) or architecture not in _BUILDERS:
         found, supported = shown(repr(architecture)), ", ".join(sorted(_BUILDERS))
-        raise ValueError(f"{path} has general.architecture {found}, supported are: {supported}")
+        raise ValueError(f"{path} has general.architecture {found}, supported: {supported}")
     if not header.tensors:
-        raise ValueError(f"{path} has no tensors: it holds a vocabulary only")
+        raise ValueError(f"{path} has no tensors: it contains only a vocabulary")
     return architecture
 
 
@@ -158,7 +155,7 @@ def _sizes(fields: Fields) -> Config:
     hidden, heads = fields.size("embedding_length"), fields.size("attention.head_count")
     head_dim = fields.size("attention.key_length", hidden // heads)
     if (value_dim := fields.size("attention.value_length", head_dim)) != head_dim:
-        raise fields.wrong("attention.value_length", value_dim, f"{head_dim}, as that of keys")
+        raise fields.wrong("attention.value_length", value_dim, f"{head_dim}, as for keys")
     experts = fields.size("expert_feed_forward_length", 0) if "expert_feed_forward_length" in fields.left else 0
     return {
         "vocab_size": vocab_size,
@@ -184,7 +181,9 @@ def _token_ids(header: Header, vocab_size: int) -> Config:
         if type(value) is int and 0 <= value < vocab_size:
             ids[f"{name}_token_id"] = value
         elif value is not None:
-            warnings.warn(f"{header.path}: {key} is {value!r}, which is no token's, and is left out", stacklevel=2)
+            warnings.warn(
+                f"{header.path}: {key} is {value!r}, which is not the id of a token; it is left out", stacklevel=2
+            )
     return ids
 
 
@@ -445,7 +444,7 @@ def _rope_scaling(fields: Fields, sizes: Config, rotated: int) -> Config | None:
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise fields.wrong("rope.scaling.type", kind, "none, linear, yarn or longrope")
     if given and kind in ("linear", "yarn") and factor != 1:
-        raise ValueError(f"{path} has {given[0]} and {kind} scaling of rope, supported is only one of them")
+        raise ValueError(f"{path} has {given[0]} and {kind} RoPE scaling, but only one of them is supported")
     if given == [FREQUENCIES]:
         return _by_frequency(factors[FREQUENCIES], sizes, fields)
     if given:

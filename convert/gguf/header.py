@@ -108,17 +108,17 @@ class _Reader:
         if version in _VERSIONS:
             return
         if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
-            raise ValueError(f"{self.path} is a big-endian GGUF file, supported are only little-endian ones")
+            raise ValueError(f"{self.path} is a big-endian GGUF file, only little-endian files are supported")
         if version == 1:
-            raise ValueError(f"{self.path} is a GGUF file of version 1, supported are {_VERSIONS}: convert it again")
-        raise ValueError(f"{self.path} is a GGUF file of version {version}, supported are {_VERSIONS}")
+            raise ValueError(f"{self.path} is a GGUF file of version 1, supported: {_VERSIONS}: convert it again")
+        raise ValueError(f"{self.path} is a GGUF file of version {version}, supported: {_VERSIONS}")
 
     def _metadata(self, count: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for _ in range(count):
             key = self._text()
             if key in metadata:
-                raise self._corrupt(f"the key {shown(key)} is there twice")
+                raise self._corrupt(f"the key {shown(key)} occurs twice")
             metadata[key] = self._value(self._number("I"), key)
         return metadata
 
@@ -128,7 +128,7 @@ class _Reader:
             name = self._text()
             dimensions = self._number("I")
             if name in entries or not 1 <= dimensions <= _MOST_DIMENSIONS:
-                raise self._corrupt(f"{shown(name)} is there twice or has {dimensions} dimensions")
+                raise self._corrupt(f"{shown(name)} occurs twice or has {dimensions} dimensions")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             entries[name] = shape, self._number("I"), self._number("Q")
         return entries
@@ -140,14 +140,12 @@ class _Reader:
         for name, (shape, number, offset) in entries.items():
             known = block_of(number)
             if known is None:
-                raise ValueError(
-                    f"{self.path}: {shown(name)} is of type {number}, which is not known: get a newer `gguf`"
-                )
+                raise ValueError(f"{self.path}: {shown(name)} is of type {number}, which is unknown: upgrade `gguf`")
             elements, size = known
             if 0 in shape or shape[-1] % elements:
                 kind = type_name(number)
                 raise self._corrupt(
-                    f"{shown(name)} is {list(shape)}, but a row of {kind} is of blocks of {elements} numbers"
+                    f"{shown(name)} is {list(shape)}, but a row of {kind} consists of blocks of {elements} numbers"
                 )
             tensor = StoredTensor(self.path, shape, number, start + offset, prod(shape) // elements * size)
             if offset % alignment or tensor.start + tensor.size > len(self.data):
@@ -187,7 +185,7 @@ class _Reader:
             start = position + 8
             position = start + int.from_bytes(data[position:start], "little")
             if position > size or start > size or position - start > _MOST_TEXT:
-                raise self._corrupt(f"a text of {position - start} bytes goes on behind its end")
+                raise self._corrupt(f"a text of {position - start} bytes extends past the end of the file")
             # Texts of any encoding occur in descriptions.
             texts.append(data[start:position].decode("utf-8", "replace"))
         self.position = position
@@ -205,7 +203,7 @@ class _Reader:
     def _take(self, size: int) -> bytes:
         end = self.position + size
         if end > len(self.data):
-            raise self._corrupt("its header goes on behind its end")
+            raise self._corrupt("its header extends past the end of the file")
         taken, self.position = self.data[self.position : end], end
         return taken
 

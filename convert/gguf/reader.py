@@ -123,8 +123,8 @@ def _joined(path: Path) -> Header:
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         raise ValueError(
-            f"{path} is one file of a split model, expected a name such as NAME-00001-of-00003.gguf: give it back its "
-            "name, and put the other files beside it"
+            f"{path} is one file of a split model, expected a name such as NAME-00001-of-00003.gguf: restore its "
+            "name, and put the other files next to it"
         )
     count = int(match["count"])
     paths = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
@@ -139,7 +139,7 @@ def _joined(path: Path) -> Header:
                 f"{header.metadata.get('split.count')!r}, expected {number} of {count}: download it again"
             )
         if twice := sorted(tensors.keys() & header.tensors.keys()):
-            raise ValueError(f"{header.path} has tensors that files before it have too:{listed(twice)}")
+            raise ValueError(f"{header.path} has tensors that earlier files have too:{listed(twice)}")
         tensors |= header.tensors
     expected = headers[0].metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:

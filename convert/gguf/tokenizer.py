@@ -167,7 +167,7 @@ def build_tokenizer(vocabulary: Vocabulary, *, architecture: str) -> Tokenizer:
     elif vocabulary.kind == "llama":
         tokenizer = _sentencepiece(vocabulary)
     else:
-        raise ValueError(f"tokenizer.ggml.model is {shown(repr(vocabulary.kind))}, supported are 'gpt2' and 'llama'")
+        raise ValueError(f"tokenizer.ggml.model is {shown(repr(vocabulary.kind))}, supported: 'gpt2' and 'llama'")
     _add_tokens(tokenizer, vocabulary, strips=architecture == "phi3" and vocabulary.kind == "llama")
     tokenizer.post_processor = _post_processor(vocabulary)
     return tokenizer

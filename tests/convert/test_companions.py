@@ -70,9 +70,7 @@ def test_tokenizer_json_is_made_of_older_files(source: Path, tmp_path: Path, sav
 def test_a_tokenizer_that_cannot_be_made_is_warned_of(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.model").write_bytes(b"not a model of sentencepiece")
     write(source, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    with pytest.warns(
-        UserWarning, match=r"tokenizer.model, and the checkpoint goes without: tokenizer.json is not made"
-    ):
+    with pytest.warns(UserWarning, match=r"tokenizer.model, so the checkpoint has none: tokenizer.json cannot be made"):
         target = iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
     assert not (target / "tokenizer.json").exists()
 
@@ -92,6 +90,6 @@ def test_code_of_a_tokenizer_is_never_run(source: Path, tmp_path: Path) -> None:
     (source / "vocab.txt").write_text("a\nb\n")
     auto_map = {"AutoTokenizer": ["tokenization_mine.Mine", "tokenization_mine.Mine"]}
     write(source, "tokenizer_config.json", {"tokenizer_class": "Mine", "auto_map": auto_map})
-    with pytest.warns(UserWarning, match=r"tokenizer.json is not made"):
+    with pytest.warns(UserWarning, match=r"tokenizer.json cannot be made"):
         iceformer.convert_checkpoint(source, tmp_path / "checkpoint")
     assert not trace.exists()

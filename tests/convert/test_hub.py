@@ -137,12 +137,16 @@ def test_what_was_fetched_serves_without_the_hub(convert: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["org/nothing"], {}, r"org/nothing is neither a folder here nor a model .*`hf auth login`"),
+        (["org/nothing"], {}, r"org/nothing is neither a local folder nor a model .*`hf auth login`"),
         (["org/gated"], {}, r"org/gated is gated: accept its terms at http://.*/org/gated, then .*`hf auth login`"),
         (["org/tiny", "--revision", "v9"], {}, r"org/tiny has no revision 'v9' at http://"),
         (["org/weightless"], {}, r"org/weightless has no weights, expected .*; it holds: config.json, "),
-        (["org/tiny"], {"HF_HUB_OFFLINE": "1"}, r"org/tiny is not a folder here, HF_HUB_OFFLINE is set, and its cache"),
-        (["org/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, r"http://127.0.0.1:9 cannot be reached, and its cache"),
+        (
+            ["org/tiny"],
+            {"HF_HUB_OFFLINE": "1"},
+            r"org/tiny is not a local folder, HF_HUB_OFFLINE is set, and the cache",
+        ),
+        (["org/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, r"http://127.0.0.1:9 cannot be reached, and the cache"),
     ],
 )
 def test_every_failure_is_one_sentence(

@@ -99,7 +99,7 @@ def test_not_an_artifact(tmp_path: Path) -> None:
 def test_another_jaxlib_uses_the_portable_tier(copy: Path, exact_session: Session) -> None:
     """Machine code of another jaxlib is not touched, and the StableHLO gives the same numbers."""
     change_environment(copy, jaxlib="0.9.9")
-    with pytest.warns(PortableTierWarning, match=r"compiled with jaxlib 0\.9\.9, here is .* compiled instead"):
+    with pytest.warns(PortableTierWarning, match=r"compiled with jaxlib 0\.9\.9, but this is .* compiled instead"):
         session = iceformer.load(copy)
     assert session.tier == "portable"
     ids = np.arange(10, 60)
@@ -119,7 +119,7 @@ def test_a_missing_cpu_feature_uses_the_portable_tier(copy: Path) -> None:
     ("here", "tier", "reason"),
     [
         ("2", "native", None),
-        ("3", "portable", "compiled with kernels 2, here is 3"),
+        ("3", "portable", "compiled with kernels 2, but this is 3"),
         (None, "portable", "compiled with kernels 2, which are not built here"),
         ("broken", "portable", "calls native kernels that this process cannot register"),
     ],
@@ -170,17 +170,17 @@ HERE = Environment("0.10.2", "0.10.2", "3.11", "x86_64", "some CPU", ("avx", "av
         ({}, None),
         ({"cpu_model": "another CPU"}, None),
         ({"cpu_features": ("avx",)}, None),
-        ({"jax": "0.10.1"}, "compiled with jax 0.10.1, here is 0.10.2"),
-        ({"jaxlib": "0.10.1"}, "compiled with jaxlib 0.10.1, here is 0.10.2"),
-        ({"python": "3.12"}, "compiled with Python 3.12, here is 3.11"),
-        ({"machine": "aarch64", "cpu_features": ("sve",)}, "compiled with machine aarch64, here is x86_64"),
+        ({"jax": "0.10.1"}, "compiled with jax 0.10.1, but this is 0.10.2"),
+        ({"jaxlib": "0.10.1"}, "compiled with jaxlib 0.10.1, but this is 0.10.2"),
+        ({"python": "3.12"}, "compiled with Python 3.12, but this is 3.11"),
+        ({"machine": "aarch64", "cpu_features": ("sve",)}, "compiled with machine aarch64, but this is x86_64"),
         (
             {"cpu_features": ("amx_bf16", "avx", "avx512f")},
             "needs the CPU features amx_bf16 avx512f, which this CPU lacks",
         ),
         ({"kernels": ""}, None),
-        ({"kernels": "1"}, "compiled with kernels 1, here is 2"),
-        ({"xla_flags": ()}, "compiled with XLA_FLAGS (none), here is --xla_a=1"),
+        ({"kernels": "1"}, "compiled with kernels 1, but this is 2"),
+        ({"xla_flags": ()}, "compiled with XLA_FLAGS (none), but this is --xla_a=1"),
     ],
 )
 def test_differences(fields: dict, message: str | None) -> None:

@@ -74,15 +74,15 @@ LARGE = iceformer.TwoStage(budget=500, query_block=8, sink=0, local=0)
 @pytest.mark.parametrize(
     ("table", "capacity", "chosen", "reason"),
     [
-        (None, 500, None, "exact: a row here has no more keys than the budget, 500"),
-        (TABLE, 2830, None, "exact: two-stage is faster only from 2830 keys on"),
-        (TABLE, 3000, 2830, "two-stage from 2830 keys on: at 4000 it took 0.50 of exact attention's time"),
-        (TABLE, 32000, 2830, "two-stage from 2830 keys on: at 8000 it took 0.25 of exact attention's time"),
+        (None, 500, None, "exact: this bucket holds no more keys than the budget, 500"),
+        (TABLE, 2830, None, "exact: two-stage is faster only from 2830 keys"),
+        (TABLE, 3000, 2830, "two-stage from 2830 keys: at 4000 keys it took 0.50 of the time of exact attention"),
+        (TABLE, 32000, 2830, "two-stage from 2830 keys: at 8000 keys it took 0.25 of the time of exact attention"),
         (
             CrossoverTable(rows(2.0, 1.5), None),
             32000,
             None,
-            "exact: at 2000 keys two-stage took 1.50 of exact attention's time",
+            "exact: at 2000 keys two-stage took 1.50 of the time of exact attention",
         ),
     ],
 )
@@ -160,8 +160,8 @@ def test_manifest_card_and_tables_say_what_was_chosen(mixed: Path) -> None:
     assert info.buckets[1].plan["prompt"]["crossover"] == 136
     reasons = [bucket.plan_reason for bucket in info.buckets]
     assert reasons == [
-        "exact: two-stage is faster only from 136 keys on",
-        "two-stage from 136 keys on: at 200 it took 0.50 of exact attention's time",
+        "exact: two-stage is faster only from 136 keys",
+        "two-stage from 136 keys: at 200 keys it took 0.50 of the time of exact attention",
     ]
     assert [row.ratio for row in info.crossover] == [2.0, 0.5]
     assert info.provenance.calibration is not None

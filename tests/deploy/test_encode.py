@@ -193,7 +193,7 @@ def test_only_what_is_asked_for_is_kept(features: tuple[Any, Session]) -> None:
     encoding = features[1].encode([5, 6, 7], outputs=("pooled",))
     assert encoding.last_hidden_state is None
     assert encoding.pooled is not None
-    with pytest.raises(ValueError, match="outputs names logits, but the model gives last_hidden_state, pooled"):
+    with pytest.raises(ValueError, match="outputs names logits, but the model returns last_hidden_state, pooled"):
         features[1].encode([5], outputs=("logits",))
 
 
@@ -292,7 +292,7 @@ def test_bfloat16_gives_float32_near_float32(made: Callable[..., tuple[Any, Path
         ({"pixel_values": np.ones(3)}, r"has pixel_values, but the model takes input_ids \[tokens\], token_type_ids"),
         ({"input_ids": [5, 6], "token_type_ids": [0]}, r"token_type_ids of shape \(1,\) .* expected integers of shape"),
         ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "token type 2 at position 1, expected types from 0 to 1"),
-        ({"input_ids": [[5], [6]], "token_type_ids": [[0]]}, "2 of input_ids, 1 of token_type_ids, expected as many"),
+        ({"input_ids": [[5], [6]], "token_type_ids": [[0]]}, "2 of input_ids, 1 of token_type_ids, expected the same number"),
         (("a", "b", "c"), "the input is a tuple with texts, expected one text, or token ids"),
     ],
 )

@@ -39,7 +39,7 @@ def put(new: Any, *path: Any) -> Callable[[Any], None]:
         (put(True, "batch"), "has true in batch, expected an integer"),
         (put(-1, "batch"), "has -1 in batch, expected an integer that is not negative"),
         (put(None, "dtype"), "has null in dtype, expected a string"),
-        (put([], "buckets"), r"has buckets \[\], expected rising capacities"),
+        (put([], "buckets"), r"has buckets \[\], expected ascending capacities"),
         (put({}, "buckets"), "in buckets, expected a list"),
         (put(0, "buckets", 1, "capacity"), r"has buckets \[64, 0\]"),
         (put(7, "buckets", 0, "chunk"), "has chunk 7 in bucket 64, expected a divisor"),

@@ -140,7 +140,7 @@ def tensors(changes: dict[str, np.ndarray | None]) -> Callable[[Path], None]:
     [
         (change(use_dora=True), "use_dora is True"),
         (change(init_lora_weights="pissa_niter_16"), "init_lora_weights is 'pissa_niter_16'"),
-        (change(peft_type="LOHA"), "peft_type is 'LOHA', supported is only 'LORA'"),
+        (change(peft_type="LOHA"), "peft_type is 'LOHA', supported: only 'LORA'"),
         (change(peft_type=None), "peft_type is None"),
         (change(alora_invocation_tokens=[3]), "alora_invocation_tokens is [3]"),
         (change(trainable_token_indices=[3]), "trainable_token_indices is [3]"),
@@ -158,7 +158,7 @@ def tensors(changes: dict[str, np.ndarray | None]) -> Callable[[Path], None]:
         ),
         (
             tensors({f"{Q_PROJ}.lora_magnitude_vector": np.zeros(4, np.float32)}),
-            "model.layers.0.self_attn.q_proj.lora_magnitude_vector: is not a tensor of the base model's architecture",
+            "model.layers.0.self_attn.q_proj.lora_magnitude_vector: is neither a tensor of the base model's architecture nor",
         ),
         (
             tensors({f"{Q_PROJ}.lora_A.weight": np.zeros((4, 48), np.int8)}),

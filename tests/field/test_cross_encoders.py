@@ -153,7 +153,7 @@ def test_a_classifier_that_is_not_the_librarys_has_scores_too(
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("config_sentence_transformers.json", {"activation_fn": "my.Act"}, "the activation is 'my.Act', supported are"),
+        ("config_sentence_transformers.json", {"activation_fn": "my.Act"}, "the activation is 'my.Act', supported"),
         ("config.json", {"sentence_transformers": 3}, "config: sentence_transformers is 3, expected an object"),
         ("config.json", {"architectures": ["BertModel"]}, "for scores, but bert is converted for features"),
         ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
@@ -172,7 +172,7 @@ def test_scores_of_other_modules_are_refused(tmp_path: Path, spare: Path, kind: 
     modules = read_json(source / "modules.json")
     added = {"idx": 1, "name": "1", "path": f"1_{kind}", "type": f"sentence_transformers.cross_encoder.modules.{kind}"}
     write_json(source / "modules.json", [*modules, added])
-    with pytest.raises(ValueError, match=rf"has the modules Transformer, {kind}, supported are Transformer"):
+    with pytest.raises(ValueError, match=rf"has the modules Transformer, {kind}, supported: Transformer"):
         convert(source)
 
 

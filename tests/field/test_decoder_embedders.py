@@ -156,7 +156,7 @@ def test_whatever_class_a_sentence_embedder_names(
 @pytest.mark.slow
 def test_a_head_left_behind(embedder: tuple[Path, np.ndarray], copied: Path) -> None:
     edit_tensors(copied, {"score.weight": np.ones((2, 48), np.float32)})
-    with pytest.warns(UserWarning, match="holds heads that a model for features does not use, and they are left out"):
+    with pytest.warns(UserWarning, match="holds heads that a model for features does not use; they are left out"):
         np.testing.assert_allclose(pooled(copied.parent), embedder[1], atol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_what_a_base_class_leaves_out_is_said(tmp_path: Path) -> None:
         assert converted(tmp_path).config.task == "features"
     messages = sorted(str(warning.message) for warning in caught)
     assert messages[0].startswith(
-        "architectures names LlamaModel, so the model is converted to encode, without its out"
+        "architectures names LlamaModel, so the model is converted as an encoder, without its out"
     )
     assert messages[1].startswith("auto_map names code that comes with the model and is never run")
 
@@ -275,4 +275,4 @@ def test_a_head_of_another_kind_is_refused(
 def test_modules_that_are_not_supported_are_refused(copied: Path) -> None:
     modules = read_json(copied / "modules.json")
     (copied / "modules.json").write_text(json.dumps(modules[:1]))
-    assert "modules.json has the modules Transformer, supported are" in refused(copied)
+    assert "modules.json has the modules Transformer, supported:" in refused(copied)

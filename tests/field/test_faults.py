@@ -121,9 +121,9 @@ def test_a_cast_that_overflows_names_the_tensor(source: Path, stored: Any, value
     norm[7] = value
     edit_tensors(source, {"model.norm.weight": norm})
     checkpoint = iceformer.convert_checkpoint(source, source.parent / "checkpoint")
-    with pytest.raises(ValueError, match="values that are too large for the dtype asked for") as caught:
+    with pytest.raises(ValueError, match="values that are too large for the requested dtype") as caught:
         iceformer.load_model(checkpoint, wanted)
-    line = f"model.norm.scale: {np.dtype(stored)} in the checkpoint, {wanted} asked for"
+    line = f"model.norm.scale: {np.dtype(stored)} in the checkpoint, {wanted} requested"
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [line]
     model: Any = iceformer.load_model(checkpoint, np.dtype(stored))
     assert float(model.model.norm.scale[7]) == pytest.approx(value, rel=0.01)

@@ -353,7 +353,7 @@ def test_a_tokenizer_that_cannot_be_built_is_a_warning(metadata: dict[str, Any],
         gguf_files.add_metadata(writer, metadata)
 
     file = write_gguf(tmp_path / "model.gguf", tmp_path / "source", vocabulary=vocabulary)
-    with pytest.warns(UserWarning, match=f"(?s)its tokenizer is not built.*(?:{reason}).*tokenizer.json"):
+    with pytest.warns(UserWarning, match=f"(?s)its tokenizer cannot be built.*(?:{reason}).*tokenizer.json"):
         open_gguf(file).unpack(tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
 
@@ -460,8 +460,8 @@ def test_an_adapter_is_merged_into_the_weights_of_a_file(tiny_source: Path, tiny
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "mamba"}, "'mamba', supported are: gemma"),
-        ({"general.architecture": ["llama"]}, "['llama'], supported are: gemma"),
+        ({"general.architecture": "mamba"}, "'mamba', supported: gemma"),
+        ({"general.architecture": ["llama"]}, "['llama'], supported: gemma"),
         ({"general.type": "adapter"}, "is a LoRA adapter"),
         ({"general.type": "mmproj"}, "give the language model's file"),
         ({"general.architecture": "clip"}, "give the language model's file"),
@@ -508,7 +508,7 @@ def test_keys_without_an_effect_and_lists_of_one_value(tiny_source: Path, tmp_pa
 def test_ids_that_no_token_has_are_a_warning(tiny_source: Path, tmp_path: Path) -> None:
     ids = {"tokenizer.ggml.bos_token_id": 2**32 - 1, "tokenizer.ggml.eos_token_id": 2}
     file = write_gguf(tmp_path / "model.gguf", tiny_source, metadata=ids)
-    with pytest.warns(UserWarning, match="bos_token_id is 4294967295, which is no token's"):
+    with pytest.warns(UserWarning, match="bos_token_id is 4294967295, which is not the id of a token"):
         config = open_gguf(file).config
     assert (config.get("bos_token_id"), config["eos_token_id"]) == (None, 2)
 
@@ -530,7 +530,7 @@ def test_foreign_keys_are_a_warning(tiny_source: Path, tmp_path: Path) -> None:
         (lambda tensors: tensors.update({"rope_freqs.weight": np.ones(3)}), "rope_freqs.weight is [3], expected [8]"),
         (lambda tensors: tensors.update({"rope_factors_long.weight": np.ones(8)}), "or neither"),
         (lambda tensors: tensors["output_norm.weight"].__setitem__(0, np.nan), "NaN or infinite"),
-        (lambda tensors: tensors.clear(), "no tensors: it holds a vocabulary only"),
+        (lambda tensors: tensors.clear(), "no tensors: it contains only a vocabulary"),
     ],
 )
 def test_tensors_that_do_not_fit(edit: Callable[..., Any], message: str, tiny_source: Path, tmp_path: Path) -> None:
@@ -559,8 +559,8 @@ def _behind(text: str, skip: int, code: str, value: int) -> Callable[[bytes], by
     [
         (lambda content: b"", "is not a GGUF file"),
         (lambda content: content[:3], "is not a GGUF file"),
-        (lambda content: content[:17], "goes on behind its end"),
-        (lambda content: content[:900], "goes on behind its end"),
+        (lambda content: content[:17], "extends past the end of the file"),
+        (lambda content: content[:900], "extends past the end of the file"),
         (lambda content: content[:-100], "truncated or corrupt"),
         (lambda content: b"\0" + content[1:], "is not a GGUF file"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
@@ -569,18 +569,18 @@ def _behind(text: str, skip: int, code: str, value: int) -> Callable[[bytes], by
         (_put(4, ">I", 3), "big-endian"),
         (_put(8, "<Q", 2**60), "claims 1152921504606846976 tensors"),
         (_put(16, "<Q", 2**60), "claims 1152921504606846976 metadata keys"),
-        (_put(24, "<Q", 2**60), "a text of 1152921504606846976 bytes goes on behind its end"),
-        (_put(24, "<Q", 2**25), "a text of 33554432 bytes goes on behind its end"),
+        (_put(24, "<Q", 2**60), "a text of 1152921504606846976 bytes extends past the end of the file"),
+        (_put(24, "<Q", 2**25), "a text of 33554432 bytes extends past the end of the file"),
         (_behind("llama.block_count", 0, "<I", 77), "is of type 77"),
         (_behind("tokenizer.ggml.tokens", 4, "<I", 9), "is an array of type 9"),
         (_behind("tokenizer.ggml.tokens", 8, "<Q", 2**60), "elements of tokenizer.ggml.tokens"),
-        (_behind("tokenizer.ggml.scores", 8, "<Q", 2**22), "goes on behind its end"),
+        (_behind("tokenizer.ggml.scores", 8, "<Q", 2**22), "extends past the end of the file"),
         (_behind("blk.0.attn_q.weight", 0, "<I", 2**31), "dimensions"),
         (_behind("blk.0.attn_q.weight", 4, "<Q", 2**62), "bytes"),
-        (_behind("blk.0.attn_q.weight", 20, "<I", 5), "is of type 5, which is not known"),
-        (_behind("blk.0.attn_q.weight", 20, "<I", 9999), "is of type 9999, which is not known"),
+        (_behind("blk.0.attn_q.weight", 20, "<I", 5), "is of type 5, which is unknown"),
+        (_behind("blk.0.attn_q.weight", 20, "<I", 9999), "is of type 9999, which is unknown"),
         (_behind("blk.0.attn_q.weight", 20, "<I", 9), "the `gguf` package cannot read"),
-        (_behind("blk.0.attn_q.weight", 20, "<I", 12), "a row of Q4_K is of blocks of 256 numbers"),
+        (_behind("blk.0.attn_q.weight", 20, "<I", 12), "a row of Q4_K consists of blocks of 256 numbers"),
         (_behind("blk.0.attn_q.weight", 20, "<I", 26), "blk.0.attn_q.weight|q_proj.weight is I32"),
         (_behind("blk.0.attn_q.weight", 24, "<Q", 2**62), "lies at"),
         (_behind("blk.0.attn_q.weight", 24, "<Q", 8), "lies at"),

@@ -255,7 +255,7 @@ def test_another_prefix_is_one_line(tmp_path: Path, model_type: str, prefix: str
     edit_tensors(source, {"classifier.weight": np.zeros((3, 48), np.float32)})
     message = refused(source)
     assert "\n" not in message
-    assert f"are named under {prefix!r}" in message
+    assert f"have the prefix {prefix!r}" in message
     assert len(message) < 400
 
 

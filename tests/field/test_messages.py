@@ -51,11 +51,11 @@ def files(*names: str) -> Callable[[Path], None]:
         (files("README.md"), "lacks config.json, expected a Hugging Face folder with config.json and weights"),
         (
             files("params.json", "consolidated.00.pth", "consolidated.01.pth", "tokenizer.model"),
-            "its weights (consolidated.00.pth, consolidated.01.pth and params.json) are as Meta or Mistral publish "
-            "them: make a Hugging Face folder of them, for Llama with `python -m "
+            "its weights (consolidated.00.pth, consolidated.01.pth and params.json) are in the format of "
+            "Meta or Mistral: make a Hugging Face folder of them, for Llama with `python -m "
             "transformers.models.llama.convert_llama_weights_to_hf --input_dir",
         ),
-        (files("params.json", "consolidated.safetensors", "tekken.json"), "as Meta or Mistral publish them"),
+        (files("params.json", "consolidated.safetensors", "tekken.json"), "in the format of Meta or Mistral"),
         (files("model_index.json", "unet/config.json"), "it is a diffusers pipeline"),
         (files("saved_model.pb"), "it is a TensorFlow model"),
         (files("bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"), "it is a TensorFlow checkpoint"),

@@ -87,7 +87,7 @@ class TestSession:
             same_direction(np.array([encoding.pooled for encoding in encodings]), expected)
 
     def test_prompt_goes_before_prompt_name(self, session: Session) -> None:
-        with pytest.warns(UserWarning, match="prompt_name 'query' has no effect beside prompt"):
+        with pytest.warns(UserWarning, match="prompt_name 'query' has no effect together with prompt"):
             both = session.encode("foxes", prompt="count ", prompt_name="query")
         np.testing.assert_array_equal(both.ids, session.encode("foxes", prompt="count ").ids)
 
@@ -104,7 +104,7 @@ class TestSession:
             (
                 [5, 6],
                 {"prompt_name": "story"},
-                "the input is list of shape .* but a prompt goes in front of texts only",
+                "the input is list of shape .* but a prompt only goes before texts",
             ),
             ("foxes", {"truncate_dim": 0}, "truncate_dim is 0, expected a whole number above 0"),
         ],
@@ -290,11 +290,11 @@ MODEL, OPTIONS = "config_sentence_transformers.json", "sentence_bert_config.json
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *((module(kind), f"the modules Transformer, {kind}, Dense, supported are Transformer, Pooling") for kind in (
+        *((module(kind), f"the modules Transformer, {kind}, Dense, supported: Transformer, Pooling") for kind in (
             "CNN", "LSTM", "BoW", "WordEmbeddings", "WeightedLayerPooling", "LayerNorm", "Router", "Asym",
         )),
         (module("SpladePooling", "sentence_transformers.sparse_encoder.models"), "Transformer, SpladePooling"),
-        (module("Pooling", "custom_code"), "custom_code.Pooling, which is code of the model's own and never run"),
+        (module("Pooling", "custom_code"), "custom_code.Pooling, which is custom code of the model and is never run"),
         *((lambda source, kind=kind: edit_module(source, 0, type=kind), f"the modules {kind}, Pooling") for kind in (
             "CLIPModel", "StaticEmbedding", "MLMTransformer",
         )),
@@ -317,11 +317,11 @@ MODEL, OPTIONS = "config_sentence_transformers.json", "sentence_bert_config.json
         (field("2_Dense/config.json", activation_function="my.Tanh"), "the activation is 'my.Tanh', supported"),
         (field("2_Dense/config.json", activation_function="torch.nn.Softmax"), "the activation is 'torch.nn.Softmax'"),
         (field("2_Dense/config.json", module_input_name="token_embeddings"), "module_input_name is 'token_embeddings'"),
-        (field("2_Dense/config.json", use_residual=True), "use_residual is True, supported is false"),
-        (field(MODEL, model_type="SparseEncoder"), "model_type is 'SparseEncoder', supported are: SentenceTransformer"),
+        (field("2_Dense/config.json", use_residual=True), "use_residual is True, supported: false"),
+        (field(MODEL, model_type="SparseEncoder"), "model_type is 'SparseEncoder', supported: SentenceTransformer"),
         (field(MODEL, default_prompt_name="x"), "default_prompt_name is 'x', expected one of: query, document"),
         (field(MODEL, prompts=["a"]), r"prompts is \['a'\], expected texts by name"),
-        (field(MODEL, model_type=["SparseEncoder"]), "supported are: SentenceTransformer, CrossEncoder"),
+        (field(MODEL, model_type=["SparseEncoder"]), "supported: SentenceTransformer, CrossEncoder"),
         (field(MODEL, default_prompt_name=["query"]), r"default_prompt_name is \['query'\]"),
         (field(MODEL, prompts={"query": "\ud800"}), "expected texts by name"),
         (field(MODEL, prompts={"query": 3}), "expected texts by name"),
@@ -329,11 +329,11 @@ MODEL, OPTIONS = "config_sentence_transformers.json", "sentence_bert_config.json
         (field(OPTIONS, max_seq_length="long"), "max_seq_length is 'long', expected a whole number"),
         (field(OPTIONS, max_seq_length=0), "max_seq_length is 0"),
         (field(OPTIONS, do_lower_case="yes"), "do_lower_case is 'yes', expected true or false"),
-        (field(OPTIONS, query_length=8), "query_length is 8, supported is null"),
+        (field(OPTIONS, query_length=8), "query_length is 8, supported: null"),
         (field(OPTIONS, processing_kwargs={"text": {"padding": "max_length"}}), "processing_kwargs is"),
-        (field(OPTIONS, transformer_task="fill-mask"), "transformer_task is 'fill-mask', supported is"),
+        (field(OPTIONS, transformer_task="fill-mask"), "transformer_task is 'fill-mask', supported: "),
         (field(OPTIONS, model_args={"rotary_scaling_factor": 2}), "model_args is {'rotary_scaling_factor': 2}"),
-        (field(OPTIONS, modality_config={"message": {"method": "forward"}}), "supported is text alone"),
+        (field(OPTIONS, modality_config={"message": {"method": "forward"}}), "supported: only text"),
         (field(OPTIONS, surprise=1), "surprise is not known"),
     ],
 )  # fmt: skip

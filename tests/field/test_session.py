@@ -110,7 +110,7 @@ def python(code: str, *arguments: object) -> str:
 def test_what_is_no_prompt_is_told_in_a_sentence(artifact: Path) -> None:
     found, fine, tokenized, scored = json.loads(python(ASK, artifact))
     for message in found:
-        assert "expected" in message or "call it once for each" in message or "which is no character" in message
+        assert "expected" in message or "call it once for each" in message or "which is not a character" in message
         assert "Error(" not in message
     assert found[0] == "the prompt is a list of 2, and generate continues one prompt: call it once for each"
     assert found[5] == "the prompt is bytes, expected text or token ids: decode it first"

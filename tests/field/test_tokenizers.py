@@ -290,9 +290,9 @@ class TestItIsSaid:
     @pytest.mark.parametrize(
         ("tokenizer", "asked", "expected"),
         [
-            (sentence_pairs, {"add_bos_token": False}, "add_bos_token false, and tokenizer.json puts <s> in front of"),
-            (sentence_pairs, {"add_eos_token": True}, "add_eos_token true, and tokenizer.json does not put </s> after"),
-            (byte_pairs, {"add_bos_token": True}, "add_bos_token true, and tokenizer.json does not put <s> in front"),
+            (sentence_pairs, {"add_bos_token": False}, "add_bos_token false, and tokenizer.json adds <s> before"),
+            (sentence_pairs, {"add_eos_token": True}, "add_eos_token true, and tokenizer.json does not add </s> after"),
+            (byte_pairs, {"add_bos_token": True}, "add_bos_token true, and tokenizer.json does not add <s> before"),
             (sentence_pairs, {"add_bos_token": True, "add_eos_token": False}, None),
             (byte_pairs, {"add_bos_token": False}, None),
         ],
@@ -412,7 +412,7 @@ class TestOtherForms:
         with any_warnings() as messages:
             assert tokenizer_of(source, read_json(source / "config.json"), None) is None
         (message,) = messages
-        assert "the checkpoint goes without" in message
+        assert "the checkpoint has none" in message
         return message
 
     @pytest.mark.parametrize("name", ["tekken.json", "qwen.tiktoken", "tokenizer.model.v3"])

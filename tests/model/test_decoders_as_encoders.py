@@ -150,7 +150,7 @@ def test_base_classes() -> None:
     [
         (
             {"architectures": ["GPT2DoubleHeadsModel"]},
-            "architectures names GPT2DoubleHeadsModel, supported are classes",
+            "architectures names GPT2DoubleHeadsModel, supported: classes",
         ),
         ({"architectures": ["Qwen2ForRewardModel"]}, "architectures names Qwen2ForRewardModel"),
         ({"architectures": ["LlamaForMultipleChoice"]}, "architectures names LlamaForMultipleChoice"),

@@ -62,7 +62,7 @@ def test_caps_may_be_switched_off() -> None:
     ("config_class", "fields", "message"),
     [
         (GemmaConfig, {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
-        (GemmaConfig, {"hidden_activation": "silu"}, 'hidden_activation is "silu", supported is only "gelu_pytorch'),
+        (GemmaConfig, {"hidden_activation": "silu"}, 'hidden_activation is "silu", supported: only "gelu_pytorch'),
         (Gemma2Config, {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         (Gemma2Config, {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0, expected a number above 0"),
         (Gemma2Config, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),

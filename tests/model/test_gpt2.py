@@ -39,7 +39,7 @@ def test_common_names_are_read_too() -> None:
         ({"add_cross_attention": True}, "add_cross_attention is true"),
         ({"n_head": 7}, "n_embd is 768, expected a multiple of n_head, 7"),
         ({"n_inner": 0}, "n_inner is 0"),
-        ({"activation_function": "mish"}, "activation_function is 'mish', supported are: gelu"),
+        ({"activation_function": "mish"}, "activation_function is 'mish', supported: gelu"),
     ],
 )
 def test_refusals_name_the_field(fields: dict[str, Any], message: str) -> None:

@@ -39,10 +39,10 @@ def test_defaults_are_those_of_transformers(config_class: Any, name: str, share:
 @pytest.mark.parametrize(
     ("config_class", "fields", "message"),
     [
-        (GPTNeoXConfig, {"head_dim": 7}, "head_dim is 7, supported is only 96"),
+        (GPTNeoXConfig, {"head_dim": 7}, "head_dim is 7, supported: only 96"),
         (GPTNeoXConfig, {"num_attention_heads": 5}, "hidden_size is 6144, expected a multiple"),
         (GPTNeoXConfig, {"rotary_pct": 1.5}, "partial_rotary_factor is 1.5"),
-        (StableLmConfig, {"head_dim": 7}, "head_dim is 7, supported is only 80"),
+        (StableLmConfig, {"head_dim": 7}, "head_dim is 7, supported: only 80"),
         (StableLmConfig, {"hidden_size": 640}, "partial_rotary_factor is 0.25, which rotates 5 of 20 dimensions"),
         (StableLmConfig, {"num_key_value_heads": 5}, "multiple of num_key_value_heads, 5"),
         (StableLmConfig, {"qk_layernorm": 1}, "qk_layernorm is 1, expected true or false"),

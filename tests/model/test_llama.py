@@ -44,7 +44,7 @@ def test_null_fields_take_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_act": "mish"}, "hidden_act is 'mish', supported are: gelu"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish', supported: gelu"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number"),
         ({"vocab_size": "32000"}, "vocab_size is '32000'"),
         ({"hidden_size": 4096.0}, "hidden_size is 4096.0"),
@@ -71,7 +71,7 @@ def test_registry() -> None:
         {"model_type": "mamba"},
         {"model_type": "mamba", "architectures": ["LlamaForCausalLM"]},
     ):
-        with pytest.raises(ValueError, match=r"supported model types are: .*\bllama\b"):
+        with pytest.raises(ValueError, match=r"supported model types: .*\bllama\b"):
             build(config)
 
 

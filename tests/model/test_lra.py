@@ -195,7 +195,7 @@ def test_two_stage_and_bfloat16(tmp_path: Path) -> None:
         ({"qkv_size": 65}, "qkv_size is 65, expected a multiple of num_attention_heads, 2"),
         ({"classifier_pooling": "max"}, "classifier_pooling is 'max'"),
         ({"architectures": ["LraForMatching"]}, "architectures names LraForMatching"),
-        ({"architectures": ["LraForTokenClassification"]}, "supported are only LraForSequenceClassification"),
+        ({"architectures": ["LraForTokenClassification"]}, "supported: only LraForSequenceClassification"),
         (
             {"hidden_size": 65, "qkv_size": 65, "num_attention_heads": 5, "position_embedding_type": "sinusoidal"},
             "even number",

@@ -297,7 +297,7 @@ def test_both_spellings(config: dict[str, Any], rope: Rope) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rope_scaling": {"type": "axial"}}, "rope_type is 'axial', supported are: default, dynamic"),
+        ({"rope_scaling": {"type": "axial"}}, "rope_type is 'axial', supported: default, dynamic"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope_type is .'yarn'., supported"),
         ({"rope_scaling": {"type": "su", **LONGROPE_LISTS}}, "rope_type is 'su'"),
         ({"rope_parameters": {**YARN, "beta_fast": 2, "beta_slow": 3}}, "beta_fast is 2.0 and beta_slow is 3.0"),
@@ -319,8 +319,8 @@ def test_both_spellings(config: dict[str, Any], rope: Rope) -> None:
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         ({"rope_parameters": {**LLAMA31, "low_freq_factor": 4.0}}, "high_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, supported is only 1.0"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, supported is only 1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, supported: only 1.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, supported: only 1.0"),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
     ],

@@ -45,7 +45,7 @@ def test_a_checkpoint_with_a_decoder(task: str, tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"architectures": ["T5ForSequenceClassification"]}, "architectures names T5ForSequenceClassification"),
-        ({"feed_forward_proj": "gated-swish2"}, "feed_forward_proj is 'gated-swish2', supported are: "),
+        ({"feed_forward_proj": "gated-swish2"}, "feed_forward_proj is 'gated-swish2', supported: "),
         ({"is_decoder": True}, "is_decoder is true"),
         ({"relative_attention_num_buckets": 3}, "relative_attention_num_buckets is 3, expected at least 4"),
         ({"relative_attention_max_distance": 8}, "less than 4 [*] relative_attention_max_distance, 8"),

@@ -91,5 +91,5 @@ def test_two_stage_and_bfloat16(tmp_path: Path) -> None:
 
 def test_refuses_what_has_more_than_an_encoder() -> None:
     for name in ("WhisperForAudioClassification", "WhisperForCausalLM"):
-        with pytest.raises(ValueError, match=f"architectures names {name}, supported are: "):
+        with pytest.raises(ValueError, match=f"architectures names {name}, supported: "):
             build({"model_type": "whisper", "architectures": [name]})
