@@ -292,7 +292,10 @@ def test_bfloat16_gives_float32_near_float32(made: Callable[..., tuple[Any, Path
         ({"pixel_values": np.ones(3)}, r"has pixel_values, but the model takes input_ids \[tokens\], token_type_ids"),
         ({"input_ids": [5, 6], "token_type_ids": [0]}, r"token_type_ids of shape \(1,\) .* expected integers of shape"),
         ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "token type 2 at position 1, expected types from 0 to 1"),
-        ({"input_ids": [[5], [6]], "token_type_ids": [[0]]}, "2 of input_ids, 1 of token_type_ids, expected the same number"),
+        (
+            {"input_ids": [[5], [6]], "token_type_ids": [[0]]},
+            "2 of input_ids, 1 of token_type_ids, expected the same number",
+        ),
         (("a", "b", "c"), "the input is a tuple with texts, expected one text, or token ids"),
     ],
 )

@@ -158,7 +158,7 @@ def tensors(changes: dict[str, np.ndarray | None]) -> Callable[[Path], None]:
         ),
         (
             tensors({f"{Q_PROJ}.lora_magnitude_vector": np.zeros(4, np.float32)}),
-            "model.layers.0.self_attn.q_proj.lora_magnitude_vector: is neither a tensor of the base model's architecture nor",
+            "model.layers.0.self_attn.q_proj.lora_magnitude_vector: is neither a tensor of the base model's",
         ),
         (
             tensors({f"{Q_PROJ}.lora_A.weight": np.zeros((4, 48), np.int8)}),
