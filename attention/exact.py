@@ -51,8 +51,8 @@ class Exact(Attention):
     """Exact attention, computed block by block without an [n, n] array.
 
     Attributes:
-        query_block: queries, in tokens, that are computed together in XLA; the native kernel has blocks of its own.
-        key_block: keys, in tokens, that one step of the online softmax takes in XLA.
+        query_block: number of queries that XLA computes together; the native kernel chooses its own.
+        key_block: number of keys per step of the online softmax in XLA.
     """
 
     kind: ClassVar[str] = "exact"

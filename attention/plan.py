@@ -19,11 +19,11 @@ STRATEGIES: dict[str, type[Attention]] = {strategy.kind: strategy for strategy i
 
 @dataclass(frozen=True)
 class Plan:
-    """The attention of the layers that see whole rows; layers with a sliding window attend exactly.
+    """The attention of layers that see the whole sequence; layers with a sliding window attend exactly.
 
     Attributes:
-        prompt: of prompts, scoring and encoding.
-        decode: of single new tokens.
+        prompt: for prompts, scoring and encoding.
+        decode: for new tokens.
     """
 
     prompt: Attention = field(default_factory=Exact)
@@ -64,7 +64,7 @@ class Auto:
     """Exact or two-stage attention for each bucket, whichever `compile` measures to be faster on its machine.
 
     Attributes:
-        two_stage: what two-stage attention is to be; its crossover is what is measured, so it must not have one.
+        two_stage: the two-stage attention to choose from. It must not have a crossover, because that is measured.
     """
 
     two_stage: TwoStage = field(default_factory=TwoStage)

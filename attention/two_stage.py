@@ -49,19 +49,20 @@ class TwoStage(Attention):
     tokens before it (and after it where attention is bidirectional) are always selected and count as budget.
 
     Attributes:
-        method: stage 1, a name from the registry or a method with options of its own, e.g. `LowRank(rank=16)`.
-        budget: keys, in tokens, that a query finally attends to.
-        query_block: queries, in tokens, that share a selection. 0 chooses 128, and less for a budget below 1024,
-            because the queries of a block compete for the budget.
-        key_block: keys, in tokens, that stage 1 ranks as one.
+        method: the rule of stage 1: a name from the registry, or a method with its options, such as `LowRank(rank=16)`.
+        budget: number of keys that a query finally attends to.
+        query_block: number of queries that share a selection. 0 chooses 128, and less for a budget below 1024, because
+            the queries of a block compete for the budget.
+        key_block: number of keys that stage 1 ranks together.
         candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
-        sink: tokens at the start of the sequence that are always selected.
-        local: tokens next to the query block that are always selected; -1 chooses a quarter of `query_block`.
-        exact_last_block: attend exactly for the last `query_block` tokens of each row, where a prompt's question
-            stands.
-        compensation: "block_mean" lets the keys that were left out enter the softmax as one mean key per block.
-        crossover: query blocks that see no more than this many keys, in tokens, attend exactly, because that is faster
-            there. Where it is below the budget, the budget takes its place.
+        sink: number of tokens at the start of the sequence that are always selected.
+        local: number of tokens next to the query block that are always selected; -1 chooses a quarter of
+            `query_block`.
+        exact_last_block: attend exactly for the last `query_block` tokens of each row, where the question of a prompt
+            usually is.
+        compensation: "block_mean" adds the keys that were not selected to the softmax, as one mean key per block.
+        crossover: query blocks that see no more keys than this attend exactly, because that is faster. If it is below
+            the budget, the budget is used instead.
     """
 
     kind: ClassVar[str] = "two_stage"

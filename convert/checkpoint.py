@@ -32,18 +32,18 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(checkpoint: str | Path, dtype: DTypeLike = "float32") -> Model:
-    """The NNX module of a checkpoint that `convert_checkpoint` wrote, on the CPU.
+    """The NNX module of a checkpoint written by `convert_checkpoint`, on the CPU.
 
-    A sentence embedder gives its embedding as `pooled`, and a cross-encoder its `scores`. What its files say of texts
-    (prompts, lower case, length) and of cutting embeddings is in `read_text_settings`, and applied by a session.
+    A sentence embedder returns its embedding as `pooled`, and a cross-encoder its `scores`. What the files say about
+    texts (prompts, lower case, length) and truncated embeddings is in `read_text_settings`; a session applies it.
 
     Args:
         checkpoint: the folder.
-        dtype: dtype of parameters and activations, float32, bfloat16 or float16, whatever the checkpoint holds.
+        dtype: of parameters and activations: float32, bfloat16 or float16, whatever the checkpoint holds.
 
     Raises:
-        FileNotFoundError: no such folder, or not a checkpoint.
-        ValueError: a checkpoint of another format, parameters that do not fit its config, or an unknown dtype.
+        FileNotFoundError: the folder does not exist, or is not a checkpoint.
+        ValueError: a checkpoint in another format, parameters that do not fit its config, or an unknown dtype.
     """
     with plain_errors():
         return _load(Path(checkpoint), dtype)

@@ -57,22 +57,22 @@ def convert_checkpoint(
     revision: str | None = None,
     progress: bool = False,
 ) -> Path:
-    """Converts a Hugging Face folder, a model of the hub or a GGUF file to a checkpoint; parameters keep their dtype.
+    """Converts a Hugging Face folder, a hub model or a GGUF file to a checkpoint. Parameters keep their dtype.
 
-    A decoder is converted to write text where its config names a class that does, such as LlamaForCausalLM, or none. It
-    is converted to encode where the config names a base class or a classifier (LlamaModel,
-    LlamaForSequenceClassification), or the folder is that of a sentence embedder.
+    A decoder is converted to generate text if its config names a class that does, such as LlamaForCausalLM, or names
+    none. It is converted to encode if the config names a base class or a classifier (LlamaModel,
+    LlamaForSequenceClassification), or if the folder is a sentence embedder.
 
     Args:
-        source: the folder: config.json, weights (model.safetensors, pytorch_model.bin, the shards of either with their
-            index, or one other file of torch's), tokenizer files if it has them; or the name of a model on the hub,
-            `organisation/name`, which is fetched first; or a GGUF file (one of its files if it is split), or a folder
-            with one and no other weights.
-        target: the checkpoint to make; its parents are made too.
-        adapter: the folder of a LoRA adapter that PEFT saved, to merge into the weights. One beside the weights in
-            `source` is merged without being named.
-        dtype: what the quantised tensors of a GGUF file become: "float32", which holds their numbers as they are and
-            stands for None, or "bfloat16" or "float16", which round them and take half of the memory.
+        source: a folder with config.json, weights (model.safetensors, pytorch_model.bin, the shards of either with
+            their index, or one other file from torch) and tokenizer files if there are any; or the name of a model on
+            the hub, `organisation/name`, which is downloaded first; or a GGUF file (any file of a split one), or a
+            folder with a GGUF file and no other weights.
+        target: the checkpoint to write; parent folders are created.
+        adapter: the folder of a LoRA adapter saved by PEFT, to merge into the weights. An adapter next to the weights
+            in `source` is merged without being named.
+        dtype: what the quantised tensors of a GGUF file become: "float32" (the default), which holds their values
+            exactly, or "bfloat16" or "float16", which round them and take half of the memory.
         revision: branch, tag or commit hash of a model on the hub.
         progress: whether to show progress bars on stderr.
 
@@ -80,10 +80,10 @@ def convert_checkpoint(
         The target.
 
     Raises:
-        FileNotFoundError: no such source, or a file of it is missing.
+        FileNotFoundError: the source or one of its files does not exist.
         FileExistsError: the target exists.
-        PermissionError, ConnectionError: the hub does not give the model, or cannot be reached.
-        ModuleNotFoundError: pickled weights, and torch is not installed; or a GGUF file, and gguf is not.
+        PermissionError, ConnectionError: the hub refuses the model, or cannot be reached.
+        ModuleNotFoundError: pickled weights without torch installed, or a GGUF file without gguf installed.
         ValueError: an unknown architecture or config field, a truncated or corrupt file, tensors that do not fit the
             config (all of them are listed), weights that are not finite, or a sentence embedder with modules that are
             not supported.

@@ -85,36 +85,35 @@ def compile(
     Args:
         checkpoint: a folder written by `iceformer.convert_checkpoint`.
         artifact: the folder to write, which must not exist.
-        buckets: rising sequence capacities in tokens; a row runs in the smallest one that holds it. None is 4096 and
-            16384 for decoders, 128, 512, 4096 and 16384 for encoders, as far as the model goes; models of images and
-            sound have one bucket, of what they take.
-        attention: of prompts, scoring and encoding. `TwoStage(...)` and `Exact()` are taken as they are; `Auto(...)`
-            measures from how many keys on two-stage attention is faster on this machine, and gives each bucket what is
-            faster there; None is `Auto()`. Single new tokens attend exactly, unless a `Plan(prompt, decode)` says
-            otherwise.
-        dtype: "float32" or "bfloat16", of weights and KV cache.
-        weights: "same" as dtype, or "int8": the kernels of linear layers are rounded to int8 with a scale for each
-            output channel, activations are not. Embeddings, and an output layer that is tied to them, keep the dtype.
-            What it costs is measured on the calibration text, and stands in the manifest and the card.
-        batch: rows of every call of an encoder; of a decoder, how many requests have a place in its KV cache, and are
-            continued together.
-        chunk: tokens of a prompt that one call takes; it divides every bucket (a smaller bucket is one chunk). An
-            encoder takes whole rows.
-        page: tokens of a page of the KV cache, a power of two from 128 on that divides every bucket: requests then
-            have pages anywhere in the cache. None keeps each in one piece, which is a little faster.
-        calibration: what the attention method is fitted on, if it needs that, and int8 weights are judged by: a text
-            file, token ids, or None for the text that ships with the package (seeded random ids for a model without
-            tokenizer, random numbers for one of images or sound). At most 4096 tokens.
+        buckets: ascending sequence capacities in tokens; a row runs in the smallest one that holds it. None means 4096
+            and 16384 for decoders, and 128, 512, 4096 and 16384 for encoders, up to the model's context. Models of
+            images and sound have one bucket, for the input that they take.
+        attention: for prompts, scoring and encoding. `TwoStage(...)` and `Exact()` apply to every bucket. `Auto(...)`
+            measures from how many keys two-stage attention is faster on this machine, and chooses for each bucket.
+            None means `Auto()`. New tokens attend exactly, unless a `Plan(prompt, decode)` says otherwise.
+        dtype: "float32" or "bfloat16", for weights and KV cache.
+        weights: "same" as dtype, or "int8": the kernels of linear layers are quantised to int8 with one scale per
+            output channel, activations are not. Embeddings, and an output layer tied to them, keep the dtype. The loss
+            of accuracy is measured on the calibration text and recorded in the manifest and the card.
+        batch: for an encoder, rows per call; for a decoder, how many requests have a place in its KV cache and run
+            together.
+        chunk: prompt tokens per call; must divide every bucket (a smaller bucket is one chunk). An encoder takes whole
+            rows.
+        page: tokens per page of the KV cache, a power of two of at least 128 that divides every bucket: the pages of a
+            request then lie anywhere in the cache. None keeps each request in one piece, which is a little faster.
+        calibration: for calibrating the attention method, if it needs that, and for measuring the error of int8
+            weights: a text file, token ids, or None for the text that ships with the package (seeded random ids for a
+            model without a tokenizer, random numbers for images or sound). At most 4096 tokens are used.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
         The artifact's path.
 
     Raises:
-        FileNotFoundError: the checkpoint is not there or not whole.
+        FileNotFoundError: the checkpoint does not exist or is incomplete.
         FileExistsError: the artifact exists.
-        PermissionError, NotADirectoryError: it cannot be made where it should be.
-        ValueError: options that make no sense together, or code that another process could not load.
+        PermissionError, NotADirectoryError: the artifact cannot be created there.
+        ValueError: options that do not fit together, or code that another process could not load.
     """
     checkpoint, target = Path(checkpoint), Path(artifact)
     asked = Auto() if attention is None else Plan(attention) if isinstance(attention, Attention) else attention

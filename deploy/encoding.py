@@ -16,25 +16,24 @@ OUTPUTS = ("last_hidden_state", "pooled", "logits", "scores")
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """What an encoder makes of one row of n tokens. What the model does not have, or was not asked for, is None.
+    """An encoder's results for one row of n tokens. What the model does not have, or was not asked for, is None.
 
     Attributes:
         tokens: n.
         last_hidden_state: float32 [n, hidden_size].
-        pooled: float32 [hidden_size], the sentence embedding of a sentence embedder, what the pooler gives in another
-            model.
+        pooled: float32 [hidden_size], the embedding of a sentence embedder, or the pooler's output of another model.
         logits: float32, [num_labels] from a classifier of whole rows, [n, num_labels] from one of tokens, [n, 2] (start
             and end) from a model that answers questions, [n, vocab_size] from a masked language model.
-        scores: float32, of a classifier of whole texts: what `CrossEncoder.predict` of sentence-transformers gives, the
-            logits with the activation that the model's files name behind them (a sigmoid if they name none and there is
-            one label). One number if there is one label, [num_labels] if there are more.
+        scores: float32, of a classifier of whole texts: what `CrossEncoder.predict` of sentence-transformers returns,
+            the logits after the activation that the model's files name (a sigmoid if they name none and there is one
+            label). One number if there is one label, [num_labels] if there are more.
         labels: names of a classifier's classes, in the order of the logits; empty for other models.
         ids: int32 [n], the token ids; None for images and sound.
-        offsets: int32 [n, 2], where in its text each token begins and ends, in characters, the prompt in front counted
-            too; None if no text was given.
+        offsets: int32 [n, 2], where each token begins and ends in its text, in characters, including the prompt before
+            it; None if no text was given.
         sequence: int32 [n], 0 for tokens of the first text of a pair, 1 for those of the second, -1 for special tokens;
             None if no text was given.
-        truncated: whether the text was cut at the model's `max_seq_length`.
+        truncated: whether the text was truncated at the model's `max_seq_length`.
     """
 
     tokens: int

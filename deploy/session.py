@@ -33,11 +33,11 @@ Ids = NDArray[np.integer[Any]] | Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What the model thinks of one sequence of n tokens.
+    """The model's predictions for one sequence of n tokens.
 
     Attributes:
         logprobs: float32 [n - 1], natural logarithm of the probability of each given next token.
-        argmax: int32 [n], the model's own next token at each position.
+        argmax: int32 [n], the most likely next token at each position.
     """
 
     logprobs: NDArray[np.float32]
@@ -45,7 +45,7 @@ class Score:
 
 
 class Scores(list[Score]):
-    """The scores of several sequences; `logprobs` and `argmax` are lists with one array for each of them."""
+    """The scores of several sequences. `logprobs` and `argmax` are lists with one array per sequence."""
 
     @property
     def logprobs(self) -> list[NDArray[np.float32]]:
@@ -63,9 +63,9 @@ class Generation:
     """What the model wrote.
 
     Attributes:
-        text: the new tokens as text, special tokens left out; None for a model without tokenizer.
-        ids: int32, the new tokens only; the token that ended it is the last of them.
-        finish_reason: "stop" at an end-of-sequence token, "length" after max_new_tokens, "capacity" when the largest
+        text: the new tokens as text, without special tokens; None for a model without a tokenizer.
+        ids: int32, the new tokens only, including an end-of-sequence token.
+        finish_reason: "stop" after an end-of-sequence token, "length" after max_new_tokens, "capacity" when the largest
             bucket was full.
         prompt_tokens: length of the prompt in tokens.
     """
@@ -78,12 +78,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a stream gives for a new token.
+    """One new token of a stream.
 
     Attributes:
         id: the token.
-        text: the text that is new with it, "" while a character is not whole; None for a model without tokenizer. The
-            texts of all pieces together are that of the `Generation`.
+        text: the text that it adds, "" while a character is incomplete; None for a model without a tokenizer. The texts
+            of all pieces together are the text of the `Generation`.
     """
 
     id: int
@@ -98,18 +98,18 @@ def load(artifact: str | Path) -> "Session":
     """Opens an artifact written by `iceformer.compile`.
 
     Every file is checked against the manifest first, and the manifest against the entries and the weights. The folder
-    holds machine code: load only artifacts from people you trust. What the hashes cannot tell is an artifact that
-    somebody made anew, with hashes that fit: there is no signature.
+    contains machine code: load only artifacts from people you trust. The hashes do not detect an artifact that somebody
+    created from scratch with matching hashes: there is no signature.
 
-    The weights stay in their file, which is mapped into memory. While a session is open, none of the artifact's files
-    may be overwritten or cut short in place, which would change its results or end the process (SIGBUS): write a new
-    folder and rename it, or remove the old one, which is safe.
+    The weights stay in their file, which is mapped into memory. While a session is open, never overwrite or truncate
+    the artifact's files in place: results would change, or the process would die (SIGBUS). It is safe to write a new
+    folder and rename it, or to remove the old one.
 
     Raises:
-        FileNotFoundError: no such folder.
-        PermissionError: a file that may not be read.
+        FileNotFoundError: the folder does not exist.
+        PermissionError: a file cannot be read.
         ArtifactError: a file is missing or was changed, or the artifact cannot be used here at all.
-        ValueError: an environment variable keeps jax from the CPU.
+        ValueError: an environment variable keeps jax off the CPU.
         RuntimeError: this process was forked from one that had a session.
 
     Warns:
@@ -122,9 +122,9 @@ def load(artifact: str | Path) -> "Session":
 class Session:
     """An open artifact: machine code and weights in memory, and one KV cache for each bucket that was used.
 
-    Calls from several threads are taken one after the other. A call that raises or is interrupted leaves the session as
-    it was. `close`, or the end of a `with` block, gives its memory back. Of a process with a session, no child may use
-    one that was forked: start it with the method "spawn" or "forkserver" of multiprocessing, and load there.
+    Calls from several threads run one after the other. A call that raises or is interrupted leaves the session usable.
+    `close`, or the end of a `with` block, frees its memory. A forked child cannot use its parent's session: start the
+    child with the multiprocessing method "spawn" or "forkserver", and load the artifact there.
 
     Attributes:
         info: the manifest.
@@ -146,9 +146,9 @@ class Session:
         self._closed = False
 
     def close(self) -> None:
-        """Gives back the memory of weights, caches and machine code, after the call that is running, if one is.
+        """Frees the memory of weights, caches and machine code, after a call that is running has ended.
 
-        Doing so twice does nothing. Afterwards every call raises RuntimeError.
+        Closing twice does nothing. Afterwards every call raises RuntimeError.
         """
         if os.getpid() != self._process or self._closed:
             return
@@ -182,16 +182,16 @@ class Session:
     def score(
         self, ids: Any, *, add_special_tokens: bool | None = None, progress: Progress | None = None
     ) -> Score | Scores:
-        """Log-probabilities of given tokens and the model's own choices.
+        """Log-probabilities of the given tokens, and the most likely tokens.
 
         Args:
-            ids: token ids, a 1-D integer array or a list of ints, or a text; or a list of such of any lengths.
-            add_special_tokens: of texts, as in `tokenize`.
-            progress: called with the tokens done and the tokens in all after each chunk.
+            ids: token ids as a 1-D integer array or a list of ints, or a text; or a list of these, of any lengths.
+            add_special_tokens: for texts, as in `tokenize`.
+            progress: called after each chunk with the number of tokens done and the total.
 
         Returns:
-            A `Score`, or `Scores` with one for each sequence of a list. Takes time for the true length, rounded up to
-            chunks, and never holds logits of more than a few hundred positions.
+            A `Score`, or `Scores` with one per sequence of a list. The time depends on the true length, rounded up to
+            chunks. Logits of at most a few hundred positions are held at once.
 
         Raises:
             ValueError: an empty sequence, an id outside the vocabulary, more tokens than the largest bucket has, or an
@@ -246,13 +246,13 @@ class Session:
 
         Args:
             prompt: text, or token ids as a 1-D integer array or list.
-            max_new_tokens: how many tokens to write at most.
-            temperature: 0 takes the most likely token each time; above 0 draws from softmax(logits / temperature).
-            seed: of the random draws.
-            stream: give an iterator over the new tokens, each as soon as it is written, instead of waiting for all.
-            add_special_tokens: of a text, as in `tokenize`. By default a prompt that a chat template made, which begins
-                with the model's first token, gets no second one.
-            progress: called with the prompt tokens done and the prompt tokens in all after each chunk.
+            max_new_tokens: maximum number of new tokens.
+            temperature: 0 takes the most likely token each time; above 0 samples from softmax(logits / temperature).
+            seed: random seed for sampling.
+            stream: return an iterator over the new tokens, each as soon as it is written, instead of waiting for all.
+            add_special_tokens: for a text, as in `tokenize`. By default a prompt from a chat template that begins with
+                the beginning-of-sequence token gets no second one.
+            progress: called after each chunk with the number of prompt tokens done and the total.
 
         Raises:
             ValueError: an empty prompt, text for a model without tokenizer, an id outside the vocabulary, more tokens
@@ -328,29 +328,30 @@ class Session:
         add_special_tokens: bool | None = True,
         progress: Progress | None = None,
     ) -> Encoding | list[Encoding]:
-        """Hidden states, and what pooler, pooling or task head make of them. Of an encoder.
+        """Hidden states, and the results of pooler, pooling or task head. For encoders.
 
-        Texts go the way that the files of a sentence embedder or a cross-encoder ask for, which is that of
-        sentence-transformers: with the prompt in front, and cut at `max_seq_length`. `info.model.text` says what that
-        is. Token ids and arrays are taken as they are.
+        Texts are treated as the files of a sentence embedder or a cross-encoder ask for, as in sentence-transformers:
+        the prompt is added before them, and they are truncated at `max_seq_length`. `info.model.text` has these
+        settings. Token ids and arrays are used unchanged.
 
         Args:
-            inputs: a text; a pair of texts as a tuple; token ids as a 1-D integer array or list; a dict of arrays by
-                the model's names (`pixel_values`, `input_features`, `input_ids`, ...); or a list of such inputs of any
-                lengths. The arrays of a dict may have a batch dimension, which makes it a list.
-            prompt: what to put in front of each text, of a pair in front of the first; "" for nothing.
-            prompt_name: one of the model's prompts by its name ("query" and "document" stand for sentence-transformers'
-                `encode_query` and `encode_document`). None, and no `prompt`: the model's default, if it has one.
-            truncate: whether a text that is longer than the model's `max_seq_length` is cut there; an error if false.
-            truncate_dim: how many numbers of a sentence embedding to keep; None for what the model's files say. They
-                are the first of a vector that has been normalised already, if the model does that.
+            inputs: a text; a pair of texts as a tuple; token ids as a 1-D integer array or list; a dict of arrays under
+                the model's input names (`pixel_values`, `input_features`, `input_ids`, ...); or a list of such inputs,
+                of any lengths. The arrays of a dict may have a batch dimension, which makes it a list.
+            prompt: text to add before each text, or before the first text of a pair; "" for nothing.
+            prompt_name: name of one of the model's prompts ("query" and "document" correspond to `encode_query` and
+                `encode_document` of sentence-transformers). Without it and `prompt`, the model's default, if it has
+                one.
+            truncate: whether to truncate a text that is longer than the model's `max_seq_length`, or to raise an error.
+            truncate_dim: number of dimensions of a sentence embedding to keep; None for what the model's files say. If
+                the model normalises embeddings, it does so before they are truncated.
             outputs: which of `last_hidden_state`, `pooled`, `logits` and `scores` to keep; None for all that the model
-                gives. A list of many texts needs less memory with what is used of it.
-            add_special_tokens: of texts, as in `tokenize`, but that all of them are put there if nothing is said.
-            progress: called with the inputs done and the inputs in all after each call.
+                returns. For many texts, keep only what you use: it saves memory.
+            add_special_tokens: for texts, as in `tokenize`, except that the default adds all of them.
+            progress: called after each call with the number of inputs done and the total.
 
         Returns:
-            An `Encoding`, or a list with one for each input. A call takes the time of its bucket, whatever the length.
+            An `Encoding`, or a list with one per input. A call takes the time of its bucket, whatever the length.
 
         Raises:
             ValueError: an empty input, text for a model without tokenizer, an id outside the vocabulary, arrays of
@@ -373,20 +374,20 @@ class Session:
 
         Args:
             text: the text.
-            add_special_tokens: None puts the special tokens of the model's tokenizer around it, except those that it
-                begins or ends with already, so that `<s>Hello` has one `<s>`; True puts all of them there, whatever the
-                text has; False none, as for a prompt that a chat template made whole.
+            add_special_tokens: None adds the special tokens of the model's tokenizer, except those that the text
+                already begins or ends with, so that `<s>Hello` has one `<s>`. True adds all of them, whatever the text
+                has. False adds none, as for a prompt from a chat template.
 
         Raises:
-            ValueError: the artifact has no tokenizer, or it gives ids that the model does not have; or half a
-                surrogate pair, which is no text.
+            ValueError: the artifact has no tokenizer, or its tokenizer produces ids that the model does not have; or
+                the text has half of a surrogate pair.
         """
         if not isinstance(text, str):
             raise ValueError(f"the text is a {type(text).__name__}, expected a str")
         return self._tokenizer().encode(text, add_special_tokens=add_special_tokens).ids
 
     def detokenize(self, ids: Ids) -> str:
-        """The text of token ids, special tokens left out.
+        """The text of token ids, without special tokens.
 
         Raises:
             ValueError: the artifact has no tokenizer.
@@ -394,7 +395,7 @@ class Session:
         return self._tokenizer().decode(np.asarray(ids, np.int64).tolist())
 
     def stable_text(self, ids: Ids) -> str:
-        """The text of token ids as far as tokens that may follow leave it as it is.
+        """The part of the text of token ids that later tokens cannot change.
 
         Raises:
             ValueError: the artifact has no tokenizer.
@@ -523,11 +524,11 @@ class Session:
 class Stream(Iterator[Piece]):
     """The new tokens of a prompt, each as soon as it is written.
 
-    Between two of them the session may do other things. Whoever stops before the end, by `close`, the end of a `with`
-    block, or by letting go of it, ends the request.
+    Between two tokens the session may do other things. `close`, the end of a `with` block, or dropping the stream ends
+    the request early.
 
     Attributes:
-        generation: the whole, once the last token is there; None before.
+        generation: the complete result after the last token; None before.
     """
 
     def __init__(self, session: Session, handle: int, prompt_tokens: int, progress: Progress | None) -> None:
@@ -551,7 +552,7 @@ class Stream(Iterator[Piece]):
         return Piece(written.id, new)
 
     def wait(self) -> Generation:
-        """Writes the rest, and gives the whole."""
+        """Writes the remaining tokens and returns the complete result."""
         while self.generation is None and not self._ended:
             self._take()
         if self.generation is None:
