@@ -7,7 +7,7 @@ from .keys import KeyView
 from .methods import METHODS, Constants, LowRank, MeanPool, Method, make_method
 from .plan import Auto, Plan, attention_to_dict, plan_to_dict
 from .rows import Mask, Rows
-from .strategy import Attention
+from .strategy import Attention, Call
 from .two_stage import TwoStage
 from .values import Values
 
@@ -15,6 +15,7 @@ __all__ = [
     "METHODS",
     "Attention",
     "Auto",
+    "Call",
     "Constants",
     "Exact",
     "Field",

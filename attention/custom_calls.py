@@ -15,7 +15,8 @@ from .keys import KeyView
 from .logits import scale_of
 from .methods import LowRank
 from .methods.low_rank import PROJECTED_KEY
-from .rows import Mask, Rows
+from .rows import Rows
+from .strategy import Call
 
 if TYPE_CHECKING:
     from .two_stage import SelectingBlocks, TwoStage
@@ -23,25 +24,27 @@ if TYPE_CHECKING:
 _LANES = 128
 """Queries, of all heads that share a KV head, that the kernel for exact attention aims at in a task."""
 
-Attended = tuple[
+WithLogSumExp = tuple[
     Float[Array, "rows query_heads queries value_dim"],
     Float32[Array, "rows query_heads queries"],
 ]
 """Output, and the log-sum-exp of the logits that each query attended to."""
 
 
-def objection(query: Array, keys: KeyView) -> str | None:
+def objection(call: Call) -> str | None:
     """Why the kernels are not made for these arrays, in words; None where they are."""
     if not kernels.enabled():
         return "the native kernels are not there, or switched off"
+    query, keys = call.query, call.keys
     types = {str(x.dtype) for x in (query, keys.key, keys.value)}
     if len(types) > 1 or not types <= {"float32", "bfloat16"}:
         return f"the kernels take float32 or bfloat16, the same for all, and these are {', '.join(sorted(types))}"
     return f"the kernels take an even head_dim, and this is {query.shape[3]}" if query.shape[3] % 2 else None
 
 
-def exact(query: Float[Array, "rows query_heads queries head_dim"], keys: KeyView, rows: Rows, mask: Mask) -> Attended:
+def exact(call: Call) -> WithLogSumExp:
     """Exact attention, to the keys of a sliding window if there is one."""
+    query, keys, rows, mask, _ = call
     group, queries = query.shape[1] // keys.kv_heads, query.shape[2]
     block = max(16, 1 << max(0, (_LANES // group).bit_length() - 1))
     return _call(
@@ -57,14 +60,12 @@ def exact(query: Float[Array, "rows query_heads queries head_dim"], keys: KeyVie
 
 def two_stage(
     config: "TwoStage",
-    query: Float[Array, "rows query_heads queries head_dim"],
-    keys: KeyView,
+    call: Call,
     projected_queries: Float32[Array, "heads blocks lanes rank"],
-    rows: Rows,
     selecting: "SelectingBlocks",
-    mask: Mask,
-) -> Attended:
+) -> WithLogSumExp:
     """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions."""
+    query, keys, rows, mask, _ = call
     method = config.ranking
     assert isinstance(method, LowRank)
     return _call(
@@ -93,7 +94,9 @@ def _places(rows: Rows, keys: KeyView) -> tuple[Array, ...]:
     return *rows, table
 
 
-def _call(target: str, arrays: tuple[Array, ...], *, scale: float, softcap: float | None, **options: int) -> Attended:
+def _call(
+    target: str, arrays: tuple[Array, ...], *, scale: float, softcap: float | None, **options: int
+) -> WithLogSumExp:
     query, value = arrays[0], arrays[2]
     results = (
         jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),

@@ -14,7 +14,7 @@ from .keys import KeyView
 from .methods import Constants
 from .ops import check_logit_options
 from .rows import Mask, Rows
-from .strategy import Attention
+from .strategy import Attended, Attention, Call
 
 _listener: ContextVar[Counter[str] | None] = ContextVar("iceformer_dispatch", default=None)
 
@@ -26,7 +26,7 @@ def attend(
     rows: Rows,
     mask: Mask = Mask(),  # noqa: B008 - a tuple of plain values
     constants: Constants | None = None,
-) -> Float[Array, "rows query_heads queries value_dim"]:
+) -> Attended:
     """softmax(query . key) . value over the keys that each query sees, as far as the attention looks at them.
 
     Args:
@@ -48,11 +48,11 @@ def attend(
     """
     _check(mask)
     attention = attention.within(keys.capacity, mask)
-    objection = attention.objection(query, keys, mask)
+    call = Call(query, keys, rows, mask, constants or {})
+    objection = attention.objection(call)
     if (counter := _listener.get()) is not None:
         counter[f"{attention.kind}, " + ("in a kernel" if objection is None else f"in XLA: {objection}")] += 1
-    compute = attention.attend if objection else attention.attend_in_kernel
-    return compute(query, keys, rows.settled() if objection else rows, mask, constants or {})
+    return attention.attend(call._replace(rows=rows.settled())) if objection else attention.attend_in_kernel(call)
 
 
 @contextmanager

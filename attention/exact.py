@@ -25,10 +25,8 @@ from .blocks import (
 )
 from .keys import KeyView
 from .logits import Logits
-from .methods import Constants
 from .ops import matmul
-from .rows import Mask, Rows
-from .strategy import Attention, check_power_of_two
+from .strategy import Attended, Attention, Call, check_power_of_two
 
 Head = tuple[Int[Array, ""], Int[Array, ""]]
 """A slot and one of its KV heads."""
@@ -64,28 +62,15 @@ class Exact(Attention):
         check_power_of_two("query_block", self.query_block)
         check_power_of_two("key_block", self.key_block)
 
-    def objection(self, query: Array, keys: KeyView, mask: Mask) -> str | None:
+    def objection(self, call: Call) -> str | None:
         """Why no native kernel computes this."""
-        return _NO_BIAS if mask.relative_bias is not None else custom_calls.objection(query, keys)
+        return _NO_BIAS if call.mask.relative_bias is not None else custom_calls.objection(call)
 
-    def attend_in_kernel(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
-        return custom_calls.exact(query, keys, rows, mask)[0]
+    def attend_in_kernel(self, call: Call) -> Attended:
+        return custom_calls.exact(call)[0]
 
-    def attend(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
+    def attend(self, call: Call) -> Attended:
+        query, keys, rows, mask, _ = call
         kv_heads, queries = keys.kv_heads, query.shape[2]
         query_block = min(self.query_block, next_power_of_two(queries))
         key_block = min(self.key_block, next_power_of_two(keys.capacity))

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from .distance import DistanceTable, distance_tile, table_of_heads
 from .ops import cap, matmul_transposed
+from .relative_bias import BiasTable, bias_tile, table_of_heads
 from .rows import Mask
 
 
@@ -21,7 +21,7 @@ class Logits(NamedTuple):
 
     scale: float
     softcap: float | None
-    bias: DistanceTable | Float[Array, "kv_heads group distances"] | None
+    bias: BiasTable | Float[Array, "kv_heads group distances"] | None
 
     @classmethod
     def of(cls, mask: Mask, head_dim: int, kv_heads: int) -> "Logits":
@@ -44,7 +44,7 @@ class Logits(NamedTuple):
         if self.bias is None:
             return logits
         queries = query.shape[0] // self.bias.shape[0]
-        return logits + distance_tile(self.bias, query_start, key_start, queries, key.shape[0])
+        return logits + bias_tile(self.bias, query_start, key_start, queries, key.shape[0])
 
 
 def scale_of(mask: Mask, head_dim: int) -> float:

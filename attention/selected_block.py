@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .blocks import MASKED, Visibility
 from .compensation import BlockSums, Selection, compensate
-from .distance import DistanceTable, distance_tile
 from .exact import Head, Partial, normalise
 from .keys import KeyView
 from .logits import Logits
 from .methods import RankingQueries
 from .ops import cap, matmul_transposed, transposed_matmul
+from .relative_bias import BiasTable, bias_tile
 from .selection import Forced, block_importance, forced_members, largest_weight, select
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ def selected_block(
 
 
 def _bias_of_blocks(
-    table: DistanceTable, query_start: Int[Array, ""], key_starts: Int[Array, " blocks"], lanes: int, length: int
+    table: BiasTable, query_start: Int[Array, ""], key_starts: Int[Array, " blocks"], lanes: int, length: int
 ) -> Float[Array, "keys lanes"]:
     """The bias of a query block at the tokens of some key blocks."""
     queries = lanes // table.shape[0]
-    tiles = jax.vmap(lambda start: distance_tile(table, query_start, start, queries, length))(key_starts)
+    tiles = jax.vmap(lambda start: bias_tile(table, query_start, start, queries, length))(key_starts)
     return tiles.transpose(0, 2, 1).reshape(-1, lanes)
 
 

@@ -5,7 +5,7 @@ A strategy is a frozen dataclass: hashable, so that jit can take it as static, a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Shaped
@@ -14,6 +14,27 @@ from .cache import Fields
 from .keys import KeyView
 from .methods import Constants
 from .rows import Mask, Rows
+
+Attended = Float[Array, "rows query_heads queries value_dim"]
+"""What a call gives: in the query's dtype; 0 for a query that sees no key, and for idle rows."""
+
+
+class Call(NamedTuple):
+    """Queries, and what they attend to.
+
+    Attributes:
+        query: after the rotary embedding; `query_heads` is a multiple of `kv_heads`.
+        keys: keys, values and index.
+        rows: which slot each row attends to, and where its queries and its end lie.
+        mask: which keys a query sees, and how logits are made.
+        constants: what the attention was calibrated to in this layer.
+    """
+
+    query: Float[Array, "rows query_heads queries head_dim"]
+    keys: KeyView
+    rows: Rows
+    mask: Mask = Mask()
+    constants: Constants = {}  # noqa: RUF012 - read, never written
 
 
 @dataclass(frozen=True)
@@ -51,28 +72,14 @@ class Attention(ABC):
         return self
 
     @abstractmethod
-    def attend(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
+    def attend(self, call: Call) -> Attended:
         """Attention in XLA, which defines what is right. Rows are settled: none is idle."""
 
-    def objection(self, query: Array, keys: KeyView, mask: Mask) -> str | None:
+    def objection(self, call: Call) -> str | None:
         """Why no native kernel computes this, in words; None where one does."""
         return f"there is no kernel for {self.kind}"
 
-    def attend_in_kernel(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
+    def attend_in_kernel(self, call: Call) -> Attended:
         """The same by the native kernel, where there is no objection."""
         raise NotImplementedError(self.kind)
 

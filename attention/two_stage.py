@@ -31,7 +31,7 @@ from .logits import Logits, scale_of
 from .methods import Constants, LowRank, Method, RankingQueries, make_method
 from .rows import Mask, Rows
 from .selected_block import STAGE_1_TILE, Selecting, selected_block
-from .strategy import Attention, check_power_of_two
+from .strategy import Attended, Attention, Call, check_power_of_two
 
 
 class SelectingBlocks(NamedTuple):
@@ -149,17 +149,18 @@ class TwoStage(Attention):
         attention is for layers that see the whole sequence."""
         return Exact() if mask.window is not None or capacity <= self.exact_keys else self
 
-    def objection(self, query: Array, keys: KeyView, mask: Mask) -> str | None:
+    def objection(self, call: Call) -> str | None:
         """Why no native kernel computes this."""
-        if mask.relative_bias is not None:
+        if call.mask.relative_bias is not None:
             return "the kernels have no relative position bias"
         if not isinstance(self.method, LowRank):
             return f"there is no kernel for the method {self.ranking.name}"
         if self.compensation != "none":
             return f"the kernel has no compensation by {self.compensation}"
-        if keys.table is not None and self.key_block > keys.page:
-            return f"the kernel takes key blocks of at most a page, {keys.page} tokens, and these have {self.key_block}"
-        return custom_calls.objection(query, keys)
+        page = call.keys.page
+        if call.keys.table is not None and self.key_block > page:
+            return f"the kernel takes key blocks of at most a page, {page} tokens, and these have {self.key_block}"
+        return custom_calls.objection(call)
 
     def selecting(self, rows: Rows, queries: int, causal: bool) -> SelectingBlocks:
         """Which of a call's query blocks select.
@@ -183,50 +184,30 @@ class TwoStage(Attention):
         }
         return keys._replace(fields={**keys.fields, **made})
 
-    def attend_in_kernel(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
+    def attend_in_kernel(self, call: Call) -> Attended:
         method = self.ranking
         assert isinstance(method, LowRank)
+        query, keys, rows, mask, constants = call
         rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
         keys = self.indexed(keys.padded(self.key_block), constants)
         projected = method.projected_queries(split_queries(query, keys.kv_heads, self.query_block), constants)
         selecting = self.selecting(rows.settled(), query.shape[2], mask.causal)
-        return custom_calls.two_stage(self, query, keys, projected, rows, selecting, mask)[0]
+        return custom_calls.two_stage(self, call._replace(keys=keys, rows=rows), projected, selecting)[0]
 
-    def attend(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
+    def attend(self, call: Call) -> Attended:
         # A call whose query blocks all attend exactly, as in short prompts, pays for no index of the keys and has the
         # larger query blocks of exact attention.
-        rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
-        selecting = self.selecting(rows, query.shape[2], mask.causal)
+        rows = call.rows._replace(length=jnp.minimum(call.rows.length, call.keys.capacity))
+        call = call._replace(rows=rows)
+        selecting = self.selecting(rows, call.query.shape[2], call.mask.causal)
         return lax.cond(
             jnp.any(selecting.first < selecting.last),
-            lambda: two_stage_attention(self, query, keys, rows, mask, constants, selecting),
-            lambda: Exact().attend(query, keys, rows, mask, constants),
+            lambda: two_stage_attention(self, call, selecting),
+            lambda: Exact().attend(call),
         )
 
 
-def two_stage_attention(
-    config: TwoStage,
-    query: Float[Array, "rows query_heads queries head_dim"],
-    keys: KeyView,
-    rows: Rows,
-    mask: Mask,
-    constants: Constants,
-    selecting: SelectingBlocks,
-) -> Float[Array, "rows query_heads queries value_dim"]:
+def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks) -> Attended:
     """Attention over the `config.budget` keys that each query block finds most important, in XLA.
 
     Stage 1 ranks without a relative position bias; the selection among its candidates and the softmax have it.
@@ -234,6 +215,7 @@ def two_stage_attention(
     Raises:
         ValueError: a relative position bias with compensation, whose mean keys have no distance.
     """
+    query, keys, rows, mask, constants = call
     if mask.relative_bias is not None and config.compensation != "none":
         raise ValueError(
             f"compensation is {config.compensation!r}, which cannot go with a relative position bias, expected 'none'"

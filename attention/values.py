@@ -4,12 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from .keys import KeyView
-from .methods import Constants
-from .rows import Mask, Rows
-from .strategy import Attention
+from .strategy import Attended, Attention, Call
 
 
 @dataclass(frozen=True)
@@ -18,14 +14,8 @@ class Values(Attention):
 
     kind: ClassVar[str] = "values"
 
-    def attend(
-        self,
-        query: Float[Array, "rows query_heads queries head_dim"],
-        keys: KeyView,
-        rows: Rows,
-        mask: Mask,
-        constants: Constants,
-    ) -> Float[Array, "rows query_heads queries value_dim"]:
+    def attend(self, call: Call) -> Attended:
+        query, keys, rows, _, _ = call
         queries, group = query.shape[2], query.shape[1] // keys.kv_heads
         position = rows.offset[:, None] + jnp.arange(queries)
         gathered = [

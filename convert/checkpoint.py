@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from ..model.encoder import Encoder
 from ..model.pooling import SentenceEmbedding
 from ..model.registry import Model, ModelConfig, abstract_module, build
-from .companions import CONFIG
+from .auxiliary_files import CONFIG
 from .finite import all_finite
 from .json_file import read_json
 from .parameters import restore_params, stored_params

@@ -24,8 +24,8 @@ from ..model.encoder import CLASSIFYING, EncoderConfig, unnamed_labels
 from ..model.pooling import Dense
 from ..model.registry import ModelConfig, abstract_module, build
 from .adapter import Adapter, adapt, adapter_alone, has_adapter, open_adapter
+from .auxiliary_files import CONFIG, check_auxiliary_files, copy_auxiliary_files, lowercase, tokenizer_of
 from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers
-from .companions import CONFIG, check_companions, copy_companions, lowercase, tokenizer_of
 from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
 from .folder import check_absent, new_folder
@@ -108,7 +108,7 @@ def _convert(
         raise FileNotFoundError(adapter_alone(source))
     if not (source / CONFIG).exists():
         raise FileNotFoundError(without_config(source))
-    companions = check_companions(source)
+    auxiliary = check_auxiliary_files(source)
     given = read_json(source / CONFIG)
     pooled = sentences is not None and sentences.embedding is not None
     fields = as_embedder(given) if pooled else given
@@ -142,7 +142,7 @@ def _convert(
     behind, files = ({}, ()) if sentences is None else _fill_dense(sentences)
     with new_folder(target) as folder:
         save_params(folder / PARAMS, unflatten_dict(params | behind))
-        copy_companions(source, folder, companions, tokenizer)
+        copy_auxiliary_files(source, folder, auxiliary, tokenizer)
         if sentences is not None and sentences.lowercases and tokenizer is not None:
             lowercase(folder)
         if settings is not None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .companions import CONFIG
+from .auxiliary_files import CONFIG
 from .problems import joined, shown
 
 _EXPECTED = f"expected a Hugging Face folder with {CONFIG} and weights"

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .adapter import FILES as ADAPTER_FILES
-from .companions import COMPANIONS, CONFIG
+from .auxiliary_files import AUXILIARY_FILES, CONFIG
 from .older_tokenizers import TOKENIZER_SOURCES
 from .reader import shard_names
 from .sentence_transformers import MODEL_CONFIG, MODULES, TRANSFORMER_CONFIGS, module_path, read_modules
 from .weight_files import SINGLE_FILES, is_index, weight_source
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
-_BESIDE = (CONFIG, *COMPANIONS, *TOKENIZER_SOURCES, *ADAPTER_FILES, *TRANSFORMER_CONFIGS)
+_BESIDE = (CONFIG, *AUXILIARY_FILES, *TOKENIZER_SOURCES, *ADAPTER_FILES, *TRANSFORMER_CONFIGS)
 _WHOLE = (MODULES, MODEL_CONFIG)
 """Files of sentence-transformers, which name the folders of a model's parts."""
 # Shards carry any name that their index gives them; in a cache that nothing can be asked of, these.

@@ -1,6 +1,7 @@
 """Calibrating the attention method: on which inputs, how the manifest names them, and what comes of it."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,13 @@ def calibration_ids(
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
 
 
-def calibrate(model: Model, attention: Attention, inputs: Any, tokens: int) -> LayerConstants:
+def calibrate(model: Model, strategies: Iterable[Attention], inputs: Any, tokens: int) -> LayerConstants:
     """The constants of each layer, from the model's queries and keys over one row with exact attention; none of layers
     with a sliding window, which attend exactly.
 
     Args:
         model: the model.
-        attention: what is calibrated.
+        strategies: what is calibrated; a plan sees to it that what they learn under one name is the same.
         inputs: as the model's `queries_and_keys` takes them, of one row.
         tokens: of the row.
     """
@@ -104,8 +105,9 @@ def calibrate(model: Model, attention: Attention, inputs: Any, tokens: int) -> L
     layers = collect(state, inputs, np.array([tokens], np.int32))
 
     def learn(query: Array, key: Array) -> dict[str, Array]:
-        learned = attention.calibrate(np.asarray(query[0], np.float32), np.asarray(key[0], np.float32))
-        return {name: jnp.asarray(array) for name, array in learned.items()}
+        arrays = np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)
+        learned = [attention.calibrate(*arrays) for attention in strategies]
+        return {name: jnp.asarray(array) for constants in learned for name, array in constants.items()}
 
     return tuple(
         learn(query, key) if window is None else {}

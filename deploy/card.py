@@ -14,8 +14,8 @@ from .tables import (
     crossover_rows,
     describe_plan,
     describe_task,
+    quantization_error_cells,
     text_rows,
-    weight_loss_cells,
 )
 
 
@@ -118,10 +118,10 @@ def _attention_text(manifest: Manifest) -> str:
 
 
 def _weights_text(manifest: Manifest) -> str:
-    loss = manifest.weights.loss
-    if loss is None:
+    error = manifest.weights.error
+    if error is None:
         return ""
-    cells = weight_loss_cells(loss)
+    cells = quantization_error_cells(error)
     return f"""
 ## Weights
 

@@ -22,8 +22,9 @@ from numpy.typing import ArrayLike
 from .. import __version__, kernels
 from ..attention import Attention, Auto, Plan
 from ..attention.keys import LEAST_PAGE
+from ..attention.shape import AttentionShape
+from ..convert.auxiliary_files import CHAT_TEMPLATES
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
-from ..convert.companions import CHAT_TEMPLATES
 from ..convert.folder import check_absent, new_folder
 from ..convert.generation_config import eos_token_ids
 from ..convert.json_file import read_json
@@ -38,7 +39,7 @@ from . import artifact as layout
 from .calibration import calibrate, calibration_inputs
 from .card import card_text
 from .cpu import features_up_to
-from .crossover import AttentionShape, Choice, decide, needs_measurement
+from .crossover import Choice, TimedCall, decide, needs_measurement
 from .entries import entries_class
 from .lowering import compile_bucket
 from .manifest import (
@@ -51,11 +52,11 @@ from .manifest import (
     Manifest,
     ModelInfo,
     Provenance,
+    QuantizationError,
     TextInfo,
-    WeightLoss,
     WeightsInfo,
 )
-from .weight_loss import weight_loss
+from .quantization_error import quantization_error
 from .weights import cpu_device, described, write_weights
 
 DTYPES = ("float32", "bfloat16")
@@ -123,10 +124,9 @@ def compile(
     ends = _eos_token_ids(checkpoint, raw_config, config)
     check_options(config, buckets=buckets, dtype=dtype, weights=weights, batch=batch, chunk=chunk)
     buckets = default_buckets(config, chunk) if buckets is None else buckets
-    shape = _attention_shape(config, dtype, batch, chunk)
-
     _check_page(page, config, buckets)
-    measures = needs_measurement(asked, buckets, shape)
+    timed = _timed_call(config, dtype, batch, chunk)
+    measures = needs_measurement(asked, buckets, timed)
     steps = 2 + (weights == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
     # The folder first, so that one that cannot be written is known before the work.
@@ -138,11 +138,11 @@ def compile(
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
-        loss = None
+        error = None
         if weights == "int8":
             report("rounding the weights")
-            model, loss = _round_weights(model, checkpoint, calibration)
-        choices, measured = decide(asked, buckets, shape, report)
+            model, error = _round_weights(model, checkpoint, calibration)
+        choices, measured = decide(asked, buckets, timed, report)
         report("calibrating the attention")
         constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
         entries = entries_class(model).of(model, constants)
@@ -170,7 +170,7 @@ def compile(
             crossover=measured,
             dtype=dtype,
             batch=batch,
-            weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, loss),
+            weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, error),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),
             provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
@@ -253,37 +253,32 @@ def _calibrate(
     model: Model, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[LayerConstants | None, CalibrationInfo | None]:
     """The constants that the buckets' plans need of each layer and what they come from; None and None if none does."""
-    strategies = [strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated]
+    strategies = {strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated}
     if not strategies:
         return None, None
     row = calibration_inputs(model, source, checkpoint / layout.TOKENIZER)
-    # Buckets differ in whether they select, never in the method.
-    return calibrate(model, strategies[0], row.inputs, row.tokens), row.info
+    return calibrate(model, strategies, row.inputs, row.tokens), row.info
 
 
-def _round_weights(model: Model, checkpoint: Path, source: str | Path | ArrayLike | None) -> tuple[Model, WeightLoss]:
+def _round_weights(
+    model: Model, checkpoint: Path, source: str | Path | ArrayLike | None
+) -> tuple[Model, QuantizationError]:
     """The model with int8 weights, and what that costs."""
     rounded: Any = quantize(model)
-    return rounded, weight_loss(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
+    return rounded, quantization_error(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
 
 
-def _attention_shape(config: ModelConfig, dtype: str, batch: int, chunk: int) -> AttentionShape:
-    return AttentionShape(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        dtype,
-        batch,
-        chunk if config.kind == "decoder" else _TIMED_QUERIES,
-        causal=config.causal,
-        only_exact=_only_exact(config),
+def _timed_call(config: ModelConfig, dtype: str, batch: int, chunk: int) -> TimedCall:
+    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.causal)
+    return TimedCall(
+        shape, dtype, batch, chunk if config.kind == "decoder" else _TIMED_QUERIES, only_exact=_only_exact(config)
     )
 
 
 def _only_exact(config: ModelConfig) -> str:
     if None not in config.windows:
         return "every layer has a sliding window"
-    return "two-stage attention would rank keys without the relative position bias" if config.distance_bias else ""
+    return "two-stage attention would rank keys without the relative position bias" if config.relative_bias else ""
 
 
 def _compile_environment(buckets: Sequence[BucketInfo]) -> Environment:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..attention import Attention, Auto, Constants, Exact, KeyView, Mask, Plan, Rows, TwoStage, attend
+from ..attention.shape import AttentionShape
 from .manifest import CrossoverRow
 
 _ROUNDS = (3, 15)
@@ -30,25 +31,21 @@ _CALIBRATION_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class AttentionShape:
+class TimedCall:
     """What the time of a model's attention depends on, besides its configuration.
 
     Attributes:
-        query_heads, kv_heads, head_dim: sizes.
+        shape: of a layer; where it is not causal, the whole row is timed, whatever `chunk` says.
         dtype: of queries, keys and values.
         batch: rows of a call.
         chunk: tokens of a row that one call takes, or as many as are timed at once.
-        causal: whether a query sees only keys up to its own; else the whole row is timed, whatever `chunk` says.
         only_exact: why two-stage attention is out of the question, in words; empty if it is not.
     """
 
-    query_heads: int
-    kv_heads: int
-    head_dim: int
+    shape: AttentionShape
     dtype: str
     batch: int
     chunk: int
-    causal: bool = True
     only_exact: str = ""
 
 
@@ -74,31 +71,31 @@ class Choice:
 
 
 def decide(
-    asked: Plan | Auto, buckets: Sequence[int], shape: AttentionShape, report: Callable[[str], None]
+    asked: Plan | Auto, buckets: Sequence[int], timed: TimedCall, report: Callable[[str], None]
 ) -> tuple[tuple[Choice, ...], tuple[CrossoverRow, ...]]:
     """The plan of each bucket, and what was measured for it: nothing where `asked` leaves no choice.
 
     Args:
         asked: a plan, which every bucket gets as it is, or `Auto`.
         buckets: rising capacities in tokens.
-        shape: of the model's attention.
+        timed: of the model's attention.
         report: called with a line of text before the measurement, if there is one.
     """
     if not isinstance(asked, Auto):
         return (Choice(asked, "as asked"),) * len(buckets), ()
-    if shape.only_exact:
-        return (Choice(Plan(), f"exact: {shape.only_exact}"),) * len(buckets), ()
+    if timed.only_exact:
+        return (Choice(Plan(), f"exact: {timed.only_exact}"),) * len(buckets), ()
     table = None
-    if needs_measurement(asked, buckets, shape):
+    if needs_measurement(asked, buckets, timed):
         report("measuring the crossover")
-        table = measure(asked.two_stage, shape, buckets[-1])
+        table = measure(asked.two_stage, timed, buckets[-1])
     choices = tuple(choose(asked.two_stage, table, capacity) for capacity in buckets)
     return choices, table.rows if table else ()
 
 
-def needs_measurement(asked: Plan | Auto, buckets: Sequence[int], shape: AttentionShape) -> bool:
+def needs_measurement(asked: Plan | Auto, buckets: Sequence[int], timed: TimedCall) -> bool:
     """Whether a layer may see more keys than the budget, so that what is faster there is a question."""
-    return isinstance(asked, Auto) and not shape.only_exact and buckets[-1] > asked.two_stage.budget
+    return isinstance(asked, Auto) and not timed.only_exact and buckets[-1] > asked.two_stage.budget
 
 
 def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:
@@ -140,7 +137,7 @@ def crossover_of(rows: Sequence[CrossoverRow], multiple: int) -> int | None:
     return math.ceil(keys / multiple) * multiple
 
 
-def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> CrossoverTable:
+def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTable:
     """Times one call with exact and with two-stage attention at several lengths, on random queries, keys and values.
 
     Called as the compiled entries call attention: keys of the whole capacity (in a cache, where attention is causal),
@@ -149,18 +146,19 @@ def measure(two_stage: TwoStage, shape: AttentionShape, capacity: int) -> Crosso
 
     Args:
         two_stage: the configuration, whose crossover and exact last block play no part.
-        shape: of the model's attention.
+        timed: of the model's attention.
         capacity: in tokens; the longest length that is measured.
     """
-    chunk = min(shape.chunk, capacity) if shape.causal else capacity
-    heads, group = _heads(two_stage, shape, chunk), shape.query_heads // shape.kv_heads
+    shape = timed.shape
+    chunk = min(timed.chunk, capacity) if shape.causal else capacity
+    heads, group = _heads(two_stage, timed, chunk), shape.query_heads // shape.kv_heads
     rng = np.random.default_rng(0)
     query, key, value = (
         rng.standard_normal((1, count, tokens, shape.head_dim), np.float32)
         for count, tokens in ((heads * group, chunk), (heads, capacity), (heads, capacity))
     )
     constants = _constants(two_stage, query[0], key[0])
-    arrays = tuple(jnp.asarray(array, shape.dtype) for array in (query, key, value))
+    arrays = tuple(jnp.asarray(array, timed.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(two_stage, crossover=0, exact_last_block=False)
     calls = tuple(_timed(strategy, arrays, constants, shape.causal) for strategy in (Exact(), two_stage))
@@ -188,10 +186,10 @@ def measured_lengths(budget: int, chunk: int, capacity: int) -> Iterator[int]:
     yield capacity
 
 
-def _heads(two_stage: TwoStage, shape: AttentionShape, chunk: int) -> int:
+def _heads(two_stage: TwoStage, timed: TimedCall, chunk: int) -> int:
     """KV heads to time: up to those of a call, and four query blocks for each thread."""
     blocks = max(1, chunk // max(Exact().query_block, two_stage.query_block))
-    return min(shape.batch * shape.kv_heads, -(-4 * len(os.sched_getaffinity(0)) // blocks))
+    return min(timed.batch * timed.shape.kv_heads, -(-4 * len(os.sched_getaffinity(0)) // blocks))
 
 
 def _constants(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Constants:

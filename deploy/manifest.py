@@ -168,7 +168,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class WeightLoss:
+class QuantizationError:
     """What rounding the weights cost, with exact attention over a text.
 
     Attributes:
@@ -197,13 +197,13 @@ class WeightsInfo:
         file: that holds them.
         tensors: that it holds, by name, in the order in which every entry takes them, which is that of their names.
         format: "int8" if the kernels of linear layers are rounded to it; "same" if they have the artifact's dtype.
-        loss: what rounding them cost; None if they are not rounded.
+        error: what rounding them cost; None if they are not rounded.
     """
 
     file: FileInfo
     tensors: dict[str, ArrayInfo]
     format: str
-    loss: WeightLoss | None
+    error: QuantizationError | None
 
     def __post_init__(self) -> None:
         if list(self.tensors) != sorted(self.tensors):

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .manifest import BucketInfo, Manifest, ModelInfo, WeightLoss
+from .manifest import BucketInfo, Manifest, ModelInfo, QuantizationError
 
 MEGABYTE = 1e6
 ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
@@ -94,31 +94,31 @@ def crossover_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     ]
 
 
-def weight_loss_cells(loss: WeightLoss) -> dict[str, str]:
+def quantization_error_cells(error: QuantizationError) -> dict[str, str]:
     """What rounding the weights cost, by the names of the columns; nll in nats a token."""
-    cells = {"text": loss.text, "tokens": str(loss.tokens)}
-    if loss.nll is not None and loss.rounded_nll is not None:
+    cells = {"text": error.text, "tokens": str(error.tokens)}
+    if error.nll is not None and error.rounded_nll is not None:
         cells |= {
-            "nll before": f"{loss.nll:.4f}",
-            "nll after": f"{loss.rounded_nll:.4f}",
-            "difference": f"{loss.rounded_nll - loss.nll:+.4f}",
+            "nll before": f"{error.nll:.4f}",
+            "nll after": f"{error.rounded_nll:.4f}",
+            "difference": f"{error.rounded_nll - error.nll:+.4f}",
         }
-    if loss.greedy_agreement is not None:
-        cells["same most likely token"] = f"{loss.greedy_agreement:.2%}"
-    if loss.cosine is not None:
-        cells["cosine of hidden states"] = f"{loss.cosine:.6f}"
+    if error.greedy_agreement is not None:
+        cells["same most likely token"] = f"{error.greedy_agreement:.2%}"
+    if error.cosine is not None:
+        cells["cosine of hidden states"] = f"{error.cosine:.6f}"
     return cells
 
 
 def weight_tables(manifest: Manifest) -> list[Table]:
     """What rounding the weights cost; no table if they are not rounded."""
     weights = manifest.weights
-    if weights.loss is None:
+    if weights.error is None:
         return []
     table = Table(
         title=f"{weights.format} weights", caption="exact attention, before and after the weights were rounded"
     )
-    cells = weight_loss_cells(weights.loss)
+    cells = quantization_error_cells(weights.error)
     for name in cells:
         table.add_column(name, justify="left" if name == "text" else "right")
     table.add_row(*cells.values())

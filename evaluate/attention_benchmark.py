@@ -5,39 +5,18 @@ The rules are those of `benchmark.py`: the same arrays, threads and dtype, proce
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..attention import TwoStage, attention_to_dict
+from ..attention.shape import AttentionShape
 from .attention_engines import ATTENTION_ENGINES, AttentionJob
 from .benchmark import check_engines, measure_length, output_path, retention_of, start_or_resume
 from .benchmark_result import Benchmark
+from .benchmark_retention import Retention
 from .memory import score_bytes
 from .processes import Job, Report
-from .retention_beside_speed import Retention
 
 _BIDIRECTIONAL = "the demo model, which gives the answers, is causal"
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """The sizes of an attention layer.
-
-    Attributes:
-        heads: of the queries.
-        kv_heads: of keys and values, a divisor of `heads`.
-        head_dim: width of a head.
-        causal: whether a query sees only keys up to its own position.
-    """
-
-    heads: int = 12
-    kv_heads: int = 12
-    head_dim: int = 64
-    causal: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"{self}: expected sizes of at least 1, and heads a multiple of kv_heads")
 
 
 def run_attention_benchmark(
@@ -81,7 +60,7 @@ def run_attention_benchmark(
     if retention and not shape.causal:
         raise ValueError(f"retention cannot be measured, {_BIDIRECTIONAL}: leave out --retention")
     options = attention_to_dict(attention)
-    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "causal": shape.causal}
+    sizes = {"heads": shape.query_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "causal": shape.causal}
     settings = {
         "mode": "attention",
         "model": sizes,
@@ -106,7 +85,7 @@ def run_attention_benchmark(
             dtype=dtype,
             threads=threads,
             output=str(output_path(work, engine, length)),
-            score_bytes=score_bytes(engine, dtype, shape.heads, length),
+            score_bytes=score_bytes(engine, dtype, shape.query_heads, length),
             attention=options,
             **sizes,
         )

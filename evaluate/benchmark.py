@@ -2,7 +2,7 @@
 
 Every engine is a process of its own (see `processes.py`), loaded and warmed up before any is timed. Rounds go through
 all of them; what is compared is medians. What the timed attention keeps of a model's answers is measured in the same
-run (see `retention_beside_speed.py`), and so is how far every engine's logits are from those of exact attention.
+run (see `benchmark_retention.py`), and so is how far every engine's logits are from those of exact attention.
 """
 
 import importlib.metadata
@@ -18,11 +18,11 @@ from typing import Any
 from ..attention import TwoStage, attention_to_dict
 from ..deploy.cpu import cpu_features, cpu_model
 from .benchmark_result import Benchmark
+from .benchmark_retention import Retention, measure_retention
 from .engines import ENGINES, UNSUPPORTED, PrefillJob
+from .iceformer_engines import OURS, compile_engine
 from .memory import score_bytes
-from .own_engines import OURS, compile_engine
 from .processes import Job, Report, difference, run_module, time_in_turn
-from .retention_beside_speed import Retention, measure_retention
 from .shapes import ModelShape, write_random_model
 
 _CONTEXT = 131072

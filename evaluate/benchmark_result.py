@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .benchmark_retention import Retention
 from .processes import Timing
-from .retention_beside_speed import Retention
 
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.25}
 """How far an engine's output may be from that of `exact`, in standard deviations, to be called the same."""

@@ -546,7 +546,8 @@ def benchmark(
     FOLDER/benchmark.json and FOLDER/benchmark.png. If a run is interrupted, the same command continues it.
     """
     from . import TwoStage
-    from .evaluate.attention_benchmark import AttentionShape, run_attention_benchmark
+    from .attention.shape import AttentionShape
+    from .evaluate.attention_benchmark import run_attention_benchmark
     from .evaluate.benchmark import run_benchmark
     from .evaluate.benchmark_report import benchmark_table, plot, summary
     from .evaluate.shapes import ModelShape

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ..attention import Attention, Exact, KVCache, LayerCache, Plan, Rows
 from ..attention.ops import cap
 from .config import read_boolean, read_integer, read_layers
-from .layers import Embedding, Linear
+from .modules import Embedding, Linear
 from .rope import Rope, rotary_tables
 from .self_attention import LayerCall, LayerConstants
 
@@ -26,7 +26,7 @@ class DecoderConfig:
     """The fields that every decoder has, named as in the Hugging Face config, and what follows from others per layer.
 
     Attributes:
-        distance_bias: whether attention logits have a bias by distance.
+        relative_bias: whether attention logits have a relative position bias.
         fixed_tokens: None: rows may be of any length.
         default_pad_token_id: what `pad_token_id` is in transformers where a config does not give it.
         task: what the model is for: "text_generation", or a task of encoders, as `model/decoder_encoder.py` has them.
@@ -39,7 +39,7 @@ class DecoderConfig:
     """
 
     model_type: ClassVar[str]
-    distance_bias: ClassVar[bool] = False
+    relative_bias: ClassVar[bool] = False
     fixed_tokens: ClassVar[int | None] = None
     default_pad_token_id: ClassVar[int | None] = None
 
@@ -258,7 +258,7 @@ class CausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows hidden_size"]) -> Float32[Array, "*rows vocab_size"]:
         """Logits of hidden states that `hidden_states` returned."""
-        head = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head.float32
+        head = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head.in_float32
         return cap(head(hidden) * self.logit_multiplier, self.logit_softcap)
 
     def queries_and_keys(

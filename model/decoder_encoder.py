@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from .config import require
 from .decoder import CausalLM, DecoderConfig
 from .encoder import Encoder, Head, TextEmbeddings, read_num_labels
-from .layers import Linear
+from .modules import Linear
 
 GENERATION, FEATURES = "text_generation", "features"
 _TASKS = {

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from .config import read_boolean, read_integer, read_number
 from .encoder import Encoder, Head
 from .images import ImageConfig, ImageEmbeddings, image_attention, read_image_config
-from .layers import MLP, GatedMLP, LayerNorm, Linear
+from .modules import MLP, GatedMLP, LayerNorm, Linear
 from .self_attention import LayerCall
 
 

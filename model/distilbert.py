@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from .bert import BertConfig, BertEncoder
 from .config import read_boolean, read_choice, read_integer, read_layers, with_own_names
 from .encoder import read_num_labels, read_task
-from .layers import ACTIVATIONS
+from .modules import ACTIVATIONS
 
 _COMMON_NAMES = {
     "hidden_size": "dim",

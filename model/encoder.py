@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ..attention import Attention, Exact, Plan, Rows
 from .config import read_boolean, read_integer
 from .decoder import DecoderConfig
-from .layers import ACTIVATIONS, Embedding, Linear
+from .modules import ACTIVATIONS, Embedding, Linear
 from .pooling import TORCH_ACTIVATIONS, SentenceEmbedding
 from .rope import Rope, rotary_tables
 from .self_attention import LayerCall, LayerConstants
@@ -50,7 +50,7 @@ class EncoderConfig:
 
     Attributes:
         kind: "encoder", as the decoders' is "decoder".
-        distance_bias: whether attention logits have a bias by distance.
+        relative_bias: whether attention logits have a relative position bias.
         task: one of the values of `TASKS`.
         num_labels: classes of the task head.
         pooler: whether there is one, `Encoder.pooler`.
@@ -62,7 +62,7 @@ class EncoderConfig:
 
     model_type: ClassVar[str]
     kind: ClassVar[str] = "encoder"
-    distance_bias: ClassVar[bool] = False
+    relative_bias: ClassVar[bool] = False
 
     task: str
     num_labels: int
@@ -420,7 +420,7 @@ class Encoder(nnx.Module):
             logits = self.embeddings.word_embeddings.logits(x)
             return logits if head.bias is None else logits + head.bias[...].astype(jnp.float32)
         assert head.out is not None
-        return head.out.float32(x)
+        return head.out.in_float32(x)
 
     def _whole_rows(
         self,

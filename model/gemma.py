@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from .config import read_boolean, read_choice, read_number, require
 from .decoder import read_sizes
-from .layers import ACTIVATIONS
+from .modules import ACTIVATIONS
 from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
 
@@ -70,7 +70,7 @@ class GemmaForCausalLM(PreNormCausalLM):
         super().__init__(
             config,
             attention_bias=config.attention_bias,
-            norm_unit=1.0,
+            norm_weight_offset=1.0,
             embedding_multiplier=config.hidden_size**0.5,
             rngs=rngs,
             param_dtype=param_dtype,

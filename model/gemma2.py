@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from .config import read_boolean, read_choice, read_number, read_optional_number, require
 from .decoder import read_sizes
-from .layers import ACTIVATIONS
+from .modules import ACTIVATIONS
 from .rope import rope_from_config
 from .sandwich_norm import SandwichCausalLM, SandwichConfig
 from .windows import FULL, SLIDING, read_layer_types, read_window, windows_by_type

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require, with_own_names
 from .decoder import CausalLM, DecoderConfig
-from .layers import ACTIVATIONS, MLP, LayerNorm
+from .layers import PreNormLayer
+from .modules import ACTIVATIONS, MLP, LayerNorm
 from .self_attention import SelfAttention
 
 _COMMON_NAMES = {

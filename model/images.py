@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 
 from .config import read_boolean, read_choice, read_integer, read_layers, read_number, read_pair, require
 from .encoder import EncoderConfig, InputInfo, read_num_labels, read_task
-from .layers import ACTIVATIONS, Convolution
+from .modules import ACTIVATIONS, Convolution
 from .self_attention import SelfAttention
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int8
 
 from .. import kernels
 from ..attention.ops import matmul
-from .layers import Linear
+from .modules import Linear
 
 _LARGEST = 127
 _PANEL = 256
@@ -41,9 +41,9 @@ class Int8Linear(nnx.Module):
         return cls(jnp.asarray(kernel), jnp.asarray(scale), bias)
 
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
-        return self.float32(x).astype(x.dtype)
+        return self.in_float32(x).astype(x.dtype)
 
-    def float32(self, x: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
+    def in_float32(self, x: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
         """The same without rounding the result to x's dtype."""
         product = int8_matmul(x.reshape(-1, x.shape[-1]), self.kernel[...], self.scale[...])
         product = product.reshape(*x.shape[:-1], -1)

@@ -34,10 +34,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_layers, read_number
 from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, read_num_labels, read_task
-from .layers import ACTIVATIONS, MLP, LayerNorm, Linear
+from .layers import PreNormLayer
+from .modules import ACTIVATIONS, MLP, LayerNorm, Linear
 from .self_attention import SelfAttention
 
 POOLINGS = {"cls": "first", "mean": "mean", "padded_mean": "padded_mean"}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .config import ignored, read_choice, read_number
 from .decoder import read_sizes
-from .layers import ACTIVATIONS
+from .modules import ACTIVATIONS
 from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
 from .windows import FULL, SLIDING, read_window, windows_by_type

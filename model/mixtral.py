@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from .config import ignored, read_choice, read_integer, read_number, with_own_names
 from .decoder import read_sizes
-from .layers import ACTIVATIONS
+from .modules import ACTIVATIONS
 from .moe import SparseMoE, check_experts
 from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config

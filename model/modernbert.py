@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_layers, read_number
 from .encoder import Encoder, EncoderConfig, Head, TextEmbeddings, masked_lm_head, read_num_labels, read_task
-from .layers import ACTIVATIONS, GatedMLP, LayerNorm, Linear
+from .layers import PreNormLayer
+from .modules import ACTIVATIONS, GatedMLP, LayerNorm, Linear
 from .rope import ropes_from_config
 from .self_attention import SelfAttention
 from .windows import FULL, SLIDING, read_layer_types, windows_by_type

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ..attention.ops import matmul
-from .layers import ACTIVATIONS, Linear
+from .modules import ACTIVATIONS, Linear
 
 # More rows pad more, fewer read an expert's weights more often; XLA wants at least 8 for its bfloat16 product.
 _LEAST_ROWS, _MOST_ROWS = 8, 256
@@ -75,7 +75,7 @@ class SparseMoE(nnx.Module):
         self, x: Float[Array, "tokens hidden_size"]
     ) -> tuple[Float32[Array, "tokens chosen"], Int32[Array, "tokens chosen"]]:
         """Weights and indices of each token's experts, the most probable first."""
-        probabilities = jax.nn.softmax(self.gate.float32(x), axis=-1)
+        probabilities = jax.nn.softmax(self.gate.in_float32(x), axis=-1)
         weights, experts = lax.top_k(probabilities, self.num_experts_per_tok)
         if self.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import PostNormLayer
 from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require
 from .encoder import (
     Encoder,
@@ -25,7 +24,8 @@ from .encoder import (
     read_pooler,
     read_task,
 )
-from .layers import ACTIVATIONS, GatedMLP, LayerNorm, Linear
+from .layers import PostNormLayer
+from .modules import ACTIVATIONS, GatedMLP, LayerNorm, Linear
 from .rope import Rope, rope_from_config
 from .self_attention import SelfAttention
 

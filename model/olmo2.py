@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ..attention.cache import LayerCache
 from .config import read_boolean, read_choice, read_number
 from .decoder import CausalLM, DecoderConfig, read_sizes
-from .layers import ACTIVATIONS, GatedMLP, RMSNorm
+from .modules import ACTIVATIONS, GatedMLP, RMSNorm
 from .rope import rope_from_config
 from .self_attention import LayerCall, SelfAttention
 

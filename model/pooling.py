@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from .layers import Linear
+from .modules import Linear
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """The modes of a Pooling module, in the order in which its older config concatenates them."""
@@ -129,7 +129,7 @@ class SentenceEmbedding(nnx.Module):
         layers = iter(self.dense)
         for step in self.config.steps:
             if isinstance(step, Dense):
-                vector = TORCH_ACTIVATIONS[step.activation](next(layers).float32(vector.astype(hidden.dtype)))
+                vector = TORCH_ACTIVATIONS[step.activation](next(layers).in_float32(vector.astype(hidden.dtype)))
             else:
                 # Zeros stay zeros, as in torch's normalize.
                 vector = vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)

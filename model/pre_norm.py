@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import PreNormLayer
 from .decoder import CausalLM, DecoderConfig
-from .layers import GatedMLP, RMSNorm
+from .layers import PreNormLayer
+from .modules import GatedMLP, RMSNorm
 from .self_attention import SelfAttention
 
 
@@ -34,7 +34,7 @@ class PreNormCausalLM(CausalLM):
         output_bias: whether the attention's output projection has one; None for as the others.
         mlp_bias: whether the MLP's projections have biases.
         norm_queries_and_keys: whether each head's queries and keys are normalised before the rotary embedding.
-        norm_unit: what the norms' weights are added to, as `RMSNorm` has it.
+        norm_weight_offset: what the norms' weights are added to, as `RMSNorm` has it.
         scale: factor of the attention's logits, None for 1 / sqrt(head_dim).
         residual_multiplier: factor of what attention and MLP add to the residual.
         embedding_multiplier, logit_multiplier: as in `CausalLM`.
@@ -49,7 +49,7 @@ class PreNormCausalLM(CausalLM):
         output_bias: bool | None = None,
         mlp_bias: bool = False,
         norm_queries_and_keys: bool = False,
-        norm_unit: float = 0.0,
+        norm_weight_offset: float = 0.0,
         scale: float | None = None,
         residual_multiplier: float = 1.0,
         embedding_multiplier: float = 1.0,
@@ -58,7 +58,9 @@ class PreNormCausalLM(CausalLM):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
     ) -> None:
-        make_norm = partial(RMSNorm, epsilon=config.rms_norm_eps, unit=norm_unit, param_dtype=param_dtype)
+        make_norm = partial(
+            RMSNorm, epsilon=config.rms_norm_eps, weight_offset=norm_weight_offset, param_dtype=param_dtype
+        )
 
         def make_layer(index: int) -> PreNormLayer:
             self_attn = SelfAttention(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from ..attention.cache import LayerCache
 from .decoder import CausalLM, DecoderConfig
-from .layers import GatedMLP, RMSNorm
+from .modules import GatedMLP, RMSNorm
 from .self_attention import LayerCall, SelfAttention
 
 
@@ -48,7 +48,7 @@ class SandwichLayer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ) -> None:
-        make_norm = partial(RMSNorm, epsilon=config.rms_norm_eps, unit=1.0, param_dtype=param_dtype)
+        make_norm = partial(RMSNorm, epsilon=config.rms_norm_eps, weight_offset=1.0, param_dtype=param_dtype)
         self.input_layernorm = make_norm(config.hidden_size)
         self.self_attn = SelfAttention(
             config,
@@ -103,7 +103,7 @@ class SandwichCausalLM(CausalLM):
                 SandwichLayer(config, window, norm_queries_and_keys, rngs=rngs, param_dtype=param_dtype)
                 for window in config.windows
             ],
-            RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, unit=1.0, param_dtype=param_dtype),
+            RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, weight_offset=1.0, param_dtype=param_dtype),
             embedding_multiplier=config.hidden_size**0.5,
             logit_softcap=config.final_logit_softcapping,
             rngs=rngs,

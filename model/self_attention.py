@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..attention import Attention, Constants, KeyView, LayerCache, Mask, Plan, Rows, attend, extend
-from .layers import Linear
+from .modules import Linear
 from .rope import RotaryTables, apply_rotary
 
 Norm = Callable[[Array], Array]
@@ -80,7 +80,7 @@ class SelfAttention(nnx.Module):
         window: keys that a query sees counted back from itself, its own included (to both sides where not causal), or
             None for all. A layer with a window attends exactly.
         causal: whether a query sees only keys up to its own position.
-        distance_bias: makes the logits' bias [query_heads, distances] as `Mask` has it, or None; layers
+        relative_bias: makes the logits' bias [query_heads, distances] as `Mask` has it, or None; layers
             may share one.
     """
 
@@ -97,7 +97,7 @@ class SelfAttention(nnx.Module):
         scale: float | None = None,
         softcap: float | None = None,
         window: int | None = None,
-        distance_bias: nnx.Module | None = None,
+        relative_bias: nnx.Module | None = None,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ) -> None:
@@ -111,7 +111,7 @@ class SelfAttention(nnx.Module):
             query_features, hidden_size, use_bias=use_bias if use_output_bias is None else use_output_bias
         )
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
-        self.distance_bias: Any = distance_bias
+        self.relative_bias: Any = relative_bias
         self.head_dim, self.causal = head_dim, config.causal
         self.scale, self.softcap, self.window = scale, softcap, window
 
@@ -127,7 +127,7 @@ class SelfAttention(nnx.Module):
             self.window,
             self.scale,
             self.softcap,
-            None if self.distance_bias is None else self.distance_bias(),
+            None if self.relative_bias is None else self.relative_bias(),
         )
         keys, rows, cache = KeyView(key, value), call.rows, call.cache
         if cache is not None:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from .config import read_boolean, read_choice, read_integer, read_number
 from .decoder import read_sizes
-from .layers import ACTIVATIONS
+from .modules import ACTIVATIONS
 from .pre_norm import PreNormCausalLM, PreNormConfig
 from .rope import rope_from_config
 from .windows import FULL, SLIDING, read_layer_types, read_window, windows_by_type

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import ParallelLayer, PreNormLayer
 from .config import read_boolean, read_choice, read_number, require
 from .decoder import CausalLM, DecoderConfig, read_sizes
-from .layers import ACTIVATIONS, GatedMLP, LayerNorm
+from .layers import ParallelLayer, PreNormLayer
+from .modules import ACTIVATIONS, GatedMLP, LayerNorm
 from .rope import rope_from_config
 from .self_attention import SelfAttention
 

@@ -15,10 +15,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .blocks import PreNormLayer
 from .config import read_boolean, read_choice, read_integer, read_layers, read_number, require, with_own_names
 from .encoder import Encoder, EncoderConfig, TextEmbeddings, require_class
-from .layers import ACTIVATIONS, MLP, Embedding, GatedMLP, RMSNorm
+from .layers import PreNormLayer
+from .modules import ACTIVATIONS, MLP, Embedding, GatedMLP, RMSNorm
 from .self_attention import SelfAttention
 
 _PROJECTIONS = {name: (False, name) for name in ACTIVATIONS} | {f"gated-{name}": (True, name) for name in ACTIVATIONS}
@@ -45,7 +45,7 @@ class T5Config(EncoderConfig):
 
     model_type: ClassVar[str] = "t5"
     class_prefix: ClassVar[str] = "T5"
-    distance_bias: ClassVar[bool] = True
+    relative_bias: ClassVar[bool] = True
     shared_bias: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 32128,
@@ -126,7 +126,7 @@ class MT5Config(T5Config):
 
 @dataclass(frozen=True, kw_only=True)
 class UMT5Config(MT5Config):
-    """Configuration of umT5's encoder, whose layers have a bias by distance each."""
+    """Configuration of umT5's encoder, whose layers have a relative position bias each."""
 
     model_type: ClassVar[str] = "umt5"
     class_prefix: ClassVar[str] = "UMT5"
@@ -155,7 +155,7 @@ class T5Encoder(Encoder):
             self_attn = SelfAttention(
                 config,
                 scale=1.0,
-                distance_bias=bias,
+                relative_bias=bias,
                 rngs=rngs,
                 param_dtype=param_dtype,
             )

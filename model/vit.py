@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .blocks import PreNormLayer
 from .config import read_choice, read_integer
 from .encoder import Encoder, Head, read_pooler
 from .images import ImageConfig, ImageEmbeddings, image_attention, read_image_config
-from .layers import ACTIVATIONS, MLP, LayerNorm, Linear
+from .layers import PreNormLayer
+from .modules import ACTIVATIONS, MLP, LayerNorm, Linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from .blocks import PreNormLayer
 from .config import read_choice, read_integer, read_layers, with_own_names
 from .encoder import Encoder, EncoderConfig, InputInfo, require_class
-from .layers import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
+from .layers import PreNormLayer
+from .modules import ACTIVATIONS, MLP, Convolution, Embedding, LayerNorm
 from .self_attention import SelfAttention
 
 CLASSES = ("WhisperForConditionalGeneration", "WhisperModel", "WhisperEncoder")

@@ -15,7 +15,7 @@ RULES = (
     Rule(BLOCK + r"layer\.0\.SelfAttention\.([qkvo])\.weight", r"layers.\1.self_attn.\2_proj.kernel", TRANSPOSED),
     Rule(
         BLOCK + r"layer\.0\.SelfAttention\.relative_attention_bias\.weight",
-        r"layers.\1.self_attn.distance_bias.buckets.embedding",
+        r"layers.\1.self_attn.relative_bias.buckets.embedding",
     ),
     Rule(BLOCK + r"layer\.1\.layer_norm\.weight", r"layers.\1.post_attention_layernorm.scale"),
     Rule(BLOCK + MLP + r"wi_0\.weight", r"layers.\1.mlp.gate_proj.kernel", TRANSPOSED),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iceformer.attention import Attention, Exact, KeyView, LowRank, Mask, Rows, TwoStage
+from iceformer.attention import Attention, Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage
 from iceformer.attention import attend as dispatch
 from iceformer.attention.methods.low_rank import KEY_PROJECTION, PROJECTED_KEY, QUERY_PROJECTION
 from iceformer.attention.two_stage import two_stage_attention as in_xla
@@ -82,10 +82,10 @@ def two_stage_attention(
     keys, rows = _arrays(key, value, projected), _rows(offset, lengths)
     constants = constants_of(basis) if constants is None else constants
     rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
-    if config.objection(query, keys, Mask(**mask)) is None:
-        return config.attend_in_kernel(query, keys, rows, Mask(**mask), constants)
-    selecting = config.selecting(rows, query.shape[2], Mask(**mask).causal)
-    return in_xla(config, query, keys, rows, Mask(**mask), constants, selecting)
+    call = Call(query, keys, rows, Mask(**mask), constants)
+    if config.objection(call) is None:
+        return config.attend_in_kernel(call)
+    return in_xla(config, call, config.selecting(rows, query.shape[2], call.mask.causal))
 
 
 def project_keys(key: jax.Array, basis: Any) -> jax.Array:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxtyping import Array, Float
 
 from iceformer import kernels
-from iceformer.attention import Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
+from iceformer.attention import Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
 
 from .calls import exact_attention, scattered, two_stage_attention
 from .reference import random_inputs
@@ -123,8 +123,9 @@ def native(
     case = CASES[name]
     strategy = Exact() if case.two_stage is None else TwoStage(**case.two_stage)
     mask = Mask(case.causal, case.window, softcap=case.softcap)
-    assert strategy.objection(query, keys, mask) is None
-    return strategy.attend_in_kernel(query, keys, rows, mask, constants)
+    call = Call(query, keys, rows, mask, constants)
+    assert strategy.objection(call) is None
+    return strategy.attend_in_kernel(call)
 
 
 def inputs(case: Case, seed: int, kind: str = "normal") -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
@@ -211,7 +212,7 @@ def test_log_sum_exp_is_that_of_the_visible_logits() -> None:
         pytest.skip("the native kernels are not built")
     query, key, value = map(jnp.asarray, random_inputs(0, 2, 4, 2, 20, 50, 16))
     rows = Rows.whole(jnp.array([50, 0], jnp.int32))._replace(offset=jnp.array([30, 0], jnp.int32))
-    _, lse = custom_calls.exact(query, KeyView(key, value), rows, Mask(scale=0.25))
+    _, lse = custom_calls.exact(Call(query, KeyView(key, value), rows, Mask(scale=0.25)))
     logits = jnp.einsum("hqd,hkd->hqk", query[0], jnp.repeat(key[0], 2, axis=0)) * 0.25
     visible = jnp.arange(50)[None, :] <= 30 + jnp.arange(20)[:, None]
     expected = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
@@ -257,10 +258,10 @@ def test_a_page_may_belong_to_several_slots() -> None:
     query, key, value = map(jnp.asarray, random_inputs(0, 2, 4, 2, 20, 256, 16))
     rows = Rows.whole(jnp.array([256, 200], jnp.int32))._replace(offset=jnp.array([236, 180], jnp.int32))
     same_start = [x.at[1, :, :128].set(x[0, :, :128]) for x in (key, value)]
-    expected, _ = custom_calls.exact(query, KeyView(same_start[0], same_start[1]), rows, Mask())
+    expected, _ = custom_calls.exact(Call(query, KeyView(same_start[0], same_start[1]), rows))
     pages = [x.reshape(2, 2, 2, 128, 16).swapaxes(1, 2).reshape(4, 2, 128, 16) for x in (key, value)]
     keys = KeyView(pages[0], pages[1], {}, jnp.array([[0, 1], [0, 3]], jnp.int32))
-    output, _ = custom_calls.exact(query, keys, rows, Mask())
+    output, _ = custom_calls.exact(Call(query, keys, rows))
     np.testing.assert_array_equal(output, expected)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from iceformer import kernels
-from iceformer.attention import KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
+from iceformer.attention import Call, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
 
 from .calls import exact_attention, two_stage_attention
 
@@ -261,7 +261,7 @@ def test_two_stage_in_kernels(case: Case) -> None:
     @jax.jit
     def call(query: jax.Array, key: jax.Array, value: jax.Array, projected: jax.Array, queries: jax.Array) -> Any:
         keys = KeyView(key, value, {"projected_key": projected}).padded(config.key_block)
-        return custom_calls.two_stage(config, query, keys, queries, rows, selecting, mask)
+        return custom_calls.two_stage(config, Call(query, keys, rows, mask), queries, selecting)
 
     for instruction_set in kernels.instruction_sets():
         with kernels.using(instruction_set):

@@ -1,6 +1,7 @@
 """From checkpoint to session, against transformers: decoders with prompts in chunks and a cache, and encoders."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: 
 @pytest.mark.parametrize("window", [1, 5, 16, 20, 40, 60])
 def test_a_layer_with_a_window_keeps_no_more_than_it_sees(window: int, tmp_path: Path) -> None:
     """Prompts of all lengths around window and chunk, and what is written after them, against transformers."""
-    sizes = DECODERS["mistral"].tiny | {"sliding_window": window, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = DECODERS["mistral"].tiny | {"sliding_window": window, "num_hidden_layers": 2}
     reference = save_random(tmp_path / "source", "mistral", **sizes)
     iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint")
     iceformer.compile(

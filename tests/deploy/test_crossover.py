@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 import iceformer
 from iceformer.attention import LowRank, Mask, MeanPool, Plan
+from iceformer.attention.shape import AttentionShape
 from iceformer.deploy import artifact as layout
 from iceformer.deploy import crossover
 from iceformer.deploy.card import card_text
 from iceformer.deploy.crossover import (
-    AttentionShape,
     Choice,
     CrossoverTable,
+    TimedCall,
     choose,
     crossover_of,
     decide,
@@ -31,7 +32,7 @@ from iceformer.deploy.tables import attention_tables
 
 from .conftest import VOCABULARY
 
-SHAPE = AttentionShape(query_heads=4, kv_heads=2, head_dim=16, dtype="float32", batch=1, chunk=32)
+TIMED = TimedCall(AttentionShape(query_heads=4, kv_heads=2, head_dim=16), dtype="float32", batch=1, chunk=32)
 TWO_STAGE = iceformer.TwoStage(method=LowRank(rank=4), budget=32, query_block=8, key_block=2, sink=4, local=4)
 
 
@@ -111,15 +112,15 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(crossover, "measure", fail)
     for asked in (Plan(), Plan(LARGE)):
-        choices, measured = decide(asked, (256, 1024), SHAPE, fail)
+        choices, measured = decide(asked, (256, 1024), TIMED, fail)
         assert choices == (Choice(asked, "as asked"),) * 2
         assert measured == ()
-    choices, measured = decide(iceformer.Auto(LARGE), (256, 500), SHAPE, fail)
+    choices, measured = decide(iceformer.Auto(LARGE), (256, 500), TIMED, fail)
     assert [choice.plan for choice in choices] == [Plan()] * 2
     assert measured == ()
-    assert needs_measurement(iceformer.Auto(LARGE), (256, 501), SHAPE)
+    assert needs_measurement(iceformer.Auto(LARGE), (256, 501), TIMED)
     with pytest.raises(AssertionError, match="measured"):
-        decide(iceformer.Auto(LARGE), (256, 501), SHAPE, lambda line: None)
+        decide(iceformer.Auto(LARGE), (256, 501), TIMED, lambda line: None)
 
 
 def test_measures_until_two_stage_has_clearly_won_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_measures_until_two_stage_has_clearly_won_twice(monkeypatch: pytest.Monk
         return [1.0, 100 / length]
 
     monkeypatch.setattr(crossover, "_race", made_up)
-    table = crossover.measure(TWO_STAGE, SHAPE, 1024)
+    table = crossover.measure(TWO_STAGE, TIMED, 1024)
     # Chunks of 32 that end at 64, 128, 256; 512 and 1024 are not looked at.
     assert [row.keys for row in table.rows] == [48, 112, 240]
     assert [row.two_stage_seconds for row in table.rows] == [1.5625, 0.78125, 0.390625]
@@ -227,8 +228,8 @@ def test_bidirectional_attention_is_measured_over_whole_rows(monkeypatch: pytest
         return [1.0, 2.0]
 
     monkeypatch.setattr(crossover, "_race", watched)
-    shape = dataclasses.replace(SHAPE, causal=False)
-    table = crossover.measure(TWO_STAGE, shape, 300)
+    timed = dataclasses.replace(TIMED, shape=dataclasses.replace(TIMED.shape, causal=False))
+    table = crossover.measure(TWO_STAGE, timed, 300)
     assert seen == [(0, 64), (0, 128), (0, 256), (0, 300)]
     assert [row.keys for row in table.rows] == [64, 128, 256, 300]
     assert table.crossover is None
@@ -244,14 +245,15 @@ def test_a_timed_call_is_bidirectional_if_the_model_is(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(crossover, "attend", attend)
     for causal in (True, False):
-        crossover.measure(TWO_STAGE, dataclasses.replace(SHAPE, causal=causal), 64)
+        shape = dataclasses.replace(TIMED.shape, causal=causal)
+        crossover.measure(TWO_STAGE, dataclasses.replace(TIMED, shape=shape), 64)
     assert set(told[: len(told) // 2]) == {True}
     assert set(told[len(told) // 2 :]) == {False}
 
 
 def test_a_model_of_windows_only_is_not_measured() -> None:
-    shape = dataclasses.replace(SHAPE, only_exact="every layer has a sliding window")
-    choices, measured = decide(iceformer.Auto(LARGE), (256, 1024), shape, lambda line: None)
+    timed = dataclasses.replace(TIMED, only_exact="every layer has a sliding window")
+    choices, measured = decide(iceformer.Auto(LARGE), (256, 1024), timed, lambda line: None)
     assert choices == (Choice(Plan(), "exact: every layer has a sliding window"),) * 2
     assert measured == ()
-    assert not needs_measurement(iceformer.Auto(LARGE), (256, 1024), shape)
+    assert not needs_measurement(iceformer.Auto(LARGE), (256, 1024), timed)

@@ -20,9 +20,9 @@ from iceformer.attention import LowRank
 from iceformer.convert.parameters import save_params
 from iceformer.deploy.session import Session
 from iceformer.model import registry
-from iceformer.model.blocks import PostNormLayer
 from iceformer.model.encoder import Encoder, EncoderConfig, InputInfo
-from iceformer.model.layers import MLP, LayerNorm, Linear
+from iceformer.model.layers import PostNormLayer
+from iceformer.model.modules import MLP, LayerNorm, Linear
 from iceformer.model.self_attention import SelfAttention
 
 CHANNELS, SIDE, PATCH = 3, 32, 4

@@ -21,10 +21,10 @@ from iceformer.deploy import artifact as layout
 from iceformer.deploy.calibration import CalibrationInputs, calibration_ids
 from iceformer.deploy.executables import PortableTierWarning
 from iceformer.deploy.manifest import parse_manifest
+from iceformer.deploy.quantization_error import quantization_error
 from iceformer.deploy.session import Session
-from iceformer.deploy.weight_loss import weight_loss
 from iceformer.model.int8 import quantize
-from iceformer.model.layers import Linear
+from iceformer.model.modules import Linear
 
 from .conftest import BUCKETS, CHUNK, VOCABULARY
 
@@ -131,13 +131,13 @@ def test_bfloat16(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
 
 
 def test_reported_loss_is_that_of_the_sessions(session: Session, exact_session: Session, checkpoint: Path) -> None:
-    weights, loss = session.info.weights, session.info.weights.loss
+    weights, loss = session.info.weights, session.info.weights.error
     assert loss is not None
     ids, info = calibration_ids(None, checkpoint / "tokenizer.json", VOCABULARY, 512)
     assert (weights.format, loss.text, loss.tokens) == ("int8", info.kind, len(ids))
     ids = ids[:128]  # What fits a session's bucket.
     model = iceformer.load_model(checkpoint)
-    loss = weight_loss(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
+    loss = quantization_error(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
     before, after = exact_session.score(ids), session.score(ids)
     assert loss.nll is not None
     assert loss.rounded_nll is not None
@@ -154,7 +154,7 @@ def test_loss_of_any_number_of_tokens(checkpoint: Path, length: int) -> None:
     model = iceformer.load_model(checkpoint)
     ids = random_ids(length).astype(np.int32)
     _, info = calibration_ids(ids, checkpoint / "tokenizer.json", VOCABULARY, 512)
-    loss = weight_loss(model, model, CalibrationInputs(ids[None], ids.size, info))
+    loss = quantization_error(model, model, CalibrationInputs(ids[None], ids.size, info))
     logprobs = logprobs_of(model, ids)
     expected = -logprobs[np.arange(length - 1), ids[1:]].mean() if length > 1 else 0.0
     assert (loss.tokens, loss.greedy_agreement) == (length, 1.0)
@@ -164,13 +164,13 @@ def test_loss_of_any_number_of_tokens(checkpoint: Path, length: int) -> None:
 def test_size_and_description(artifact: Path, session: Session, exact_session: Session) -> None:
     info, floats = session.info, exact_session.info
     assert info.model.parameters == floats.model.parameters
-    assert (floats.weights.format, floats.weights.loss) == ("same", None)
+    assert (floats.weights.format, floats.weights.error) == ("same", None)
     kernels_bytes = sum(
         array.size for name, array in load_file(artifact / "weights.safetensors").items() if array.dtype == np.int8
     )
     saved = floats.weights.file.size - info.weights.file.size
     assert 0.9 * 3 * kernels_bytes < saved < 3 * kernels_bytes
-    loss = info.weights.loss
+    loss = info.weights.error
     assert loss is not None
     card = (artifact / "README.md").read_text()
     assert f"| {loss.tokens} | {loss.nll:.4f} | {loss.rounded_nll:.4f} |" in card

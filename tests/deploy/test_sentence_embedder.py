@@ -67,7 +67,7 @@ def test_int8_keeps_the_vectors_and_says_how_well(session: Session, minilm_check
         minilm_checkpoint, tmp_path / "int8", buckets=(128,), attention=iceformer.Exact(), weights="int8"
     )
     rounded = iceformer.load(path)
-    loss = rounded.info.weights.loss
+    loss = rounded.info.weights.error
     assert loss is not None
     assert loss.cosine is not None
     assert loss.nll is None

@@ -13,16 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import iceformer
+from iceformer.attention.shape import AttentionShape
 from iceformer.cli import main
 from iceformer.evaluate import benchmark as benchmark_module
-from iceformer.evaluate.attention_benchmark import AttentionShape, run_attention_benchmark
+from iceformer.evaluate.attention_benchmark import run_attention_benchmark
 from iceformer.evaluate.benchmark import run_benchmark
 from iceformer.evaluate.benchmark_report import benchmark_table, plot, summary
 from iceformer.evaluate.benchmark_result import Benchmark
+from iceformer.evaluate.benchmark_retention import ALL_ALONG, AT_THE_END, Kept, Retention
 from iceformer.evaluate.engines import ENGINES, PrefillJob, ours
-from iceformer.evaluate.own_engines import compile_engine
+from iceformer.evaluate.iceformer_engines import compile_engine
 from iceformer.evaluate.processes import Timing
-from iceformer.evaluate.retention_beside_speed import ALL_ALONG, AT_THE_END, Kept, Retention
 from iceformer.evaluate.shapes import ModelShape, write_random_model
 
 SHAPE = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, mlp=96, vocab=128)
@@ -154,7 +155,7 @@ def test_refuses(
 
 def test_attention_alone(tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "shape": AttentionShape(heads=4, kv_heads=2, head_dim=16),
+        "shape": AttentionShape(query_heads=4, kv_heads=2, head_dim=16),
         "attention": iceformer.TwoStage(budget=64),
         "engines": ("two_stage", "exact", "sdpa"),
     }
@@ -172,7 +173,7 @@ def test_attention_alone(tmp_path: Path) -> None:
 
 
 def test_attention_alone_in_both_directions_has_no_retention(tmp_path: Path) -> None:
-    shape = AttentionShape(heads=2, kv_heads=2, head_dim=8, causal=False)
+    shape = AttentionShape(query_heads=2, kv_heads=2, head_dim=8, causal=False)
     with pytest.raises(ValueError, match="causal: leave out --retention"):
         run_attention_benchmark(tmp_path, shape=shape, retention=True)
 

@@ -17,7 +17,7 @@ import iceformer
 from iceformer.convert.quantization import without_quantization
 from iceformer.convert.tensor_file import TensorInfo
 from iceformer.model.encoder import read_labels, read_num_labels, unnamed_labels
-from iceformer.model.layers import ACTIVATIONS
+from iceformer.model.modules import ACTIVATIONS
 from iceformer.model.registry import ARCHITECTURES, build, find
 
 from .folders import edit_json, edit_tensors, read_json, refused, tiny

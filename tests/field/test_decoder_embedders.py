@@ -252,7 +252,7 @@ def test_options_of_compiling(reranker: Path, tmp_path: Path) -> None:
     assert 1e-5 < abs(selecting[0] - exact[0]) < 0.5
     np.testing.assert_allclose(logits("auto", attention=iceformer.Auto(two_stage)), exact, atol=0.5)
     np.testing.assert_allclose(logits("int8", attention=iceformer.Exact(), weights="int8"), exact, atol=0.1)
-    loss = json.loads((tmp_path / "int8" / "manifest.json").read_text())["weights"]["loss"]
+    loss = json.loads((tmp_path / "int8" / "manifest.json").read_text())["weights"]["error"]
     assert 0.99 < loss["cosine"] < 1
 
 

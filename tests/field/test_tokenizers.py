@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import iceformer
-from iceformer.convert.companions import tokenizer_of
+from iceformer.convert.auxiliary_files import tokenizer_of
 from iceformer.deploy.tokenization import TextTokenizer
 
 from .folders import edit_json, read_json, refused, write_json

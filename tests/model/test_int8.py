@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from iceformer import kernels
 from iceformer.model.int8 import Int8Linear, quantize, quantize_kernel
-from iceformer.model.layers import Embedding, GatedMLP, Linear, RMSNorm
+from iceformer.model.modules import Embedding, GatedMLP, Linear, RMSNorm
 
 
 @pytest.fixture(autouse=True, scope="module", params=["xla", "kernels"])
@@ -77,13 +77,13 @@ def test_layer_is_a_linear_layer_with_the_rounded_weights(dtype: str, shape: tup
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     expected = np.asarray(x, np.float64) @ weights
     expected += np.asarray(linear.bias[...], np.float64) if linear.bias is not None else 0.0
-    product = layer.float32(x)
+    product = layer.in_float32(x)
     assert (product.dtype, product.shape) == (jnp.float32, (*shape[:-1], 600))
     np.testing.assert_allclose(product, expected, atol=1e-5)
     assert layer(x).dtype == x.dtype
     np.testing.assert_array_equal(layer(x), product.astype(dtype))
     # Near to the layer before: 24 steps of half a 127th of the largest weight, 0.1.
-    np.testing.assert_allclose(linear.float32(x), product, atol=24 * 0.1 / 254 * float(jnp.abs(x).max()))
+    np.testing.assert_allclose(linear.in_float32(x), product, atol=24 * 0.1 / 254 * float(jnp.abs(x).max()))
 
 
 class Model(nnx.Module):

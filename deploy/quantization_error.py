@@ -12,20 +12,20 @@ from ..attention import Plan, Rows
 from ..model.encoder import Encoder
 from .calibration import CalibrationInputs
 from .entries import SCORE_BLOCK, score_positions
-from .manifest import WeightLoss
+from .manifest import QuantizationError
 
 MAX_TOKENS = 2048
 
 
-def weight_loss(model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs) -> WeightLoss:
+def quantization_error(model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs) -> QuantizationError:
     """Compares two models over a row; decoders over its first `MAX_TOKENS`, by the tokens that they predict."""
     if isinstance(model, Encoder):
         before, after = (_hidden(each, row) for each in (model, rounded))
         lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
-        return WeightLoss(row.info.kind, row.tokens, cosine=float(np.mean((before * after).sum(-1) / lengths)))
+        return QuantizationError(row.info.kind, row.tokens, cosine=float(np.mean((before * after).sum(-1) / lengths)))
     ids = row.inputs[0, :MAX_TOKENS]
     (before, most_likely), (after, then) = _scores(model, ids), _scores(rounded, ids)
-    return WeightLoss(
+    return QuantizationError(
         text=row.info.kind,
         tokens=ids.size,
         nll=_mean_nll(before),

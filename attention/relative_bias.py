@@ -8,7 +8,7 @@ the length.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-DistanceTable = Float[Array, "group distances"]
+BiasTable = Float[Array, "group distances"]
 """The bias of the query heads that share a KV head, by `reach + distance`."""
 
 
@@ -24,13 +24,13 @@ def table_of_heads(
         return None
     if bias.shape[1] % 2 == 0:
         raise ValueError(
-            f"distance_bias has {bias.shape[1]} distances, expected an odd number: from -reach to reach, with 0"
+            f"relative_bias has {bias.shape[1]} distances, expected an odd number: from -reach to reach, with 0"
         )
     return bias.astype(jnp.float32).reshape(kv_heads, -1, bias.shape[1])
 
 
-def distance_tile(
-    table: DistanceTable, query_start: Int[Array, ""], key_start: Int[Array, ""], queries: int, keys: int
+def bias_tile(
+    table: BiasTable, query_start: Int[Array, ""], key_start: Int[Array, ""], queries: int, keys: int
 ) -> Float[Array, "rows keys"]:
     """The bias of consecutive queries of a group, group-major, at consecutive keys.
 

@@ -1,4 +1,4 @@
-"""Attention with a bias by distance, in the exact and in the two-stage form, against numpy."""
+"""Attention with a relative position bias, in the exact and in the two-stage form, against numpy."""
 
 from functools import partial
 from typing import Any

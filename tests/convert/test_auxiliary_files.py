@@ -24,7 +24,7 @@ def write(folder: Path, name: str, content: Any) -> None:
     (folder / name).write_text(json.dumps(content))
 
 
-def test_companions_are_copied_and_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_auxiliary_files_are_copied_and_nothing_else(source: Path, tmp_path: Path) -> None:
     write(source, "preprocessor_config.json", {"size": 224})
     write(source, "2_Dense/config.json", {"in_features": 3})
     (source / "modeling.py").write_text("raise RuntimeError")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import iceformer
-from iceformer.evaluate import retention_beside_speed as module
-from iceformer.evaluate.retention_beside_speed import ALL_ALONG, AT_THE_END, Kept, Retention, measure_retention
+from iceformer.evaluate import benchmark_retention as module
+from iceformer.evaluate.benchmark_retention import ALL_ALONG, AT_THE_END, Kept, Retention, measure_retention
 
 ATTENTION = iceformer.TwoStage(budget=256)
 

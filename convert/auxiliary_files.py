@@ -14,7 +14,7 @@ from .tokenizer_settings import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 CONFIG = "config.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja")
 """Files, and a pattern of files, that hold the templates of chats that tokenizer_config.json does not."""
-COMPANIONS = (
+AUXILIARY_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP,
@@ -25,9 +25,9 @@ COMPANIONS = (
 """Files that go to the checkpoint where the source has them, as they are except for the tokenizer."""
 
 
-def check_companions(source: Path) -> list[str]:
-    """The companions that a folder has; ValueError if one of them is not JSON, as far as it should be."""
-    found = [str(file.relative_to(source)) for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
+def check_auxiliary_files(source: Path) -> list[str]:
+    """The auxiliary files that a folder has; ValueError if one of them is not JSON, as far as it should be."""
+    found = [str(file.relative_to(source)) for pattern in AUXILIARY_FILES for file in sorted(source.glob(pattern))]
     for name in found:
         if name.endswith(".json"):
             read_json(source / name)
@@ -54,8 +54,8 @@ def tokenizer_of(source: Path, fields: Mapping[str, Any], vocab_size: int | None
     return text
 
 
-def copy_companions(source: Path, target: Path, names: list[str], tokenizer: str | None) -> None:
-    """Copies the config and the companions of a source, and writes its tokenizer."""
+def copy_auxiliary_files(source: Path, target: Path, names: list[str], tokenizer: str | None) -> None:
+    """Copies the config and the auxiliary files of a source, and writes its tokenizer."""
     for name in (CONFIG, *names):
         (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_bytes((source / name).read_bytes().removeprefix(codecs.BOM_UTF8))

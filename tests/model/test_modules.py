@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from iceformer.model.layers import Embedding, Linear
+from iceformer.model.modules import Embedding, Linear
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (2, 1, 16), (16,)])

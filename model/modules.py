@@ -1,0 +1,187 @@
+"""The modules that layers are made of: linear products, embeddings, norms, MLPs.
+
+Activations have the parameters' dtype; products accumulate in float32, the rest is computed in it.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_accurate": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_python": partial(jax.nn.gelu, approximate=False),
+    "gelu_python_tanh": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""Activation functions by the name that a config's `hidden_act` gives."""
+
+_LEAST_ROWS = 8
+"""Rows of a bfloat16 product, at least: what processors with tiles want, too."""
+
+_initial = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
+    ) -> None:
+        self.kernel = nnx.Param(_initial(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
+        return self.in_float32(x).astype(x.dtype)
+
+    def in_float32(self, x: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
+        """The same without rounding the result to x's dtype."""
+        product = _multiply(x, self.kernel[...], 0)
+        return product if self.bias is None else product + self.bias[...].astype(jnp.float32)
+
+
+class Convolution(nnx.Module):
+    """The product of a convolution, `windows @ kernel + bias`, over windows that the caller cuts.
+
+    Args:
+        window: what a window is made of, e.g. (channels, height, width).
+        out_features: channels of the result.
+    """
+
+    def __init__(self, window: tuple[int, ...], out_features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
+        self.kernel = nnx.Param(_initial(rngs.params(), (*window, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+
+    def __call__(self, windows: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
+        """The result in float32, for windows that are flat and in any dtype."""
+        kernel = self.kernel[...]
+        product = _multiply(windows.astype(kernel.dtype), kernel.reshape(-1, kernel.shape[-1]), 0)
+        return product + self.bias[...].astype(jnp.float32)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors by token id. An id outside of the table gives NaN."""
+
+    def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
+        self.embedding = nnx.Param(_initial(rngs.params(), (num_embeddings, features), param_dtype))
+
+    def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens features"]:
+        return jnp.take(self.embedding[...], ids, axis=0, mode="fill")
+
+    def logits(self, x: Float[Array, "*rows features"]) -> Float32[Array, "*rows num_embeddings"]:
+        """`x @ table.T`: what a model with tied embeddings has for an output layer."""
+        return _multiply(x, self.embedding[...], 1)
+
+
+def _multiply(x: Float[Array, "*rows k"], weight: Float[Array, "m n"], axis: int) -> Float32[Array, "*rows features"]:
+    """The product of x's last dimension with the given axis of a weight, in float32.
+
+    XLA's bfloat16 product of a single row makes a float32 copy of the whole weight at each call, which takes 15 times
+    as long as the product of a few rows: so there are a few.
+    """
+    rows = math.prod(x.shape[:-1])
+    flat = x.reshape(rows, x.shape[-1])
+    if x.dtype == jnp.bfloat16 and rows < _LEAST_ROWS:
+        flat = jnp.pad(flat, ((0, _LEAST_ROWS - rows), (0, 0)))
+    product = lax.dot_general(flat, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return product[:rows].reshape(*x.shape[:-1], -1)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + epsilon) * (weight_offset + scale)` over the last dimension.
+
+    The offset is 0, or 1 in Gemma models, whose checkpoints hold weights around 0.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike, weight_offset: float = 0.0) -> None:
+        self.scale = nnx.Param(jnp.full((features,), 1 - weight_offset, param_dtype))
+        self.epsilon, self.weight_offset = epsilon, weight_offset
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * lax.rsqrt(mean_square + self.epsilon)
+        return (normed * (self.weight_offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias` over the last dimension.
+
+    `features` may give dimensions before the last too, for parameters that differ along them, as from head to head.
+    """
+
+    def __init__(
+        self, features: int | tuple[int, ...], *, epsilon: float, param_dtype: DTypeLike, use_bias: bool = True
+    ) -> None:
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if use_bias else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(jnp.float32)
+        return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        self.gate_proj = linear(hidden_size, intermediate_size)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+        self.hidden_act = hidden_act
+
+    def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
+        gate = ACTIVATIONS[self.hidden_act](self.gate_proj.in_float32(x))
+        return self.down_proj((gate * self.up_proj.in_float32(x)).astype(x.dtype))
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ) -> None:
+        linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+        self.hidden_act = hidden_act
+
+    def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.up_proj.in_float32(x)).astype(x.dtype))
