@@ -5,7 +5,7 @@ exactly.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +75,7 @@ class TwoStage(Attention):
     sink: int = 8
     local: int = -1
     exact_last_block: bool = True
-    compensation: str = "none"
+    compensation: Literal["none", "block_mean"] = "none"
     crossover: int = 0
 
     def __post_init__(self) -> None:

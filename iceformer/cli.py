@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import __version__
+from .fields import add_options, takes_options
 from .host import strict_json
 from .host.environment import check_environment
 from .host.files import check_parent
@@ -65,14 +66,8 @@ class WeightFormat(StrEnum):
     INT8 = "int8"
 
 
-class Compensation(StrEnum):
-    """What replaces the keys that were not selected."""
-
-    NONE = "none"
-    BLOCK_MEAN = "block_mean"
-
-
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
+_TWO_STAGE = "Two-stage attention"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 SpecialTokens = Annotated[
@@ -88,6 +83,8 @@ SpecialTokens = Annotated[
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line (that of the process if `arguments` is None) and exits."""
     warnings.showwarning = _print_warning
+    if "compile" in (sys.argv if arguments is None else arguments):
+        _add_two_stage_options()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
@@ -100,6 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(_described(error))
     except (ValueError, ModuleNotFoundError, MemoryError) as error:
         _fail(str(error) or type(error).__name__)
+
+
+def _add_two_stage_options() -> None:
+    """The options of `compile` that follow TwoStage, whose import takes a second."""
+    from .attention.two_stage import TwoStage
+
+    add_options(compile, TwoStage, _TWO_STAGE, skip=("method", "crossover"))
 
 
 @contextmanager
@@ -164,6 +168,7 @@ def convert(
 
 
 @app.command()
+@takes_options
 def compile(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `iceformer convert`.")],
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder to write. It must not exist.")],
@@ -209,37 +214,14 @@ def compile(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Two-stage: how key blocks are ranked.", show_default="low_rank")
+        str | None,
+        typer.Option(help="How key blocks are ranked.", show_default="low_rank", rich_help_panel=_TWO_STAGE),
     ] = None,
     method_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Two-stage: an option of the method, such as rank=8.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the method, such as rank=8.", rich_help_panel=_TWO_STAGE),
     ] = None,
-    budget: Annotated[
-        int | None, typer.Option(help="Two-stage: number of keys that a query attends to.", show_default="1024")
-    ] = None,
-    query_block: Annotated[
-        int | None, typer.Option(help="Two-stage: number of queries that share a selection.")
-    ] = None,
-    key_block: Annotated[int | None, typer.Option(help="Two-stage: number of keys that are ranked together.")] = None,
-    candidates: Annotated[
-        float | None, typer.Option(help="Two-stage: tokens that stage 1 keeps, as a multiple of the budget.")
-    ] = None,
-    sink: Annotated[
-        int | None, typer.Option(help="Two-stage: number of first tokens that are always selected.")
-    ] = None,
-    local: Annotated[
-        int | None, typer.Option(help="Two-stage: number of neighbouring tokens that are always selected.")
-    ] = None,
-    exact_last_block: Annotated[
-        bool | None,
-        typer.Option(
-            "--exact-last-block/--no-exact-last-block", help="Two-stage: attend exactly at the end of a prompt."
-        ),
-    ] = None,
-    compensation: Annotated[
-        Compensation | None,
-        typer.Option(help="Two-stage: what replaces the keys that were not selected.", show_default="none"),
-    ] = None,
+    **two_stage: Any,
 ) -> None:
     """Compile a checkpoint ahead of time into an artifact for this kind of CPU."""
     from . import compile as compile_checkpoint
@@ -247,23 +229,14 @@ def compile(
 
     if method_option and not method:
         raise ValueError("--method-option needs --method: name the method that the option belongs to")
-    given = {
-        "method": make_method(method, **_method_options(method_option or [])) if method else None,
-        "budget": budget,
-        "query_block": query_block,
-        "key_block": key_block,
-        "candidates": candidates,
-        "sink": sink,
-        "local": local,
-        "exact_last_block": exact_last_block,
-        "compensation": compensation.value if compensation else None,
-    }
-    two_stage: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if method:
+        two_stage["method"] = make_method(method, **_method_options(method_option or []))
+    given = {name: value for name, value in two_stage.items() if value is not None}
     path = compile_checkpoint(
         checkpoint,
         artifact,
         buckets=None if buckets is None else _integers(buckets, "--buckets"),
-        attention=_attention(attention, two_stage),
+        attention=_attention(attention, given),
         dtype=dtype.value,
         weights=weights.value,
         batch=batch,

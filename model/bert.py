@@ -43,11 +43,7 @@ class BertConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         fields = read_bert(config)
         task = fields["task"]
         pooler = task == "sequence_classification" or read_pooler(config, task)
@@ -160,12 +156,5 @@ def bert_layer(
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    mlp = MLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.hidden_act,
-        use_bias=True,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
+    mlp = MLP(config, hidden_act=config.hidden_act, use_bias=True, rngs=rngs, param_dtype=param_dtype)
     return PostNormLayer(self_attn, mlp, make_norm)

@@ -5,7 +5,7 @@ parameters is the same for all: model.embed_tokens, model.layers.N, model.norm, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from ..attention import Attention, Exact, KVCache, LayerCache, Plan, Rows
+from ..attention import Attention, Exact, KVCache, Plan, Rows
 from ..attention.ops import cap
 from .config import read_boolean, read_integer, read_layers
+from .layers import run_layers
 from .modules import Embedding, Linear
-from .rope import Rope, rotary_tables
+from .rope import Rope
 from .self_attention import LayerCall, LayerConstants
 
 
@@ -233,28 +234,13 @@ class CausalLM(nnx.Module):
             constants: what the attention was calibrated to, layer by layer, if it needs that.
             observe: is given the queries and keys of each layer in turn, while the function is traced.
         """
-        config = self.config
         positions = rows.offset[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-        tables = {
-            rope: rotary_tables(rope, config.head_dim, positions, rows.length)
-            for rope in dict.fromkeys(config.ropes)
-            if rope is not None
-        }
         call = LayerCall(rows, plan, decoding, table=table, observe=observe)
         hidden = self._embed(input_ids, positions, rows.length)
-        caches: list[LayerCache] = []
-        for index, layer in enumerate(self.model.layers):
-            rope = config.ropes[index]
-            layer_call = replace(
-                call,
-                rotary=None if rope is None else tables[rope],
-                cache=None if cache is None else cache[index],
-                constants={} if constants is None else constants[index],
-            )
-            hidden, layer_cache = layer(hidden, layer_call)
-            if layer_cache is not None:
-                caches.append(layer_cache)
-        return self.model.norm(hidden), None if cache is None else tuple(caches)
+        hidden, cache = run_layers(
+            self.model.layers, hidden, call, self.config, positions, cache=cache, constants=constants
+        )
+        return self.model.norm(hidden), cache
 
     def logits(self, hidden: Float[Array, "*rows hidden_size"]) -> Float32[Array, "*rows vocab_size"]:
         """Logits of hidden states that `hidden_states` returned."""

@@ -35,11 +35,7 @@ class Dinov2Config(ImageConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Dinov2Config":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         return cls(**cls._read(config, patch_size=14))
 
     @staticmethod

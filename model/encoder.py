@@ -6,7 +6,7 @@ layers.N, norm, pooler, head.
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 from ..attention import Attention, Exact, Plan, Rows
 from .config import read_boolean, read_integer
 from .decoder import DecoderConfig
+from .layers import run_layers
 from .modules import ACTIVATIONS, Embedding, Linear
 from .pooling import TORCH_ACTIVATIONS, SentenceEmbedding
-from .rope import Rope, rotary_tables
+from .rope import Rope
 from .self_attention import LayerCall, LayerConstants
 
 TASKS = {
@@ -370,20 +371,8 @@ class Encoder(nnx.Module):
         config = self.config
         hidden = self.embeddings(inputs)
         positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
-        tables = {
-            rope: rotary_tables(rope, config.head_dim, positions, lengths)
-            for rope in dict.fromkeys(config.ropes)
-            if rope is not None
-        }
         call = LayerCall(Rows.whole(lengths), Plan(attention), observe=observe)
-        for index, layer in enumerate(self.layers):
-            rope = config.ropes[index]
-            layer_call = replace(
-                call,
-                rotary=None if rope is None else tables[rope],
-                constants={} if constants is None else constants[index],
-            )
-            hidden, _ = layer(hidden, layer_call)
+        hidden, _ = run_layers(self.layers, hidden, call, config, positions, constants=constants)
         if self.norm is not None:
             hidden = self.norm(hidden)
         outputs = {"last_hidden_state": hidden}

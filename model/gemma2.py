@@ -28,11 +28,7 @@ class Gemma2Config(SandwichConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Gemma2Config":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         require(config, "use_bidirectional_attention", False)
         sizes = read_gemma_sizes(config, vocab_size=256000, max_position_embeddings=8192)
         layers = sizes["num_hidden_layers"]

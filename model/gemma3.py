@@ -27,11 +27,7 @@ class Gemma3TextConfig(SandwichConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Gemma3TextConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         sizes = read_gemma_sizes(config, vocab_size=262208, max_position_embeddings=131072)
         pattern = read_integer(config, "sliding_window_pattern", 6)
         types = read_layer_types(

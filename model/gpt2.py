@@ -47,11 +47,7 @@ class GPT2Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         config = with_own_names(config, _COMMON_NAMES)
         require(config, "add_cross_attention", False)
         hidden, heads = read_integer(config, "n_embd", 768), read_integer(config, "n_head", 12)
@@ -101,12 +97,5 @@ def _layer(
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    mlp = MLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.activation_function,
-        use_bias=True,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
+    mlp = MLP(config, hidden_act=config.activation_function, use_bias=True, rngs=rngs, param_dtype=param_dtype)
     return PreNormLayer(self_attn, mlp, make_norm)

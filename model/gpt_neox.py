@@ -33,11 +33,7 @@ class GPTNeoXConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPTNeoXConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         sizes = read_sizes(
             {**config, "num_key_value_heads": None},
             vocab_size=50432,
@@ -86,14 +82,7 @@ def _layer(
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    mlp = MLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.hidden_act,
-        use_bias=True,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
+    mlp = MLP(config, hidden_act=config.hidden_act, use_bias=True, rngs=rngs, param_dtype=param_dtype)
     if config.use_parallel_residual:
         return ParallelLayer(self_attn, mlp, make_norm, share_norm=False)
     return PreNormLayer(self_attn, mlp, make_norm)

@@ -1,14 +1,16 @@
-"""Layers, in the orders of norm, attention and MLP that architectures share."""
+"""Layers, in the orders of norm, attention and MLP that architectures share, and the loop over them."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ..attention.cache import LayerCache
-from .self_attention import LayerCall, Norm, SelfAttention
+from ..attention import KVCache, LayerCache
+from .rope import Rope, rotary_tables
+from .self_attention import LayerCall, LayerConstants, Norm, SelfAttention
 
 
 class PreNormLayer(nnx.Module):
@@ -88,3 +90,50 @@ class PostNormLayer(nnx.Module):
         attended, _ = self.self_attn(hidden, call)
         hidden = self.attention_norm(hidden + attended)
         return self.output_norm(hidden + self.mlp(hidden)), None
+
+
+@runtime_checkable
+class LayerSettings(Protocol):
+    """What the loop over layers takes from a model's configuration."""
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]: ...
+
+
+def run_layers(
+    layers: Iterable[Any],
+    hidden: Float[Array, "rows tokens hidden_size"],
+    call: LayerCall,
+    config: LayerSettings,
+    positions: Int[Array, "rows tokens"],
+    *,
+    cache: KVCache | None = None,
+    constants: LayerConstants | None = None,
+) -> tuple[Float[Array, "rows tokens hidden_size"], KVCache | None]:
+    """All layers in turn, each with its rotary embedding, its part of the cache and its constants.
+
+    Returns:
+        The last layer's output, and the cache with this call's keys and values; None if there is none.
+    """
+    # Layers with the same rotary embedding share its tables.
+    tables = {
+        rope: rotary_tables(rope, config.head_dim, positions, call.rows.length)
+        for rope in dict.fromkeys(config.ropes)
+        if rope is not None
+    }
+    caches: list[LayerCache] = []
+    for index, layer in enumerate(layers):
+        rope = config.ropes[index]
+        layer_call = replace(
+            call,
+            rotary=None if rope is None else tables[rope],
+            cache=None if cache is None else cache[index],
+            constants={} if constants is None else constants[index],
+        )
+        hidden, layer_cache = layer(hidden, layer_call)
+        if layer_cache is not None:
+            caches.append(layer_cache)
+    return hidden, None if cache is None else tuple(caches)

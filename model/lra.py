@@ -177,14 +177,7 @@ def _layer(config: LraConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> PreNorm
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    mlp = MLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.hidden_act,
-        use_bias=True,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
+    mlp = MLP(config, hidden_act=config.hidden_act, use_bias=True, rngs=rngs, param_dtype=param_dtype)
     return PreNormLayer(
         self_attn, mlp, partial(LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
     )

@@ -23,11 +23,7 @@ class MistralConfig(PreNormConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "MistralConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         sizes = read_sizes(
             config,
             vocab_size=32000,

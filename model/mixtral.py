@@ -35,11 +35,7 @@ class MixtralConfig(PreNormConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "MixtralConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         sizes = read_sizes(
             config,
             vocab_size=32000,

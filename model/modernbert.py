@@ -42,11 +42,7 @@ class ModernBertConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModernBertConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         positions = read_integer(config, "max_position_embeddings", 8192)
         layer_types = _read_layer_types(config)
         ropes = ropes_from_config(
@@ -101,17 +97,11 @@ class ModernBertEncoder(Encoder):
             rngs=rngs,
             param_dtype=param_dtype,
         )
+        mlp = partial(GatedMLP, config, rngs=rngs, param_dtype=param_dtype)
         layers = [
             PreNormLayer(
                 _self_attention(config, window, rngs, param_dtype),
-                GatedMLP(
-                    config.hidden_size,
-                    config.intermediate_size,
-                    hidden_act=config.hidden_activation,
-                    use_bias=config.mlp_bias,
-                    rngs=rngs,
-                    param_dtype=param_dtype,
-                ),
+                mlp(hidden_act=config.hidden_activation, use_bias=config.mlp_bias),
                 make_norm,
                 # The first layer's input comes from the norm of the embeddings.
                 norm_input=index > 0,

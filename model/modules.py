@@ -6,6 +6,7 @@ Activations have the parameters' dtype; products accumulate in float32, the rest
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -141,23 +142,27 @@ class LayerNorm(nnx.Module):
         return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@runtime_checkable
+class MLPSizes(Protocol):
+    """What an MLP takes from a model's configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))`."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        hidden_act: str,
-        use_bias: bool,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike,
+        self, sizes: MLPSizes, *, hidden_act: str, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
     ) -> None:
         linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
-        self.gate_proj = linear(hidden_size, intermediate_size)
-        self.up_proj = linear(hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
+        self.gate_proj = linear(sizes.hidden_size, sizes.intermediate_size)
+        self.up_proj = linear(sizes.hidden_size, sizes.intermediate_size)
+        self.down_proj = linear(sizes.intermediate_size, sizes.hidden_size)
         self.hidden_act = hidden_act
 
     def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
@@ -169,18 +174,11 @@ class MLP(nnx.Module):
     """`down(activation(up(x)))`."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        hidden_act: str,
-        use_bias: bool,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike,
+        self, sizes: MLPSizes, *, hidden_act: str, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
     ) -> None:
         linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
-        self.up_proj = linear(hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
+        self.up_proj = linear(sizes.hidden_size, sizes.intermediate_size)
+        self.down_proj = linear(sizes.intermediate_size, sizes.hidden_size)
         self.hidden_act = hidden_act
 
     def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:

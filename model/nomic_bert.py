@@ -78,11 +78,7 @@ class NomicBertConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "NomicBertConfig":
-        """Reads a Hugging Face config in transformers' names or in those of the model's authors.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config in transformers' names or in those of the model's authors."""
         for name, supported in AUTHORS_LIMITS.items():
             require(config, name, supported)
 
@@ -158,14 +154,7 @@ def _layer(config: NomicBertConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> P
             rngs=rngs,
             param_dtype=param_dtype,
         ),
-        GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            hidden_act=config.hidden_act,
-            use_bias=False,
-            rngs=rngs,
-            param_dtype=param_dtype,
-        ),
+        GatedMLP(config, hidden_act=config.hidden_act, use_bias=False, rngs=rngs, param_dtype=param_dtype),
         partial(LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, param_dtype=param_dtype),
     )
 

@@ -34,11 +34,7 @@ class Olmo2Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Olmo2Config":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         sizes = read_sizes(
             config,
             vocab_size=50304,
@@ -74,14 +70,7 @@ class Olmo2Layer(nnx.Module):
             param_dtype=param_dtype,
         )
         self.post_attention_layernorm = make_norm(config.hidden_size)
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            hidden_act=config.hidden_act,
-            use_bias=False,
-            rngs=rngs,
-            param_dtype=param_dtype,
-        )
+        self.mlp = GatedMLP(config, hidden_act=config.hidden_act, use_bias=False, rngs=rngs, param_dtype=param_dtype)
         self.post_feedforward_layernorm = make_norm(config.hidden_size)
 
     def __call__(

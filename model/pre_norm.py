@@ -77,12 +77,7 @@ class PreNormCausalLM(CausalLM):
             mlp = None if make_mlp is None else make_mlp(index)
             if mlp is None:
                 mlp = GatedMLP(
-                    config.hidden_size,
-                    config.intermediate_size,
-                    hidden_act=config.hidden_act,
-                    use_bias=mlp_bias,
-                    rngs=rngs,
-                    param_dtype=param_dtype,
+                    config, hidden_act=config.hidden_act, use_bias=mlp_bias, rngs=rngs, param_dtype=param_dtype
                 )
             return PreNormLayer(self_attn, mlp, partial(make_norm, config.hidden_size), residual_multiplier)
 

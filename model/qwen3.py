@@ -26,11 +26,7 @@ class Qwen3Config(PreNormConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3Config":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         return cls(
             **read_qwen(config, head_dim=128),
             attention_bias=read_boolean(config, "attention_bias", False),

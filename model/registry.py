@@ -53,7 +53,8 @@ class Architecture:
 
     Attributes:
         name: for display.
-        config: the configuration, read by its `from_hf`: a `DecoderConfig` or an `EncoderConfig`.
+        config: the configuration, a `DecoderConfig` or an `EncoderConfig`. Its `from_hf` raises ValueError for a field
+            that is out of range, or asks for mathematics that the model does not have.
         module: the model, built from a configuration.
         table: module of `convert/tables` with the names of its tensors.
         features: what its mathematics have that is special, for people.

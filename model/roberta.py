@@ -23,11 +23,7 @@ class RobertaConfig(BertConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "RobertaConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         fields = read_bert(config, cls.default_vocab_size)
         pad_token_id = read_integer(config, "pad_token_id", 1, least=0)
         positions = fields["max_position_embeddings"]

@@ -64,12 +64,7 @@ class SandwichLayer(nnx.Module):
         self.post_attention_layernorm = make_norm(config.hidden_size)
         self.pre_feedforward_layernorm = make_norm(config.hidden_size)
         self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            hidden_act=config.hidden_activation,
-            use_bias=False,
-            rngs=rngs,
-            param_dtype=param_dtype,
+            config, hidden_act=config.hidden_activation, use_bias=False, rngs=rngs, param_dtype=param_dtype
         )
         self.post_feedforward_layernorm = make_norm(config.hidden_size)
 

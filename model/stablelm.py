@@ -34,11 +34,7 @@ class StableLmConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "StableLmConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         sizes = read_sizes(
             config,
             vocab_size=50304,
@@ -94,14 +90,7 @@ def _layer(
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    mlp = GatedMLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.hidden_act,
-        use_bias=False,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
+    mlp = GatedMLP(config, hidden_act=config.hidden_act, use_bias=False, rngs=rngs, param_dtype=param_dtype)
     if config.use_parallel_residual:
         return ParallelLayer(self_attn, mlp, partial(make_norm, config.hidden_size), share_norm=True)
     return PreNormLayer(self_attn, mlp, partial(make_norm, config.hidden_size))

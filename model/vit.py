@@ -30,11 +30,7 @@ class ViTConfig(ImageConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ViTConfig":
-        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks.
-
-        Raises:
-            ValueError: a field out of range, or one that asks for mathematics that this model does not have.
-        """
+        """Reads a Hugging Face config, with transformers' defaults for the fields that it lacks."""
         fields = read_image_config(config, patch_size=16, layer_norm_eps=1e-12)
         return cls(
             **fields,
@@ -53,14 +49,7 @@ class ViTEncoder(Encoder):
         linear = partial(Linear, config.hidden_size, use_bias=True, rngs=rngs, param_dtype=param_dtype)
 
         def make_layer() -> PreNormLayer:
-            mlp = MLP(
-                config.hidden_size,
-                config.intermediate_size,
-                hidden_act=config.hidden_act,
-                use_bias=True,
-                rngs=rngs,
-                param_dtype=param_dtype,
-            )
+            mlp = MLP(config, hidden_act=config.hidden_act, use_bias=True, rngs=rngs, param_dtype=param_dtype)
             return PreNormLayer(image_attention(config, rngs=rngs, param_dtype=param_dtype), mlp, make_norm)
 
         super().__init__(

@@ -126,12 +126,5 @@ def _layer(config: WhisperConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Pre
         rngs=rngs,
         param_dtype=param_dtype,
     )
-    mlp = MLP(
-        config.hidden_size,
-        config.intermediate_size,
-        hidden_act=config.activation_function,
-        use_bias=True,
-        rngs=rngs,
-        param_dtype=param_dtype,
-    )
+    mlp = MLP(config, hidden_act=config.activation_function, use_bias=True, rngs=rngs, param_dtype=param_dtype)
     return PreNormLayer(self_attn, mlp, partial(LayerNorm, config.hidden_size, epsilon=1e-5, param_dtype=param_dtype))

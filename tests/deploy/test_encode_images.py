@@ -74,7 +74,7 @@ class PatchEncoder(Encoder):
         layers = [
             PostNormLayer(
                 SelfAttention(config, **made),
-                MLP(size, config.intermediate_size, hidden_act="gelu", **made),
+                MLP(config, hidden_act="gelu", **made),
                 norm,
             )
             for _ in range(config.num_hidden_layers)

@@ -1,6 +1,8 @@
 """int8 weights: the rounding, the layer, and which layers of a model take it."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +98,9 @@ class Model(nnx.Module):
         self.first = Linear(8, 8, use_bias=True, rngs=rngs, param_dtype=jnp.float32)
         self.again = self.first
         self.none = None
-        mlps = [
-            GatedMLP(8, 16, hidden_act="silu", use_bias=False, rngs=rngs, param_dtype=jnp.float32) for _ in range(2)
-        ]
+        sizes: Any = SimpleNamespace(hidden_size=8, intermediate_size=16)
+        made: dict[str, Any] = {"use_bias": False, "rngs": rngs, "param_dtype": jnp.float32}
+        mlps = [GatedMLP(sizes, hidden_act="silu", **made) for _ in range(2)]
         self.layers = nnx.List([*mlps, Linear(8, 4, use_bias=False, rngs=rngs, param_dtype=jnp.float32)])
 
     def __call__(self, ids: jax.Array) -> jax.Array:

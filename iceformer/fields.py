@@ -1,0 +1,66 @@
+"""Options of a command from the fields of the dataclass that they set, with the help that its docstring has."""
+
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def takes_options(command: Command) -> Command:
+    """Decorates a command that takes more options as `**options`, which `add_options` adds."""
+    parameters = inspect.signature(command).parameters.values()
+    own = [each for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    return command
+
+
+@functools.cache
+def add_options(command: Callable[..., None], settings: type, panel: str, skip: tuple[str, ...] = ()) -> None:
+    """Gives a command an option for each field of a dataclass, None by default; once for each dataclass.
+
+    Args:
+        command: decorated with `takes_options`.
+        settings: the dataclass.
+        panel: the heading of the options in the command's help.
+        skip: fields that are no options.
+    """
+    signature = inspect.signature(command)
+    own = list(signature.parameters.values())
+    texts, hints = attribute_help(settings), typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if field.name in skip:
+            continue
+        annotation = Annotated[_simple(hints[field.name]) | None, _option(field, hints[field.name], texts, panel)]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        own.append(inspect.Parameter(field.name, kind, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    command.__annotations__ |= {each.name: each.annotation for each in own}
+
+
+def attribute_help(settings: type) -> Mapping[str, str]:
+    """What a class's docstring says of each attribute."""
+    text = inspect.getdoc(settings) or ""
+    section = text.partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.DOTALL | re.MULTILINE)
+    lines = {name: " ".join(entry.split()).replace("`", "") for name, entry in entries}
+    return {name: line[:1].upper() + line[1:] for name, line in lines.items()}
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, texts: Mapping[str, str], panel: str) -> Any:
+    name, default = field.name.replace("_", "-"), field.default
+    flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
+    shown = f"{'' if default else 'no-'}{name}" if hint is bool else str(default)
+    choices = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else None
+    return typer.Option(flag, help=texts[field.name], show_default=shown, metavar=choices, rich_help_panel=panel)
+
+
+def _simple(hint: Any) -> type:
+    """The type that a command line gives for a hint."""
+    return str if typing.get_origin(hint) is typing.Literal else hint
