@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line (that of the process if `arguments` is None) and exits."""
     warnings.showwarning = _print_warning
     if "compile" in (sys.argv if arguments is None else arguments):
-        _add_two_stage_options()
+        add_two_stage_options()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error) or type(error).__name__)
 
 
-def _add_two_stage_options() -> None:
+def add_two_stage_options() -> None:
     """The options of `compile` that follow TwoStage, whose import takes a second."""
     from .attention.two_stage import TwoStage
 
