@@ -103,8 +103,7 @@ class Dinov2Layer(nnx.Module):
         self.attention_scale = nnx.Param(jnp.ones((config.hidden_size,), param_dtype))
         self.post_attention_layernorm = make_norm()
         self.mlp = (GatedMLP if config.use_swiglu_ffn else MLP)(
-            config.hidden_size,
-            config.intermediate_size,
+            config,
             hidden_act="silu" if config.use_swiglu_ffn else config.hidden_act,
             use_bias=True,
             rngs=rngs,

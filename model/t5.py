@@ -147,11 +147,11 @@ class T5Encoder(Encoder):
             rngs=rngs,
             param_dtype=param_dtype,
         )
-        make_bias = partial(DistanceBias, config, rngs=rngs, param_dtype=param_dtype)
+        make_bias = partial(RelativeBias, config, rngs=rngs, param_dtype=param_dtype)
         count = config.num_hidden_layers
         biases = [make_bias()] * count if config.shared_bias else [make_bias() for _ in range(count)]
 
-        def make_layer(bias: DistanceBias) -> PreNormLayer:
+        def make_layer(bias: RelativeBias) -> PreNormLayer:
             self_attn = SelfAttention(
                 config,
                 scale=1.0,
@@ -160,8 +160,7 @@ class T5Encoder(Encoder):
                 param_dtype=param_dtype,
             )
             mlp = (GatedMLP if config.gated else MLP)(
-                config.hidden_size,
-                config.intermediate_size,
+                config,
                 hidden_act=config.hidden_act,
                 use_bias=False,
                 rngs=rngs,
@@ -172,7 +171,7 @@ class T5Encoder(Encoder):
         super().__init__(config, embeddings, [make_layer(bias) for bias in biases], norm=make_norm())
 
 
-class DistanceBias(nnx.Module):
+class RelativeBias(nnx.Module):
     """A learned bias by the bucket that the distance of a key from the query falls into."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
