@@ -4,8 +4,8 @@ Query blocks that see no more keys than the budget or the crossover, and the las
 exactly.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +32,9 @@ from .methods import Constants, LowRank, Method, RankingQueries, make_method
 from .rows import Mask, Rows
 from .selected_block import STAGE_1_TILE, Selecting, selected_block
 from .strategy import Attended, Attention, Call, check_power_of_two
+
+COMPENSATIONS = ("none", "block_mean")
+"""What may stand in for the keys that are not selected."""
 
 
 class SelectingBlocks(NamedTuple):
@@ -75,7 +78,7 @@ class TwoStage(Attention):
     sink: int = 8
     local: int = -1
     exact_last_block: bool = True
-    compensation: Literal["none", "block_mean"] = "none"
+    compensation: str = field(default="none", metadata={"choices": COMPENSATIONS})
     crossover: int = 0
 
     def __post_init__(self) -> None:
@@ -93,8 +96,8 @@ class TwoStage(Attention):
             raise ValueError(f"candidates is {self.candidates}, expected a multiple of the budget that is at least 1")
         if self.sink < 0 or self.local < 0:
             raise ValueError(f"sink is {self.sink} and local is {self.local}, expected numbers of tokens >= 0")
-        if self.compensation not in ("none", "block_mean"):
-            raise ValueError(f"compensation is {self.compensation!r}, expected 'none' or 'block_mean'")
+        if self.compensation not in COMPENSATIONS:
+            raise ValueError(f"compensation is {self.compensation!r}, expected one of: {', '.join(COMPENSATIONS)}")
         if self.crossover < 0:
             raise ValueError(f"crossover is {self.crossover}, expected a number of keys >= 0")
         # What is forced is rounded to whole key blocks at the sink and at both ends of the neighbourhood.

@@ -25,6 +25,8 @@ def takes_options(command: Command) -> Command:
 def add_options(command: Callable[..., None], settings: type, panel: str, skip: tuple[str, ...] = ()) -> None:
     """Gives a command an option for each field of a dataclass, None by default; once for each dataclass.
 
+    A field may name its `choices` in its metadata.
+
     Args:
         command: decorated with `takes_options`.
         settings: the dataclass.
@@ -37,7 +39,7 @@ def add_options(command: Callable[..., None], settings: type, panel: str, skip: 
     for field in dataclasses.fields(settings):
         if field.name in skip:
             continue
-        annotation = Annotated[_simple(hints[field.name]) | None, _option(field, hints[field.name], texts, panel)]
+        annotation = Annotated[hints[field.name] | None, _option(field, hints[field.name], texts, panel)]
         kind = inspect.Parameter.KEYWORD_ONLY
         own.append(inspect.Parameter(field.name, kind, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -57,10 +59,5 @@ def _option(field: dataclasses.Field[Any], hint: Any, texts: Mapping[str, str], 
     name, default = field.name.replace("_", "-"), field.default
     flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
     shown = f"{'' if default else 'no-'}{name}" if hint is bool else str(default)
-    choices = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else None
+    choices = "|".join(field.metadata.get("choices", ())) or None
     return typer.Option(flag, help=texts[field.name], show_default=shown, metavar=choices, rich_help_panel=panel)
-
-
-def _simple(hint: Any) -> type:
-    """The type that a command line gives for a hint."""
-    return str if typing.get_origin(hint) is typing.Literal else hint
