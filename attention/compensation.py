@@ -32,7 +32,7 @@ class BlockSums(NamedTuple):
         return BlockSums(*(keys.run(x, *head, start, count) for x in self))
 
 
-class Selection(NamedTuple):
+class SelectedKeys(NamedTuple):
     """The keys that a query block attends to; `visible` is False for the places that hold none."""
 
     position: Int[Array, " budget"]
@@ -54,7 +54,7 @@ def block_sums(keys: KeyView) -> BlockSums:
 def compensate(
     part: Partial,
     query: Float[Array, "lanes head_dim"],
-    selection: Selection,
+    selection: SelectedKeys,
     sums: BlockSums,
     visibility: Visibility,
     logits_of: Logits,

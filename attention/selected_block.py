@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .blocks import MASKED, Visibility
-from .compensation import BlockSums, Selection, compensate
+from .compensation import BlockSums, SelectedKeys, compensate
 from .exact import Head, Partial, normalise
 from .keys import KeyView
 from .logits import Logits
@@ -67,7 +67,7 @@ def selected_block(
     part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
     if how.sums is None:
         return part
-    selection = Selection(position[chosen], chosen_visible, candidate[chosen], value)
+    selection = SelectedKeys(position[chosen], chosen_visible, candidate[chosen], value)
     return compensate(part, query, selection, how.sums.of_head(keys, head), visibility, logits_of)
 
 

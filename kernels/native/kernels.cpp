@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 
+#include "attention/decode.h"
 #include "attention/low_rank.h"
 #include "attention/softmax.h"
 #include "attention/two_stage.h"
@@ -41,6 +42,32 @@ void run(const Attention& call, const Task& task, void* scratch) {
   return call.bfloat16 ? run_task<Bfloat16>(call, task, scratch) : run_task<Float32>(call, task, scratch);
 }
 
+template <class Format>
+size_t decode_scratch_bytes_of(const Attention& call) {
+  Arena arena(nullptr);
+  DecodePart<Format>(call, arena);
+  return arena.used();
+}
+
+template <class Format>
+void run_decode_task(const Attention& call, const DecodeTask& task, void* scratch) {
+  Arena arena(scratch);
+  DecodePart<Format>(call, arena).run(task);
+}
+
+size_t decode_scratch_bytes(const Attention& call) {
+  return call.bfloat16 ? decode_scratch_bytes_of<DecodeBfloat16>(call) : decode_scratch_bytes_of<Float32>(call);
+}
+
+void run_decode(const Attention& call, const DecodeTask& task, void* scratch) {
+  return call.bfloat16 ? run_decode_task<DecodeBfloat16>(call, task, scratch) : run_decode_task<Float32>(call, task, scratch);
+}
+
+void merge(const Attention& call, int64_t head, const float* parts, int64_t count) {
+  return call.bfloat16 ? merge_parts<DecodeBfloat16>(call, head, parts, count)
+                       : merge_parts<Float32>(call, head, parts, count);
+}
+
 size_t linear_scratch_bytes(const Linear& call, const LinearTask& task) {
   Arena arena(nullptr);
   visit_linear(call, task, arena, [](auto&&) {});
@@ -55,7 +82,7 @@ void run_linear(const Linear& call, const LinearTask& task, void* scratch) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {scratch_bytes, run, linear_scratch_bytes, run_linear};
+const Kernels kernels = {scratch_bytes, run, decode_scratch_bytes, run_decode, merge, linear_scratch_bytes, run_linear};
 
 }  // namespace ICEFORMER_ISA
 }  // namespace iceformer

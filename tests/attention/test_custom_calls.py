@@ -20,7 +20,7 @@ from iceformer import kernels
 from iceformer.attention import Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
 
 from .calls import exact_attention, scattered, two_stage_attention
-from .reference import random_inputs
+from .reference import naive_attention, random_inputs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,6 +56,12 @@ HALF = {"method": LowRank(rank=30, query_share=0.5)}
 CASES = {
     "exact": Case(batch=3),
     "exact, one query": Case(queries=1, heads=(3, 3)),
+    "exact, one query, odd sizes, softcap": Case(
+        queries=1, heads=(7, 1), keys=333, head_dim=36, value_dim=5, causal=False, softcap=50.0
+    ),
+    "exact, one query, bfloat16": Case(
+        queries=1, dtype="bfloat16", heads=(10, 2), keys=331, head_dim=80, value_dim=71, causal=False, window=40
+    ),
     "exact, odd sizes, softcap": Case(heads=(7, 1), queries=50, keys=333, head_dim=36, value_dim=5, softcap=50.0),
     "exact, head size 256, bidirectional": Case(heads=(1, 1), queries=70, keys=200, head_dim=256, causal=False),
     "exact, bfloat16": Case(dtype="bfloat16", head_dim=32),
@@ -218,6 +224,30 @@ def test_log_sum_exp_is_that_of_the_visible_logits() -> None:
     expected = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
     np.testing.assert_allclose(lse[0], expected, atol=1e-5)
     assert (lse[1] == np.finfo(np.float32).min).all(), "a query that sees no key"
+
+
+@pytest.mark.parametrize("page", [0, 256])
+@pytest.mark.parametrize("window", [None, 1500])
+def test_decoding_merges_the_parts_of_long_rows(window: int | None, page: int) -> None:
+    """Rows that end before, at and behind the end of a part; against numpy, and each row alone to the bit."""
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    lengths = np.array([1, 1024, 1025, 3000], np.int32)
+    query, key, value = random_inputs(0, 4, 6, 2, 1, 3000, 32)
+    key *= np.linspace(0.2, 3.0, 3000, dtype=np.float32)[:, None]  # The largest logit grows from part to part.
+    offset = lengths - 1
+    expected = naive_attention(query, key, value, offset=offset, lengths=lengths, causal=True, window=window)
+    keys, slot = scattered(jnp.asarray(key), jnp.asarray(value), page, 1)
+    rows, mask = Rows(slot, jnp.asarray(offset), jnp.asarray(lengths)), Mask(window=window)
+    for instruction_set in kernels.instruction_sets():
+        with kernels.using(instruction_set):
+            output, lse = custom_calls.exact(Call(jnp.asarray(query), keys, rows, mask))
+            np.testing.assert_allclose(output, expected, atol=1e-5)
+            for row in range(4):
+                one = np.s_[row : row + 1]
+                alone = Call(jnp.asarray(query[one]), keys, Rows(*(x[one] for x in rows)), mask)
+                for part, whole in zip(custom_calls.exact(alone), (output, lse), strict=True):
+                    np.testing.assert_array_equal(part, whole[one])
 
 
 def test_a_key_of_overwhelming_weight_that_is_not_selected_does_not_wipe_out_the_others() -> None:

@@ -139,6 +139,40 @@ ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* sel
       [&](int64_t i, void* memory) { chosen.run(call, tasks[i], memory); });
 }
 
+// A call of one query a head: the keys that each sees in parts, all parts at once, then each head's parts together.
+ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
+  struct Head {
+    int64_t head, first, parts;  // `first` of its parts
+  };
+  const int64_t part_size = call.group() * call.part_width();
+  std::vector<Head> heads;
+  std::vector<DecodeTask> tasks;
+  for (int64_t head = 0; head < call.rows * call.kv_heads; ++head) {
+    const int64_t row = head / call.kv_heads, position = call.offset[row];
+    const bool all = !call.causal && !call.window && call.slot[row] >= 0;
+    if (!all && valid_blocks(call, row) == 0) {
+      clear(call, head, 0);
+      continue;
+    }
+    const int64_t seen = call.seen_length(row);
+    const int64_t first = call.window ? std::max<int64_t>(position - call.window + 1, 0) : 0;
+    const int64_t last = call.window && !call.causal ? std::min(position + call.window, seen) : seen;
+    heads.push_back({head, static_cast<int64_t>(tasks.size()), 0});
+    for (int64_t start = first; start < last; start += kDecodeKeys, ++heads.back().parts)
+      tasks.push_back({head, start, std::min(start + kDecodeKeys, last), nullptr});
+  }
+  std::vector<float> parts(tasks.size() * part_size);
+  for (size_t i = 0; i < tasks.size(); ++i) tasks[i].part = parts.data() + i * part_size;
+  const Kernels& chosen = kernels();
+  const size_t bytes = chosen.decode_scratch_bytes(call);
+  const ffi::Error error = run_tasks(
+      pool, "attention", static_cast<int64_t>(tasks.size()), [&](int64_t) { return bytes; },
+      [&](int64_t i, void* memory) { chosen.run_decode(call, tasks[i], memory); });
+  for (const Head& each : heads)
+    chosen.merge_parts(call, each.head, parts.data() + each.first * part_size, each.parts);
+  return error;
+}
+
 ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector slot,
                  Vector offset, Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output,
                  ffi::Result<Floats> lse, int64_t query_block, int64_t window, bool causal, float scale,
@@ -149,6 +183,7 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
   if (!between(1, query_block) || !between(0, window))
     return ffi::Error::InvalidArgument("query_block: expected 1 to 2^31 - 1; window: 0 to 2^31 - 1");
   const Attention& call = *described;
+  if (call.queries == 1) return decode(pool, call);
   std::vector<Task> tasks;
   for (int64_t head = 0; head < call.rows * call.kv_heads; ++head) {
     const int64_t row = head / call.kv_heads;

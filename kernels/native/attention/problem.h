@@ -57,6 +57,8 @@ struct Attention {
   ICEFORMER_INLINE int64_t blocks() const { return (queries + query_block - 1) / query_block; }
   // Tokens that a slot may have.
   ICEFORMER_INLINE int64_t capacity() const { return page * slot_pages; }
+  // Floats of a query's part in decoding: sums of values, their weight, the largest logit.
+  ICEFORMER_INLINE int64_t part_width() const { return value_dim + 2; }
   ICEFORMER_INLINE int64_t row_length(int64_t row) const {
     if (slot[row] < 0) return 0;
     return length[row] < capacity() ? length[row] : capacity();
@@ -94,6 +96,15 @@ struct Task {
   int64_t head, block;
   const Selection* selection;
 };
+
+// Keys [first, last) of one KV head (counted through rows), in a call of one query a head.
+struct DecodeTask {
+  int64_t head, first, last;
+  float* part;  // [group, part_width]: what comes of it
+};
+
+// Keys of a task of decoding: enough work for a task, and at 8192 tokens eight tasks for each head.
+constexpr int64_t kDecodeKeys = 1024;
 
 // Writes the indices of the `count` largest of `values`, rising; of equal values the lower index wins. No NaN.
 // `scratch` has room for kSelectBuckets + size integers.
