@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ..host.messages import listed
 from .json_file import read_json
 from .layouts import JOINED_UNTRANSPOSED, SAME, Shape
-from .problems import listed
 from .reader import Weights, check_dtypes, open_file
 from .rules import Path as ParameterPath
 from .rules import Rule, Slot, match, parse

@@ -14,6 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
+from ..host.messages import listed, plain_errors, shown
 from ..model.encoder import Encoder
 from ..model.pooling import SentenceEmbedding
 from ..model.registry import Model, ModelConfig, abstract_module, build
@@ -21,7 +22,6 @@ from .auxiliary_files import CONFIG
 from .finite import all_finite
 from .json_file import read_json
 from .parameters import restore_params, stored_params
-from .problems import listed, plain_errors, shown
 from .rules import dotted
 from .text import TextSettings, read_text_settings
 

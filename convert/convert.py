@@ -17,7 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..host.files import check_absent, new_folder
 from ..host.interrupts import check as check_interrupt
+from ..host.messages import joined, listed, plain_errors, shown
 from ..host.terminal import Description, progress_bar
 from ..model.decoder import DecoderConfig
 from ..model.encoder import CLASSIFYING, EncoderConfig, unnamed_labels
@@ -28,7 +30,6 @@ from .auxiliary_files import CONFIG, check_auxiliary_files, copy_auxiliary_files
 from .checkpoint import FORMAT_VERSION, PARAMS, PROVENANCE, check_layers
 from .decoder_task import as_embedder, settle_task
 from .finite import all_finite
-from .folder import check_absent, new_folder
 from .foreign import not_a_folder, without_config
 from .generation_config import unapplied
 from .gguf import copy_beside, find_gguf, open_gguf
@@ -36,7 +37,6 @@ from .hub import download, is_hub_id
 from .json_file import read_json
 from .layouts import TRANSPOSED
 from .parameters import save_params, sha256_of
-from .problems import joined, listed, plain_errors, shown
 from .quantization import without_quantization
 from .reader import Weights, check_dtypes, open_weights
 from .rules import Path as ParameterPath

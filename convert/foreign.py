@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ..host.messages import joined, shown
 from .auxiliary_files import CONFIG
-from .problems import joined, shown
 
 _EXPECTED = f"expected a Hugging Face folder with {CONFIG} and weights"
 _LLAMA_SCRIPT = "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} --output_dir NEW"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..host.messages import joined, shown
 from .json_file import read_json
-from .problems import joined, shown
 
 GENERATION_CONFIG = "generation_config.json"
 _EOS = "eos_token_id"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..host import strict_json
-from .problems import shown
+from ..host.messages import shown
 from .readable import check_readable
 
 MAX_BYTES = 2**28

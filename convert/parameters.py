@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from .problems import shown
+from ..host.messages import shown
 
 _FILE_BYTES = 2**26
 _DESCRIPTORS = Path("/proc/self/fd")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .problems import shown
+from ..host.messages import shown
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..host.messages import listed
 from .json_file import read_json
-from .problems import listed
 from .safetensors_reader import SafetensorsFile
 from .tensor_file import TensorInfo
 from .torch_reader import TorchFile

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..host.messages import listed
 from .layouts import SAME, Layout, Shape
 from .names import strange_names
-from .problems import listed
 from .reader import TensorInfo
 
 Path = tuple[str | int, ...]

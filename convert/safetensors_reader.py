@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .problems import shown
+from ..host.messages import shown
 from .readable import check_readable
 from .tensor_file import TensorInfo, read_mapped
 

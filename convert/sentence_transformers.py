@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..host.messages import joined, listed, shown
 from ..model.pooling import MODES, TORCH_ACTIVATIONS, Dense, EmbeddingConfig, Normalize
 from .json_file import parse_json, read_json
-from .problems import joined, listed, shown
 
 MODULES = "modules.json"
 MODEL_CONFIG = "config_sentence_transformers.json"

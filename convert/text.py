@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..host.messages import joined, shown
 from ..model.pooling import Dense, EmbeddingConfig, Normalize
 from ..model.registry import ModelConfig
 from .json_file import read_json
-from .problems import joined, shown
 from .sentence_transformers import MODEL_CONFIG, TRANSFORMER_CONFIGS, SentenceFolder, read_activation, read_optional
 
 TEXT = "text.json"

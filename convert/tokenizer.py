@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import Tokenizer
 
+from ..host.messages import joined, shown
 from .json_file import read_json
-from .problems import joined, shown
 from .tokenizer_build import check_options, complete, fix_mistral, rebuild
 from .tokenizer_classes import CLASSES, SpecialTokens, TokenizerClass, class_of
 from .tokenizer_settings import TOKENIZER, TOKENIZER_CONFIG, TokenizerSettings, read_settings

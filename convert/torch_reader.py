@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from .problems import joined, listed, shown
+from ..host.messages import joined, listed, shown
 from .readable import check_readable
 from .tensor_file import TensorInfo, read_mapped
 

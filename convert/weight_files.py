@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from .problems import joined
+from ..host.messages import joined
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 SINGLE_FILES = (SAFETENSORS, PICKLE)

@@ -25,10 +25,10 @@ from ..attention.keys import LEAST_PAGE
 from ..attention.shape import AttentionShape
 from ..convert.auxiliary_files import CHAT_TEMPLATES
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
-from ..convert.folder import check_absent, new_folder
 from ..convert.generation_config import eos_token_ids
 from ..convert.json_file import read_json
 from ..convert.text import read_text_settings
+from ..host.files import check_absent, new_folder
 from ..host.interrupts import check as check_interrupt
 from ..model.decoder import DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels

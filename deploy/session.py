@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,18 @@ class Generation:
     ids: NDArray[np.int32]
     finish_reason: FinishReason
     prompt_tokens: int
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The options of `Session.encode`, which describes them."""
+
+    prompt: str | None
+    prompt_name: str | None
+    truncate: bool
+    truncate_dim: int | None
+    outputs: Sequence[str] | None
+    add_special_tokens: bool | None
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
@@ -278,42 +290,21 @@ class Session:
     def encode(
         self,
         inputs: str | tuple[str, str] | NDArray[np.integer[Any]] | list[int],
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        truncate: bool = True,
-        truncate_dim: int | None = None,
-        outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = True,
-        progress: Progress | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Encoding: ...
 
     @overload
     def encode(
         self,
         inputs: list[str] | list[tuple[str, str]] | list[NDArray[Any]] | list[list[int]],
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        truncate: bool = True,
-        truncate_dim: int | None = None,
-        outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = True,
-        progress: Progress | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> list[Encoding]: ...
 
     @overload
     def encode(
         self,
         inputs: Any,
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        truncate: bool = True,
-        truncate_dim: int | None = None,
-        outputs: Sequence[str] | None = None,
-        add_special_tokens: bool | None = True,
-        progress: Progress | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Any: ...
 
     def encode(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..convert.folder import new_folder
+from ..host.files import new_folder
 from .engines import ONNX_MODEL, OPENVINO_MODEL
 
 _ONNX_OPSET = 23

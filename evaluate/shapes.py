@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..convert.folder import new_folder
+from ..host.files import new_folder
 
 
 @dataclass(frozen=True)

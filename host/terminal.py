@@ -1,10 +1,9 @@
 """All that is printed for people goes through here, so that no name from outside is read as markup or as a command.
 
 Rich's markup, emoji and highlighting are off: styles are given beside the text, never in it. Characters that would
-control the terminal, or change the order in which a line is read, are shown as escapes.
+control the terminal are shown as escapes (see `messages`).
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,31 +12,7 @@ from rich.progress import Progress, ProgressColumn, Task
 from rich.segment import Segment
 from rich.text import Text
 
-# C0, DEL, C1, marks and overrides of direction, line and paragraph separators, halves of surrogate pairs (bytes of a
-# path that are not text), the byte order mark, and invisible tags.
-_CONTROLS = (
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-    r"\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-_CONTROL = re.compile(_CONTROLS)
-_CONTROL_IN_LINES = re.compile(rf"(?![\n\t]){_CONTROLS}")
-# A list of problems in a message has its entries on lines of their own, indented by two blanks.
-_CONTROL_IN_MESSAGE = re.compile(rf"(?!\n  ){_CONTROLS}")
-
-
-def printable(text: str) -> str:
-    """A name or a line with every control character as an escape, `\\n` among them."""
-    return _CONTROL.sub(_escape, text)
-
-
-def printable_message(text: str) -> str:
-    """As `printable`, but the lines of a list of problems stay lines."""
-    return _CONTROL_IN_MESSAGE.sub(_escape, text)
-
-
-def printable_lines(text: str) -> str:
-    """As `printable`, but line feeds and tabs stay."""
-    return _CONTROL_IN_LINES.sub(_escape, text)
+from .messages import printable, printable_lines
 
 
 class Terminal(Console):
@@ -71,7 +46,3 @@ class Description(ProgressColumn):
     def render(self, task: Task) -> Text:
         """As it is."""
         return Text(printable(task.description))
-
-
-def _escape(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode()

@@ -28,7 +28,8 @@ from .host.environment import check_environment
 from .host.files import check_parent
 from .host.interrupts import check as check_interrupt
 from .host.interrupts import interruptible
-from .host.terminal import Description, printable_lines, printable_message, progress_bar, stderr, stdout
+from .host.messages import printable_lines, printable_message
+from .host.terminal import Description, progress_bar, stderr, stdout
 from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..problems import listed
+from ...host.messages import listed
 from .config import read_config
 from .header import Header
 from .names import pieces_of

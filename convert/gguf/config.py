@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ...host.messages import listed, shown
 from ...model.registry import ARCHITECTURES
 from ...model.windows import FULL, SLIDING
-from ..problems import listed, shown
 from .header import Header
 from .names import CONFIG_TENSORS, FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Piece
 from .reader import read_piece

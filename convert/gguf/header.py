@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..problems import shown
+from ...host.messages import shown
 from .types import block_of, type_name
 
 MAGIC = b"GGUF"

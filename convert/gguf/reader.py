@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..problems import listed
+from ...host.messages import listed
 from ..reader import Weights
 from ..tensor_file import TensorInfo, read_mapped
 from ..weight_files import holds_weights

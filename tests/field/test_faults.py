@@ -17,7 +17,7 @@ import pytest
 import iceformer
 from iceformer.convert.finite import all_finite
 from iceformer.convert.json_file import parse_json
-from iceformer.convert.problems import MAX_LINE
+from iceformer.host.messages import MAX_LINE, printable
 
 from .folders import (
     edit_json,
@@ -239,7 +239,7 @@ def test_json_of_every_kind_is_one_line(source: Path, checkpoint: Path, kind: st
         message = refused(source)
         assert message.startswith(f"{source / name} ")
         assert found in message
-        assert message.isprintable()
+        assert printable(message) == message
         (source / name).unlink() if before is None else (source / name).write_bytes(before)
     for name in ("config.json", "iceformer.json"):
         before = (checkpoint / name).read_bytes()

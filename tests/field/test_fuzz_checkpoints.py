@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import iceformer
-from iceformer.convert.problems import MAX_LINE, MAX_LINES
+from iceformer.host.messages import MAX_LINE, MAX_LINES, printable
 from iceformer.model.registry import build
 
 from ..model.cases import CASES
@@ -95,7 +95,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_error(error: Exception) -> None:
     lines = str(error).split("\n")
     assert len(lines) <= MAX_LINES + 3
-    assert all(line.isprintable() and len(line) <= MAX_LINE for line in lines)
+    assert all(printable(line) == line and len(line) <= MAX_LINE for line in lines)
 
 
 def check_file(folders: Path, work: Path, file: str, seed: int) -> None:

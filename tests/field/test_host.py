@@ -20,7 +20,8 @@ from rich.text import Text
 import iceformer
 from iceformer.host import interrupts, strict_json, text
 from iceformer.host.files import replacing
-from iceformer.host.terminal import Description, Terminal, printable, printable_message
+from iceformer.host.messages import printable, printable_message
+from iceformer.host.terminal import Description, Terminal
 
 PACKAGE = Path(iceformer.__file__).resolve().parent
 ODD = "a[v1] [red]b[/red] :smile: \x1b[31mc\x07 \u202ed \x9b2J \udcff"
