@@ -284,7 +284,9 @@ def interrupted(checkpoint: Path, target: Path, seconds: float) -> tuple[int | N
 
 def test_ctrl_c_ends_a_compile(artifact: Path, tmp_path: Path) -> None:
     code, last = interrupted(artifact.parent / "checkpoint", tmp_path / "new" / "artifact", 1.5)
-    assert (code, last) == (130, "interrupted")
+    # Into a pipe, the progress bar may have left its last state on the same line.
+    assert code == 130
+    assert last.endswith("interrupted")
     assert list(tmp_path.iterdir()) == []
 
 
