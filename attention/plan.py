@@ -30,8 +30,8 @@ class Plan:
     decode: Attention = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
-        ours, theirs = self.prompt.fields(128), self.decode.fields(128)
-        if any(self._maker(self.prompt) != self._maker(self.decode) for name in ours if name in theirs):
+        shared = self.prompt.fields(128).keys() & self.decode.fields(128).keys()
+        if shared and self._maker(self.prompt) != self._maker(self.decode):
             raise ValueError(
                 f"prompt is {self.prompt} and decode is {self.decode}, which keep different things under one name: "
                 "expected the same method with the same options"

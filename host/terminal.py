@@ -20,6 +20,7 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        self._line_is_open = False
 
     def render_str(self, text: str, **options: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A string as text of that many printable characters."""
@@ -29,7 +30,15 @@ class Terminal(Console):
         """Whatever it is, and whoever made its text."""
         for segment in super().render(renderable, options):
             clean = segment.text if segment.control else printable_lines(segment.text)
+            if clean and not segment.control:
+                self._line_is_open = not clean.endswith("\n")
             yield segment if clean is segment.text else Segment(clean, segment.style)
+
+    def end_line(self) -> None:
+        """Begins a new line where something, such as a progress bar that was interrupted, left one open."""
+        if self._line_is_open and not self.is_terminal:
+            self.line()
+            self._line_is_open = False
 
 
 stdout, stderr = Terminal(), Terminal(stderr=True)

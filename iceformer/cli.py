@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         with interruptible(), _plain_interrupts():
             app(args=arguments, prog_name="iceformer")
     except KeyboardInterrupt:
+        stderr.end_line()
         stderr.print("interrupted", style="red")
         raise SystemExit(130) from None
     except OSError as error:
