@@ -59,7 +59,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with naming(path), path.open("wb") as file:
             yield file
         return
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _partial(path)
     try:
         with naming(path), partial.open("wb") as file:
             yield file
@@ -97,7 +97,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_absent(target)
     _sweep(target)
     made = [parent for parent in target.parents if not parent.exists()]
-    partial = target.parent / f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+    partial = _partial(target)
     try:
         with interruptible():
             partial.mkdir(parents=True)
@@ -115,8 +115,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def _partial(target: Path) -> Path:
+    """What is written until it takes the place of the target."""
+    return target.parent / f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def _partial_prefix(target: Path) -> str:
-    """What the names of temporary folders for a target begin with, short enough for any file system."""
+    """What the names of temporary files and folders for a target begin with, short enough for any file system."""
     name = target.name
     if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()

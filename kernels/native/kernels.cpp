@@ -63,7 +63,7 @@ void run_decode(const Attention& call, const DecodeTask& task, void* scratch) {
   return call.bfloat16 ? run_decode_task<DecodeBfloat16>(call, task, scratch) : run_decode_task<Float32>(call, task, scratch);
 }
 
-void merge(const Attention& call, int64_t head, const float* parts, int64_t count) {
+void merge(const Attention& call, int64_t head, float* parts, int64_t count) {
   return call.bfloat16 ? merge_parts<DecodeBfloat16>(call, head, parts, count)
                        : merge_parts<Float32>(call, head, parts, count);
 }

@@ -16,7 +16,7 @@ struct Kernels {
   // The same two for a call of one query a head, and what makes a head's output of its parts.
   size_t (*decode_scratch_bytes)(const Attention&);
   void (*run_decode)(const Attention&, const DecodeTask&, void* scratch);
-  void (*merge_parts)(const Attention&, int64_t head, const float* parts, int64_t count);
+  void (*merge_parts)(const Attention&, int64_t head, float* parts, int64_t count);
   // The first two for a product with a kernel of int8.
   size_t (*linear_scratch_bytes)(const Linear&, const LinearTask&);
   void (*run_linear)(const Linear&, const LinearTask&, void* scratch);

@@ -40,21 +40,6 @@ ICEFORMER_INLINE Words key_words(const typename Format::Element* from) {
     return (Words)widen(from);
 }
 
-// The sum of a vector's floats.
-template <int kCount, class Vector>
-ICEFORMER_INLINE float sum_of(Vector values) {
-  if constexpr (kCount == 1) {
-    return values[0];
-  } else {
-    typedef float Half __attribute__((vector_size(kCount == 2 ? 4 : 2 * kCount)));
-    Half low, high;
-    memcpy(&low, &values, sizeof low);
-    memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
-    return sum_of<kCount / 2>(low + high);
-  }
-}
-ICEFORMER_INLINE float sum(Floats values) { return sum_of<ICEFORMER_LANES>(values); }
-
 // One part of the keys of one head, for all queries that share it.
 template <class Format>
 class DecodePart {
@@ -206,22 +191,23 @@ class DecodePart {
   float *total_, *logits_, *largest_, *weight_;
 };
 
-// Writes output and log-sum-exp of a head's queries from its parts.
+// Writes output and log-sum-exp of a head's queries from its parts, which are used up.
 template <class Format>
-void merge_parts(const Attention& call, int64_t head, const float* parts, int64_t count) {
+void merge_parts(const Attention& call, int64_t head, float* parts, int64_t count) {
   using Element = typename Format::Element;
   const int64_t group = call.group(), row = head / call.kv_heads, width = call.part_width();
   const int64_t first = row * call.query_heads + head % call.kv_heads * group;
   for (int64_t query = 0; query < group; ++query) {
-    const float* mine = parts + query * width;
+    float* mine = parts + query * width;
     float best = kLowest, weight = 0.0f;
     for (int64_t i = 0; i < count; ++i) {
       const float largest = mine[i * group * width + call.value_dim + 1];
       best = largest > best ? largest : best;
     }
     for (int64_t i = 0; i < count; ++i) {
-      const float* part = mine + i * group * width + call.value_dim;
-      weight += part[0] * __builtin_expf(part[1] - best);
+      float* part = mine + i * group * width + call.value_dim;
+      part[1] = __builtin_expf(part[1] - best);
+      weight += part[0] * part[1];
     }
     const bool some = weight > 0.0f;
     Element* output = static_cast<Element*>(call.output) + (first + query) * call.value_dim;
@@ -229,7 +215,7 @@ void merge_parts(const Attention& call, int64_t head, const float* parts, int64_
       float total = 0.0f;
       for (int64_t i = 0; i < count; ++i) {
         const float* part = mine + i * group * width;
-        total += part[d] * __builtin_expf(part[call.value_dim + 1] - best);
+        total += part[d] * part[call.value_dim + 1];
       }
       Format::store_output(output + d, some ? total / weight : 0.0f);
     }

@@ -118,6 +118,13 @@ int64_t valid_blocks(const Attention& call, int64_t row) {
   return clip((left + call.query_block - 1) / call.query_block, 0, call.blocks());
 }
 
+// Query blocks of a row that exact attention computes.
+int64_t exact_blocks(const Attention& call, int64_t row) {
+  // With neither mask queries may belong to another sequence than the keys, so all of them count.
+  const bool all = !call.causal && !call.window && call.slot[row] >= 0;
+  return all ? call.blocks() : valid_blocks(call, row);
+}
+
 // Writes what a block of padding has for output.
 void clear(const Attention& call, int64_t head, int64_t first_block) {
   const int64_t start = first_block * call.query_block, width = call.value_dim * (call.bfloat16 ? 2 : 4);
@@ -149,8 +156,7 @@ ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
   std::vector<DecodeTask> tasks;
   for (int64_t head = 0; head < call.rows * call.kv_heads; ++head) {
     const int64_t row = head / call.kv_heads, position = call.offset[row];
-    const bool all = !call.causal && !call.window && call.slot[row] >= 0;
-    if (!all && valid_blocks(call, row) == 0) {
+    if (exact_blocks(call, row) == 0) {
       clear(call, head, 0);
       continue;
     }
@@ -186,10 +192,7 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
   if (call.queries == 1) return decode(pool, call);
   std::vector<Task> tasks;
   for (int64_t head = 0; head < call.rows * call.kv_heads; ++head) {
-    const int64_t row = head / call.kv_heads;
-    // With neither mask queries may belong to another sequence than the keys, so all of them count.
-    const bool all = !causal && !window && call.slot[row] >= 0;
-    const int64_t count = all ? call.blocks() : valid_blocks(call, row);
+    const int64_t count = exact_blocks(call, head / call.kv_heads);
     // Later blocks see more keys: the longest tasks go first.
     for (int64_t block = count - 1; block >= 0; --block) tasks.push_back({head, block, nullptr});
     clear(call, head, count);

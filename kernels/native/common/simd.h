@@ -50,9 +50,9 @@ ICEFORMER_INLINE Vector larger(Vector a, Vector b) {
 
 ICEFORMER_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
-// The largest of a vector's floats.
-template <int kCount, class Vector>
-ICEFORMER_INLINE float largest_of(Vector values) {
+// A vector's floats combined in halves, by a function of two vectors.
+template <int kCount, class Vector, class Combine>
+ICEFORMER_INLINE float reduce(Vector values, const Combine& combine) {
   if constexpr (kCount == 1) {
     return values[0];
   } else {
@@ -60,10 +60,15 @@ ICEFORMER_INLINE float largest_of(Vector values) {
     Half low, high;
     memcpy(&low, &values, sizeof low);
     memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
-    return largest_of<kCount / 2>(low > high ? low : high);
+    return reduce<kCount / 2>(combine(low, high), combine);
   }
 }
-ICEFORMER_INLINE float largest(Floats values) { return largest_of<ICEFORMER_LANES>(values); }
+ICEFORMER_INLINE float largest(Floats values) {
+  return reduce<ICEFORMER_LANES>(values, [](auto low, auto high) { return low > high ? low : high; });
+}
+ICEFORMER_INLINE float sum(Floats values) {
+  return reduce<ICEFORMER_LANES>(values, [](auto low, auto high) { return low + high; });
+}
 
 // e^x to within 2 units in the last place for x <= 88, 0 below -87. Range reduction by log 2 in two parts, then a
 // polynomial of degree 6 (Cephes' coefficients), then the power of two put into the exponent.
