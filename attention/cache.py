@@ -1,7 +1,8 @@
 """The KV cache: the arrays of each layer by name, explicit in every call and donated by the caller.
 
 A layer holds keys and values, and whatever the attention keeps of its keys (`Field`). A layer with a sliding window
-holds a ring: the last tokens of each row, the one at position p in place p % ring.
+holds a ring: the last tokens of each row, the one at position p in place p % ring. Keys and values may be int8, with a
+scale for each token and head beside them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from .keys import KeyView
+from .keys import KeyView, quantize
 from .rows import Mask, Rows
 
 LayerCache = dict[str, Array]
-"""`key` and `value` [pages, kv_heads, page, width], and fields [pages, kv_heads, entries, ...] by their names."""
+"""`key` and `value` [pages, kv_heads, page, width], where they are int8 also `key_scale` and `value_scale` [pages,
+kv_heads, page], and fields [pages, kv_heads, entries, ...] by their names."""
 KVCache = tuple[LayerCache, ...]
 
 
@@ -75,26 +77,32 @@ def extend(
     Raises:
         ValueError: the cache has other fields, or arrays of another dtype than what is written to them.
     """
-    _check(cache, key, value, {} if mask.window is not None else fields)
+    new = _stored(cache, key, value)
+    _check(cache, new, {} if mask.window is not None else fields)
     if mask.window is not None:
-        return _extend_ring(cache, key, value, rows, mask)
+        return _extend_ring(cache, new, rows, mask)
     cache = dict(cache)
-    cache["key"], cache["value"] = (
-        _put(cache[name], new, rows.slot, rows.offset, table) for name, new in (("key", key), ("value", value))
-    )
-    keys = KeyView(cache["key"], cache["value"], {}, table)
+    for name, update in new.items():
+        cache[name] = _put(cache[name], update, rows.slot, rows.offset, table)
+    keys = _view(cache, table)
     for name, field in fields.items():
         start, runs = _runs(keys, key, rows, field.tokens)
         cache[name] = _put(cache[name], _as_entries(entries(name, runs), key), rows.slot, start, table)
     return Extended(cache, keys._replace(fields={name: cache[name] for name in fields}), rows, mask)
 
 
-def _check(cache: LayerCache, key: Array, value: Array, fields: Fields) -> None:
-    if cache.keys() != {"key", "value", *fields}:
-        raise ValueError(
-            f"the cache has {', '.join(cache)}, expected key, value{''.join(f', {name}' for name in fields)}"
-        )
-    written = {"key": key.dtype, "value": value.dtype} | {name: field.dtype for name, field in fields.items()}
+def _stored(cache: LayerCache, key: Array, value: Array) -> dict[str, Array]:
+    """New keys and values as the cache holds them."""
+    if "key_scale" not in cache:
+        return {"key": key, "value": value}
+    (keys, key_scale), (values, value_scale) = quantize(key), quantize(value)
+    return {"key": keys, "value": values, "key_scale": key_scale, "value_scale": value_scale}
+
+
+def _check(cache: LayerCache, new: Mapping[str, Array], fields: Fields) -> None:
+    if cache.keys() != {*new, *fields}:
+        raise ValueError(f"the cache has {', '.join(cache)}, expected {', '.join((*new, *fields))}")
+    written = {name: x.dtype for name, x in new.items()} | {name: field.dtype for name, field in fields.items()}
     for name, dtype in written.items():
         if cache[name].dtype != dtype:
             raise ValueError(f"the cache's {name} is {cache[name].dtype}, and what is written to it is {dtype}")
@@ -152,7 +160,7 @@ def _runs(keys: KeyView, key: Array, rows: Rows, tokens: int) -> tuple[Array, Ar
     start = jnp.clip(rows.offset // tokens, 0, keys.capacity // tokens - span)
     position = (start[:, None] + jnp.arange(span)) * tokens
     heads = [
-        keys.gather(keys.key, jnp.maximum(rows.slot[row], 0), jnp.int32(head), position[row], tokens)
+        keys.key_rows(jnp.maximum(rows.slot[row], 0), jnp.int32(head), position[row], key.dtype, tokens)
         for row in range(count)
         for head in range(kv_heads)
     ]
@@ -163,41 +171,41 @@ def _as_entries(entries: Array, key: Array) -> Array:
     return entries.reshape(*key.shape[:2], *entries.shape[1:])
 
 
-def _extend_ring(cache: LayerCache, key: Array, value: Array, rows: Rows, mask: Mask) -> Extended:
+def _extend_ring(cache: LayerCache, new: Mapping[str, Array], rows: Rows, mask: Mask) -> Extended:
     if mask.relative_bias is not None:
         raise ValueError(
             "a layer with a sliding window and a relative position bias has no cache: its ring has no order"
         )
-    ring, tokens = cache["key"].shape[2], key.shape[2]
+    ring, (count, _, tokens, _) = cache["key"].shape[2], new["key"].shape
     busy = rows.settled()
     if tokens == 1:
         # All that a ring holds is in the window, so that its order does not matter.
         place = rows.offset % ring
-        written = {name: _put(cache[name], x, rows.slot, place, None) for name, x in (("key", key), ("value", value))}
+        written = {name: _put(cache[name], x, rows.slot, place, None) for name, x in new.items()}
         seen = Rows(rows.slot, jnp.zeros_like(rows.offset), jnp.minimum(rows.offset + 1, ring))
         return Extended(written, _view(written), seen, mask._replace(causal=False, window=None))
     first = jnp.maximum(busy.offset - ring, 0)
     end = jnp.minimum(busy.offset + tokens, busy.length)
     last = jnp.maximum(end - ring, 0)
     kept, views = dict(cache), {}
-    for name, new in (("key", key), ("value", value)):
+    for name, update in new.items():
         lines = []
-        for row in range(key.shape[0]):
+        for row in range(count):
             old = lax.dynamic_index_in_dim(cache[name], busy.slot[row], 0, keepdims=False)
-            line = jnp.concatenate([_rotated(old, first[row] % ring), jnp.zeros_like(new[row])], axis=1)
-            line = lax.dynamic_update_slice(line, new[row], (0, busy.offset[row] - first[row], 0))
+            line = jnp.concatenate([_rotated(old, first[row] % ring), jnp.zeros_like(update[row])], axis=1)
+            line = lax.dynamic_update_slice_in_dim(line, update[row], busy.offset[row] - first[row], axis=1)
             latest = lax.dynamic_slice_in_dim(line, last[row] - first[row], ring, axis=1)
             latest = _rotated(latest, (-last[row]) % ring)
             kept[name] = _put_run(kept[name], latest, rows.slot[row], jnp.int32(0), rows.slot[row] >= 0)
             lines.append(line)
         views[name] = jnp.stack(lines)
     # The call attends to what the ring held and its own tokens, in their order.
-    here = jnp.where(rows.slot >= 0, jnp.arange(key.shape[0], dtype=jnp.int32), -1)
+    here = jnp.where(rows.slot >= 0, jnp.arange(count, dtype=jnp.int32), -1)
     return Extended(kept, _view(views), Rows(here, busy.offset - first, busy.length - first), mask)
 
 
-def _view(cache: LayerCache) -> KeyView:
-    return KeyView(cache["key"], cache["value"])
+def _view(cache: LayerCache, table: Array | None = None) -> KeyView:
+    return KeyView(cache["key"], cache["value"], {}, table, cache.get("key_scale"), cache.get("value_scale"))
 
 
 def _rotated(x: Array, by: Array) -> Array:

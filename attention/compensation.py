@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .blocks import MASKED, Visibility
 from .exact import Head, Partial, merge, normalise
-from .keys import KeyView
+from .keys import KeyView, as_floats
 from .logits import Logits
 from .ops import cap, matmul, matmul_transposed
 
@@ -44,11 +44,11 @@ class SelectedKeys(NamedTuple):
 def block_sums(keys: KeyView) -> BlockSums:
     """Sums of all pages and heads; a page is a multiple of `MEAN_BLOCK`."""
 
-    def sums(x: Array) -> Array:
-        runs = x.reshape(*x.shape[:2], -1, MEAN_BLOCK, x.shape[3])
+    def sums(x: Array, scale: Array | None) -> Array:
+        runs = as_floats(x, scale, jnp.float32).reshape(*x.shape[:2], -1, MEAN_BLOCK, x.shape[3])
         return jnp.sum(runs.astype(jnp.float32), axis=3)
 
-    return BlockSums(sums(keys.key), sums(keys.value))
+    return BlockSums(sums(keys.key, keys.key_scale), sums(keys.value, keys.value_scale))
 
 
 def compensate(

@@ -36,7 +36,7 @@ def objection(call: Call) -> str | None:
     if not kernels.enabled():
         return "the native kernels are not there, or switched off"
     query, keys = call.query, call.keys
-    types = {str(x.dtype) for x in (query, keys.key, keys.value)}
+    types = {str(x.dtype) for x in ((query,) if keys.key_scale is not None else (query, keys.key, keys.value))}
     if len(types) > 1 or not types <= {"float32", "bfloat16"}:
         return f"the kernels take float32 or bfloat16, the same for all, and these are {', '.join(sorted(types))}"
     return f"the kernels take an even head_dim, and this is {query.shape[3]}" if query.shape[3] % 2 else None
@@ -49,7 +49,7 @@ def exact(call: Call) -> WithLogSumExp:
     block = max(16, 1 << max(0, (_LANES // group).bit_length() - 1))
     return _call(
         kernels.EXACT,
-        (query, keys.key, keys.value, *_places(rows, keys)),
+        (query, *_stored(keys), *_places(rows, keys)),
         query_block=min(block, next_power_of_two(queries)),
         window=mask.window or 0,
         causal=mask.causal,
@@ -71,7 +71,7 @@ def two_stage(
     return _call(
         kernels.TWO_STAGE,
         (
-            *(query, keys.key, keys.value, keys.fields[PROJECTED_KEY]),
+            *(query, *_stored(keys), keys.fields[PROJECTED_KEY]),
             *(projected_queries, jnp.stack(selecting, axis=1)),
             *_places(rows, keys),
         ),
@@ -86,6 +86,13 @@ def two_stage(
         local=config.local,
         ranking_queries=method.ranking_count(projected_queries.shape[2]),
     )
+
+
+def _stored(keys: KeyView) -> tuple[Array, ...]:
+    """Keys, values and the scales of both; empty ones where they are floats."""
+    none = jnp.zeros((0, 0, 0), jnp.float32)
+    scales = (none if scale is None else scale for scale in (keys.key_scale, keys.value_scale))
+    return keys.key, keys.value, *scales
 
 
 def _places(rows: Rows, keys: KeyView) -> tuple[Array, ...]:

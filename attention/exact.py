@@ -117,13 +117,13 @@ def exact_block(
     def step(index: Int[Array, ""], state: tuple[Array, Array, Array], last: bool = False) -> tuple[Array, ...]:
         total, largest, weight = state
         start = index * key_block
-        tile = logits(query, keys.run(keys.key, *head, start, key_block), visibility.position[0], start)
+        tile = logits(query, keys.key_run(*head, start, key_block, query.dtype), visibility.position[0], start)
         position = start + jnp.arange(key_block, dtype=jnp.int32)
         tile = jnp.where(visibility.mask(position), tile, MASKED)
         new_largest = jnp.maximum(largest, jnp.max(tile, axis=1))
         weights = jnp.where(tile > MASKED, jnp.exp(tile - new_largest[:, None]), 0.0)
         decay = jnp.exp(largest - new_largest)
-        values = keys.run(keys.value, *head, start, key_block)
+        values = keys.value_run(*head, start, key_block, query.dtype)
         if last:
             # Past the end memory holds anything, and a weight of 0 does not make a NaN or an infinity 0.
             values = jnp.where((position < end)[:, None], values, 0)

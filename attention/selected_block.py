@@ -51,7 +51,7 @@ def selected_block(
 
     block, block_visible = _stage_1(how, ranking, visibility, forced)
     position = (block[:, None] * length + jnp.arange(length, dtype=jnp.int32)).reshape(-1)
-    candidate = keys.gather(keys.key, *head, block * length, length).reshape(-1, query.shape[1])
+    candidate = keys.key_rows(*head, block * length, query.dtype, length).reshape(-1, query.shape[1])
     visible = visibility.mask(position).T & jnp.repeat(block_visible, length)[:, None]
     visible &= visibility.position < visibility.length  # Other queries fill up the block: they choose nothing.
     logits = cap(matmul_transposed(candidate, query) * logits_of.scale, logits_of.softcap)
@@ -63,7 +63,7 @@ def selected_block(
         largest_weight(logits), forced.covers(position), jnp.any(visible, axis=1), min(config.budget, position.size)
     )
     # What nobody sees may hold NaN, which a weight of 0 does not make 0: the row's first value is there in its place.
-    value = keys.gather(keys.value, *head, jnp.where(chosen_visible, position[chosen], 0))[:, 0]
+    value = keys.value_rows(*head, jnp.where(chosen_visible, position[chosen], 0), query.dtype)[:, 0]
     part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
     if how.sums is None:
         return part

@@ -26,7 +26,7 @@ from .blocks import (
 from .cache import Fields
 from .compensation import MEAN_BLOCK, block_sums
 from .exact import Exact, exact_block
-from .keys import KeyView, as_index, runs_of
+from .keys import KeyView, as_floats, as_index, runs_of
 from .logits import Logits, scale_of
 from .methods import Constants, LowRank, Method, RankingQueries, make_method
 from .rows import Mask, Rows
@@ -181,8 +181,9 @@ class TwoStage(Attention):
     def indexed(self, keys: KeyView, constants: Constants) -> KeyView:
         """The keys with the method's index, which is made here where no cache has kept it."""
         missing = {name: field for name, field in self.fields(keys.key.shape[3]).items() if name not in keys.fields}
+        floats = as_floats(keys.key, keys.key_scale, jnp.float32)
         made = {
-            name: as_index(self.entries(name, runs_of(keys.key, field.tokens), constants), keys.key)
+            name: as_index(self.entries(name, runs_of(floats, field.tokens), constants), keys.key)
             for name, field in missing.items()
         }
         return keys._replace(fields={**keys.fields, **made})

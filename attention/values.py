@@ -19,7 +19,7 @@ class Values(Attention):
         queries, group = query.shape[2], query.shape[1] // keys.kv_heads
         position = rows.offset[:, None] + jnp.arange(queries)
         gathered = [
-            keys.gather(keys.value, rows.slot[row], jnp.int32(head), position[row])[:, 0]
+            keys.value_rows(rows.slot[row], jnp.int32(head), position[row], query.dtype)[:, 0]
             for row in range(query.shape[0])
             for head in range(keys.kv_heads)
         ]

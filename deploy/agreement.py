@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .encoding import OUTPUTS
-from .manifest import ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo
+from .manifest import ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo, kv_arrays
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -42,6 +42,8 @@ def _disagreements(manifest: Manifest) -> Iterator[str]:
         yield "has batch 0, expected at least 1"
     if manifest.dtype not in _FLOATS:
         yield f"has dtype {manifest.dtype!r}, expected one of: {', '.join(_FLOATS)}"
+    if manifest.kv_dtype not in (manifest.dtype, "int8"):
+        yield f"has kv_dtype {manifest.kv_dtype!r}, expected int8 or its dtype, {manifest.dtype}"
     yield from _of_model(manifest.model)
     if any(row.exact_seconds <= 0 for row in manifest.crossover):
         yield "has a measurement of no seconds in crossover"
@@ -114,13 +116,17 @@ def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
 def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayInfo], window: int) -> Iterator[str]:
     """Keys and values of all slots: of whole rows, of their pages, or of the last tokens only (a ring)."""
     slots, page = manifest.batch, bucket.cache.page
-    keys = layer.get("key")
-    if keys is None or keys.dtype != manifest.dtype or layer.get("value") != keys or len(keys.shape) != 4:
-        yield f"has a layer of the cache without keys and values of one shape in {manifest.dtype}"
+    keys, kinds = layer.get("key"), kv_arrays(manifest.kv_dtype)
+    fit = keys is not None and all(
+        name in layer and layer[name] == ArrayInfo(keys.shape if name in ("key", "value") else keys.shape[:3], dtype)
+        for name, dtype in kinds.items()
+    )
+    if keys is None or not fit or len(keys.shape) != 4:
+        yield f"has a layer of the cache without {', '.join(kinds)} of one shape, keys in {manifest.kv_dtype}"
         return
     pages, heads, length, _ = keys.shape
     if window:
-        fits = len(layer) == 2 and (pages, length) == (slots, window) and window <= bucket.capacity
+        fits = len(layer) == len(kinds) and (pages, length) == (slots, window) and window <= bucket.capacity
     elif page:
         fits = (pages, length) == (slots * bucket.capacity // page, page)
     else:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .artifact import TOKENIZER
 from .inputs import COUNTS
-from .manifest import Manifest
+from .manifest import Manifest, QuantizationError
 from .tables import (
     ATTENTION_OF,
     CROSSOVER_COLUMNS,
@@ -45,7 +45,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 ## Attention
 
 {_attention_text(manifest)}
-{_weights_text(manifest)}
+{_weights_text(manifest)}{_cache_text(manifest)}
 ## Use
 
 ```python
@@ -117,17 +117,35 @@ def _attention_text(manifest: Manifest) -> str:
     return f"{text}\n\nMeasured at compile time: {call}, some heads of one layer:\n\n{measured}"
 
 
+_SCALES = {"int8": " with one scale per output channel"}
+
+
 def _weights_text(manifest: Manifest) -> str:
     error = manifest.weights.error
     if error is None:
         return ""
-    cells = quantization_error_cells(error)
     return f"""
 ## Weights
 
-The kernels of linear layers are {manifest.weights.format} with one scale per output channel; activations,
-embeddings and an output layer tied to them are {manifest.dtype}.
-What quantisation cost, with exact attention{_NLL[manifest.model.kind]}:
+The kernels of linear layers are {manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}, an output layer
+tied to embeddings is bfloat16; activations are {manifest.dtype}.
+{_cost(manifest, error)}"""
+
+
+def _cache_text(manifest: Manifest) -> str:
+    error = manifest.kv_error
+    if error is None:
+        return ""
+    return f"""
+## KV cache
+
+Keys and values are {manifest.kv_dtype} with one scale for each token and head.
+{_cost(manifest, error)}"""
+
+
+def _cost(manifest: Manifest, error: QuantizationError) -> str:
+    cells = quantization_error_cells(error)
+    return f"""What quantisation cost, with exact attention{_NLL[manifest.model.kind]}:
 
 {_markdown_table(tuple(cells), [tuple(cells.values())])}
 """

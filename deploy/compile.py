@@ -32,8 +32,8 @@ from ..host.files import check_absent, new_folder
 from ..host.interrupts import check as check_interrupt
 from ..model.decoder import DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
-from ..model.int8 import quantize
 from ..model.registry import Model, ModelConfig, build
+from ..model.rounding import FORMATS, round_weights
 from ..model.self_attention import LayerConstants
 from . import artifact as layout
 from .calibration import calibrate, calibration_inputs
@@ -56,11 +56,12 @@ from .manifest import (
     TextInfo,
     WeightsInfo,
 )
-from .quantization_error import quantization_error
+from .quantization_error import kv_quantization_error, quantization_error
 from .weights import cpu_device, described, write_weights
 
 DTYPES = ("float32", "bfloat16")
-WEIGHTS = ("same", "int8")
+WEIGHTS = ("same", *FORMATS)
+KV_DTYPES = ("same", "int8")
 BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
 """The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
 _TIMED_QUERIES = 2048
@@ -75,6 +76,7 @@ def compile(
     attention: Attention | Plan | Auto | None = None,
     dtype: str = "float32",
     weights: str = "same",
+    kv_dtype: str = "same",
     batch: int = 1,
     chunk: int = 2048,
     page: int | None = None,
@@ -92,10 +94,13 @@ def compile(
         attention: for prompts, scoring and encoding. `TwoStage(...)` and `Exact()` apply to every bucket. `Auto(...)`
             measures from how many keys two-stage attention is faster on this machine, and chooses for each bucket.
             None means `Auto()`. New tokens attend exactly, unless a `Plan(prompt, decode)` says otherwise.
-        dtype: "float32" or "bfloat16", for weights and KV cache.
-        weights: "same" as dtype, or "int8": the kernels of linear layers are quantised to int8 with one scale per
-            output channel, activations are not. Embeddings, and an output layer tied to them, keep the dtype. The loss
-            of accuracy is measured on the calibration text and recorded in the manifest and the card.
+        dtype: "float32" or "bfloat16", for weights, activations and KV cache.
+        weights: "same" as dtype; "bfloat16": the kernels of linear layers, and an output layer tied to embeddings, are
+            rounded to it, activations are not; "int8": those kernels are quantised to int8 with one scale per output
+            channel, and a tied output layer is bfloat16. The loss of accuracy is measured on the calibration text and
+            recorded in the manifest and the card.
+        kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
+            read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
         batch: for an encoder, rows per call; for a decoder, how many requests have a place in its KV cache and run
             together.
         chunk: prompt tokens per call; must divide every bucket (a smaller bucket is one chunk). An encoder takes whole
@@ -103,8 +108,9 @@ def compile(
         page: tokens per page of the KV cache, a power of two of at least 128 that divides every bucket: the pages of a
             request then lie anywhere in the cache. None keeps each request in one piece, which is a little faster.
         calibration: for calibrating the attention method, if it needs that, and for measuring the error of int8
-            weights: a text file, token ids, or None for the text that ships with the package (seeded random ids for a
-            model without a tokenizer, random numbers for images or sound). At most 4096 tokens are used.
+            weights, keys and values: a text file, token ids, or None for the text that ships with the package (seeded
+            random ids for a model without a tokenizer, random numbers for images or sound). At most 4096 tokens are
+            used.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
@@ -122,12 +128,14 @@ def compile(
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
     ends = _eos_token_ids(checkpoint, raw_config, config)
-    check_options(config, buckets=buckets, dtype=dtype, weights=weights, batch=batch, chunk=chunk)
+    check_options(config, buckets=buckets, dtype=dtype, weights=weights, kv_dtype=kv_dtype, batch=batch, chunk=chunk)
     buckets = default_buckets(config, chunk) if buckets is None else buckets
     _check_page(page, config, buckets)
-    timed = _timed_call(config, dtype, batch, chunk)
+    kept = dtype if kv_dtype == "same" else kv_dtype
+    timed = _timed_call(config, dtype, batch, chunk, kept)
     measures = needs_measurement(asked, buckets, timed)
-    steps = 2 + (weights == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
+    rounds = weights not in ("same", dtype)
+    steps = 2 + rounds + (kept == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
     # The folder first, so that one that cannot be written is known before the work.
     with (
@@ -138,10 +146,15 @@ def compile(
         report("loading the checkpoint")
         model = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
-        error = None
-        if weights == "int8":
+        error = kv_error = None
+        if rounds:
             report("rounding the weights")
-            model, error = _round_weights(model, checkpoint, calibration)
+            model, error = _round_weights(model, weights, checkpoint, calibration)
+        if kept == "int8":
+            report("measuring the error of int8 keys and values")
+            kv_error = kv_quantization_error(
+                model, calibration_inputs(model, calibration, checkpoint / layout.TOKENIZER)
+            )
         choices, measured = decide(asked, buckets, timed, report)
         report("calibrating the attention")
         constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
@@ -156,7 +169,7 @@ def compile(
                 batch=batch,
                 page=page or 0,
                 choice=choice,
-                dtype=dtype,
+                kv_dtype=kept,
                 report=report,
             )
             for capacity, choice in zip(buckets, choices, strict=True)
@@ -169,8 +182,12 @@ def compile(
             model=info,
             crossover=measured,
             dtype=dtype,
+            kv_dtype=kept,
+            kv_error=kv_error,
             batch=batch,
-            weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, error),
+            weights=WeightsInfo(
+                write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights if rounds else "same", error
+            ),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),
             provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
@@ -195,13 +212,24 @@ def default_buckets(config: ModelConfig, chunk: int) -> tuple[int, ...]:
 
 
 def check_options(
-    config: ModelConfig, *, buckets: Sequence[int] | None, dtype: str, weights: str, batch: int, chunk: int
+    config: ModelConfig,
+    *,
+    buckets: Sequence[int] | None,
+    dtype: str,
+    weights: str,
+    kv_dtype: str,
+    batch: int,
+    chunk: int,
 ) -> None:
     """Raises ValueError, with what was found and expected, for options that cannot be compiled."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}, expected one of: {', '.join(WEIGHTS)}")
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of: {', '.join(KV_DTYPES)}")
+    if kv_dtype != "same" and config.kind != "decoder":
+        raise ValueError(f"kv_dtype is {kv_dtype!r}, but an encoder has no KV cache: leave it out")
     if batch < 1 or chunk < 1:
         raise ValueError(f"batch is {batch} and chunk is {chunk}, expected at least 1 each")
     if buckets is None:
@@ -261,17 +289,22 @@ def _calibrate(
 
 
 def _round_weights(
-    model: Model, checkpoint: Path, source: str | Path | ArrayLike | None
+    model: Model, form: str, checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[Model, QuantizationError]:
-    """The model with int8 weights, and what that costs."""
-    rounded: Any = quantize(model)
+    """The model with rounded weights, and what that costs."""
+    rounded = round_weights(model, form)
     return rounded, quantization_error(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
 
 
-def _timed_call(config: ModelConfig, dtype: str, batch: int, chunk: int) -> TimedCall:
+def _timed_call(config: ModelConfig, dtype: str, batch: int, chunk: int, kv_dtype: str) -> TimedCall:
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.causal)
     return TimedCall(
-        shape, dtype, batch, chunk if config.kind == "decoder" else _TIMED_QUERIES, only_exact=_only_exact(config)
+        shape,
+        dtype,
+        batch,
+        chunk if config.kind == "decoder" else _TIMED_QUERIES,
+        only_exact=_only_exact(config),
+        kv_dtype=kv_dtype,
     )
 
 
@@ -369,7 +402,7 @@ def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
 
 def _print_tables(manifest: Manifest) -> None:
     from ..host.terminal import stdout
-    from .tables import attention_tables, code_table, weight_tables
+    from .tables import attention_tables, code_table, rounding_tables
 
-    for table in (*attention_tables(manifest), *weight_tables(manifest), code_table(manifest)):
+    for table in (*attention_tables(manifest), *rounding_tables(manifest), code_table(manifest)):
         stdout.print(table)

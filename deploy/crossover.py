@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..attention import Attention, Auto, Constants, Exact, KeyView, Mask, Plan, Rows, TwoStage, attend
+from ..attention.keys import quantize
 from ..attention.shape import AttentionShape
 from .manifest import CrossoverRow
 
@@ -36,10 +37,11 @@ class TimedCall:
 
     Attributes:
         shape: of a layer; where it is not causal, the whole row is timed, whatever `chunk` says.
-        dtype: of queries, keys and values.
+        dtype: of queries, and of keys and values unless `kv_dtype` says otherwise.
         batch: rows of a call.
         chunk: tokens of a row that one call takes, or as many as are timed at once.
         only_exact: why two-stage attention is out of the question, in words; empty if it is not.
+        kv_dtype: "int8" where keys and values are; else `dtype`, or empty for that.
     """
 
     shape: AttentionShape
@@ -47,6 +49,7 @@ class TimedCall:
     batch: int
     chunk: int
     only_exact: str = ""
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,14 +164,15 @@ def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTa
     arrays = tuple(jnp.asarray(array, timed.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(two_stage, crossover=0, exact_last_block=False)
-    calls = tuple(_timed(strategy, arrays, constants, shape.causal) for strategy in (Exact(), two_stage))
+    keys = _stored(*arrays[1:], timed.kv_dtype)
+    calls = tuple(_timed(strategy, arrays[0], keys, constants, shape.causal) for strategy in (Exact(), two_stage))
     rows: list[CrossoverRow] = []
     for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
         offset = length - chunk if shape.causal else 0
         seconds = _race(calls, offset, length)
         # Query blocks within the budget are the same work both ways; this is what the others see on average.
-        keys = (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
-        rows.append(CrossoverRow(keys, *(round(value, 6) for value in seconds)))
+        seen = (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
+        rows.append(CrossoverRow(seen, *(round(value, 6) for value in seconds)))
         if len(rows) > 1 and max(row.ratio for row in rows[-2:]) < _CLEAR_WIN:
             break
     return CrossoverTable(tuple(rows), crossover_of(rows, two_stage.query_block))
@@ -198,12 +202,18 @@ def _constants(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Const
     return {name: jnp.asarray(array) for name, array in learned.items()}
 
 
+def _stored(key: Array, value: Array, kv_dtype: str) -> KeyView:
+    """Keys and values as the cache holds them."""
+    if kv_dtype != "int8":
+        return KeyView(key, value)
+    (keys, key_scale), (values, value_scale) = quantize(key), quantize(value)
+    return KeyView(keys, values, {}, None, key_scale, value_scale)
+
+
 def _timed(
-    attention: Attention, arrays: tuple[Array, ...], constants: Constants, causal: bool
+    attention: Attention, query: Array, keys: KeyView, constants: Constants, causal: bool
 ) -> Callable[[np.ndarray, np.ndarray], float]:
     """A function that gives the seconds of one call at an offset and lengths."""
-    query, key, value = arrays
-    keys = KeyView(key, value)
     # The cache of a compiled entry holds the index; an encoder has none and makes it in the call.
     if causal and isinstance(attention, TwoStage):
         keys = attention.indexed(keys, constants)

@@ -20,7 +20,7 @@ from ..attention import KVCache, Plan, Rows
 from ..model.encoder import Encoder
 from ..model.self_attention import LayerConstants
 from .agreement import decoder_arguments
-from .manifest import ArrayInfo, CacheInfo
+from .manifest import ArrayInfo, CacheInfo, kv_arrays
 
 Weights = tuple[Array, ...]
 
@@ -62,7 +62,7 @@ class Entries(ABC):
 
     @abstractmethod
     def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
-        """The arrays of a bucket's cache; `page` is 0 where a slot is one page."""
+        """The arrays of a bucket's cache, keys and values of that dtype; `page` is 0 where a slot is one page."""
 
     @abstractmethod
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
@@ -83,6 +83,10 @@ class Entries(ABC):
             named |= {f"{_CONSTANTS}{layer}.{name}": array for name, array in learned.items()}
         names = tuple(sorted(named))
         return cls(names, tuple(named[name] for name in names), rebuild, Plan())
+
+    def model(self, weights: Weights) -> Any:
+        """The module with these weights."""
+        return self._model(weights)[0]
 
     def _model(self, weights: Weights) -> tuple[Any, LayerConstants]:
         """The model, and the constants of each of its layers."""
@@ -109,16 +113,20 @@ class DecoderEntries(Entries):
         length = page or -(-capacity // (unit := max((kept.tokens for kept in fields.values()), default=1))) * unit
         pages = batch * (capacity // page if page else 1)
 
+        def tokens(pages: int, length: int) -> dict[str, ArrayInfo]:
+            shape = (pages, config.num_key_value_heads, length)
+            widths = {"key": (config.head_dim,), "value": (config.head_dim,)}
+            return {name: ArrayInfo((*shape, *widths.get(name, ())), kind) for name, kind in kv_arrays(dtype).items()}
+
         def layer(window: int) -> dict[str, ArrayInfo]:
             if window:
-                ring = (batch, config.num_key_value_heads, window, config.head_dim)
-                return {"key": ArrayInfo(ring, dtype), "value": ArrayInfo(ring, dtype)}
+                return tokens(batch, window)
             heads = (pages, config.num_key_value_heads)
-            keys = ArrayInfo((*heads, length, config.head_dim), dtype)
-            arrays = {"key": keys, "value": keys}
-            for name, kept in fields.items():
-                arrays[name] = ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
-            return arrays
+            index = {
+                name: ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
+                for name, kept in fields.items()
+            }
+            return tokens(pages, length) | index
 
         windows = tuple(min(window or 0, capacity) for window in config.windows)
         return CacheInfo(tuple(layer(window) for window in windows), windows, page)

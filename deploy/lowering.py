@@ -38,7 +38,7 @@ def compile_bucket(
     batch: int,
     page: int,
     choice: Choice,
-    dtype: str,
+    kv_dtype: str,
     report: Callable[[str], None],
 ) -> BucketInfo:
     """Compiles the entries for one capacity and writes them under `folder`.
@@ -51,14 +51,14 @@ def compile_bucket(
         batch: rows of an encoder's call, or slots of a decoder's cache.
         page: tokens of the cache's pages; 0 where a slot is one page.
         choice: the plan, and why it is that one.
-        dtype: of the cache.
+        kv_dtype: of keys and values in the cache.
         report: called with a line of text before each entry.
 
     Raises:
         ValueError: the code calls something that a process which loads it may not have.
     """
     entries = dataclasses.replace(entries, plan=choice.plan)
-    cache = entries.cache(capacity, batch, dtype, page)
+    cache = entries.cache(capacity, batch, kv_dtype, page)
     infos = {}
     for name, entry in entries.functions(capacity, chunk, batch, page).items():
         report(f"compiling {name} for {capacity} tokens")

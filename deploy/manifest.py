@@ -19,7 +19,7 @@ import numpy as np
 
 from ..host import strict_json
 
-SCHEMA = 5
+SCHEMA = 6
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
 _TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -169,14 +169,13 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """What rounding the weights cost, with exact attention over a text.
+    """What rounding weights, or keys and values, cost, with exact attention over a text.
 
     Attributes:
         text: what it is, as in `CalibrationInfo.kind`.
         tokens: how many of it were looked at.
-        nll: of a decoder: mean negative log-probability of its next tokens (natural logarithm), with the weights as
-            they were.
-        rounded_nll: the same with the rounded weights.
+        nll: of a decoder: mean negative log-probability of its next tokens (natural logarithm), before rounding.
+        rounded_nll: the same after.
         greedy_agreement: share of the positions whose most likely next token stayed the same.
         cosine: of an encoder: mean cosine of the angle between a token's last hidden states before and after.
     """
@@ -196,7 +195,8 @@ class WeightsInfo:
     Attributes:
         file: that holds them.
         tensors: that it holds, by name, in the order in which every entry takes them, which is that of their names.
-        format: "int8" if the kernels of linear layers are rounded to it; "same" if they have the artifact's dtype.
+        format: "int8" or "bfloat16" if the kernels of linear layers are rounded to it; "same" if they have the
+            artifact's dtype.
         error: what rounding them cost; None if they are not rounded.
     """
 
@@ -243,7 +243,8 @@ class CacheInfo:
     """A bucket's KV cache; no layers for an encoder.
 
     Attributes:
-        layers: the arrays of each layer by name: `key`, `value`, and what the attention keeps of the keys.
+        layers: the arrays of each layer by name: `key` and `value`, their scales where they are int8, and what the
+            attention keeps of the keys.
         windows: of each layer, the tokens that it sees and keeps, each in the place of one that nobody sees any more;
             0 for a layer that keeps whole rows.
         page: tokens of a page, whose places a table gives; 0 where each slot is one page.
@@ -257,6 +258,12 @@ class CacheInfo:
     def size_in_bytes(self) -> int:
         """Memory of the whole cache."""
         return sum(array.size_in_bytes for layer in self.layers for array in layer.values())
+
+
+def kv_arrays(dtype: str) -> dict[str, str]:
+    """The arrays of a layer's cache that hold keys and values of that dtype, by name, and the dtype of each."""
+    scales = {"key_scale": "float32", "value_scale": "float32"} if dtype == "int8" else {}
+    return {"key": dtype, "value": dtype, **scales}
 
 
 @dataclass(frozen=True)
@@ -335,7 +342,9 @@ class Manifest:
         environment: where it was compiled.
         model: what was compiled.
         crossover: what was measured to choose each bucket's attention; empty where it was as asked.
-        dtype: dtype of activations, cache, and of the weights that are not rounded.
+        dtype: of activations, and of the weights that are not rounded.
+        kv_dtype: of keys and values in the cache: `dtype`, or "int8" with a scale for each token and head.
+        kv_error: what rounding keys and values cost, beside the weights as they are; None if they are not rounded.
         batch: rows of every call of an encoder; of a decoder, slots: rows that its cache holds.
         weights: the weights file.
         buckets: by rising capacity.
@@ -350,6 +359,8 @@ class Manifest:
     model: ModelInfo
     crossover: tuple[CrossoverRow, ...]
     dtype: str
+    kv_dtype: str
+    kv_error: QuantizationError | None
     batch: int
     weights: WeightsInfo
     buckets: tuple[BucketInfo, ...]

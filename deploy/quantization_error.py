@@ -1,4 +1,4 @@
-"""What rounding the weights costs: the same row through the model before and after, with exact attention."""
+"""What rounding weights, or keys and values, costs: a row through the model before and after, with exact attention."""
 
 from typing import Any
 
@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from ..attention import Plan, Rows
 from ..model.encoder import Encoder
 from .calibration import CalibrationInputs
-from .entries import SCORE_BLOCK, score_positions
-from .manifest import QuantizationError
+from .entries import SCORE_BLOCK, DecoderEntries, Weights, score_positions
+from .manifest import ArrayInfo, QuantizationError
 
 MAX_TOKENS = 2048
+
+_Scores = tuple[Float[np.ndarray, " predicted"], Int[np.ndarray, " tokens"]]
 
 
 def quantization_error(model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs) -> QuantizationError:
@@ -24,7 +26,17 @@ def quantization_error(model: nnx.Module, rounded: nnx.Module, row: CalibrationI
         lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
         return QuantizationError(row.info.kind, row.tokens, cosine=float(np.mean((before * after).sum(-1) / lengths)))
     ids = row.inputs[0, :MAX_TOKENS]
-    (before, most_likely), (after, then) = _scores(model, ids), _scores(rounded, ids)
+    return _compared(row, ids, _scores(model, ids), _scores(rounded, ids))
+
+
+def kv_quantization_error(model: nnx.Module, row: CalibrationInputs) -> QuantizationError:
+    """Compares a decoder with itself over a KV cache of int8, over the row's first `MAX_TOKENS`."""
+    ids = row.inputs[0, :MAX_TOKENS]
+    return _compared(row, ids, _scores(model, ids), _scores(model, ids, "int8"))
+
+
+def _compared(row: CalibrationInputs, ids: Int[np.ndarray, " tokens"], *scores: _Scores) -> QuantizationError:
+    (before, most_likely), (after, then) = scores
     return QuantizationError(
         text=row.info.kind,
         tokens=ids.size,
@@ -50,21 +62,26 @@ def _mean_nll(logprobs: Float[np.ndarray, " tokens"]) -> float:
     return -float(np.mean(logprobs, dtype=np.float64)) if logprobs.size else 0.0
 
 
-def _scores(
-    model: Any, ids: Int[np.ndarray, " tokens"]
-) -> tuple[Float[np.ndarray, " predicted"], Int[np.ndarray, " tokens"]]:
-    """Each next token's log-probability and the most likely one, without ever holding [tokens, vocab]."""
-    graph, state = nnx.split(model)
+def _scores(model: Any, ids: Int[np.ndarray, " tokens"], kv_dtype: str = "") -> _Scores:
+    """Each next token's log-probability and the most likely one, without ever holding [tokens, vocab]; over a cache of
+    that dtype, or none."""
     block = min(SCORE_BLOCK, ids.size)
     padding = (0, -ids.size % block)
+    entries = DecoderEntries.of(model, None)
+    layers = entries.cache(ids.size + padding[1], 1, kv_dtype, 0).layers if kv_dtype else None
 
     @jax.jit
-    def run(state: Any, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model: Any = nnx.merge(graph, state)
-        lengths = jnp.array([ids.size], jnp.int32)
-        hidden, _ = model.hidden_states(tokens[None], Rows.whole(lengths), plan=Plan())
+    def run(weights: Weights, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = entries.model(weights)
+        cache = None if layers is None else tuple(map(_zeros, layers))
+        rows = Rows.whole(jnp.array([ids.size], jnp.int32))
+        hidden, _ = model.hidden_states(tokens[None], rows, plan=Plan(), cache=cache)
         return score_positions(model, hidden[0], targets, block)
 
     targets = np.append(ids[1:], 0).astype(np.int32)
-    logprobs, argmax = run(state, np.pad(ids, padding), np.pad(targets, padding))
+    logprobs, argmax = run(entries.weights, np.pad(ids, padding), np.pad(targets, padding))
     return np.asarray(logprobs)[: ids.size - 1], np.asarray(argmax)[: ids.size]
+
+
+def _zeros(layer: dict[str, ArrayInfo]) -> dict[str, jax.Array]:
+    return {name: jnp.zeros(array.shape, array.dtype) for name, array in layer.items()}

@@ -110,19 +110,20 @@ def quantization_error_cells(error: QuantizationError) -> dict[str, str]:
     return cells
 
 
-def weight_tables(manifest: Manifest) -> list[Table]:
-    """What rounding the weights cost; no table if they are not rounded."""
+def rounding_tables(manifest: Manifest) -> list[Table]:
+    """What rounding the weights cost, and rounding keys and values; no table of what is not rounded."""
     weights = manifest.weights
-    if weights.error is None:
-        return []
-    table = Table(
-        title=f"{weights.format} weights", caption="exact attention, before and after the weights were rounded"
-    )
-    cells = quantization_error_cells(weights.error)
+    rounded = {f"{weights.format} weights": weights.error, f"{manifest.kv_dtype} keys and values": manifest.kv_error}
+    return [_rounding_table(title, error) for title, error in rounded.items() if error is not None]
+
+
+def _rounding_table(title: str, error: QuantizationError) -> Table:
+    table = Table(title=title, caption="exact attention, before and after rounding")
+    cells = quantization_error_cells(error)
     for name in cells:
         table.add_column(name, justify="left" if name == "text" else "right")
     table.add_row(*cells.values())
-    return [table]
+    return table
 
 
 def summary_table(manifest: Manifest) -> Table:
@@ -138,6 +139,7 @@ def summary_table(manifest: Manifest) -> Table:
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
         f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
+        **_kv_cache(manifest),
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
         "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",
         "for": f"{environment.machine} ({environment.cpu_model}): {_join(environment.cpu_features)}",
@@ -215,6 +217,13 @@ def _context(model: ModelInfo) -> str:
     if model.fixed_tokens is not None:
         return f"{model.fixed_tokens} tokens in every row"
     return "any number of tokens" if model.max_tokens is None else f"{model.max_tokens} tokens"
+
+
+def _kv_cache(manifest: Manifest) -> dict[str, str]:
+    if manifest.model.kind != "decoder":
+        return {}
+    scales = ", one scale for each token and head" if manifest.kv_dtype == "int8" else ""
+    return {"KV cache": f"{manifest.kv_dtype}{scales}"}
 
 
 def _vocabulary(model: ModelInfo) -> dict[str, str]:

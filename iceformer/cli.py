@@ -54,7 +54,7 @@ class AttentionKind(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Number format of weights and KV cache."""
+    """Number format of weights, activations and KV cache."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -62,6 +62,14 @@ class Dtype(StrEnum):
 
 class WeightFormat(StrEnum):
     """Number format of the weights of linear layers."""
+
+    SAME = "same"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+class CacheFormat(StrEnum):
+    """Number format of the KV cache."""
 
     SAME = "same"
     INT8 = "int8"
@@ -192,10 +200,17 @@ def compile(
     weights: Annotated[
         WeightFormat,
         typer.Option(
-            help="Number format of linear layers: same as --dtype, or int8 with one scale per output channel. The loss "
-            "of accuracy is measured and reported."
+            help="Number format of linear layers: same as --dtype, bfloat16, or int8 with one scale per output "
+            "channel. The loss of accuracy is measured and reported."
         ),
     ] = WeightFormat.SAME,
+    kv_dtype: Annotated[
+        CacheFormat,
+        typer.Option(
+            help="Decoders: number format of the KV cache: same as --dtype, or int8 with one scale for each token and "
+            "head. The loss of accuracy is measured and reported."
+        ),
+    ] = CacheFormat.SAME,
     batch: Annotated[
         int,
         typer.Option(help="Decoders: number of requests that run together. Encoders: rows per call."),
@@ -211,7 +226,7 @@ def compile(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text file for calibrating the method and measuring the error of int8 weights.",
+            help="Text file for calibrating the method and measuring the error of rounded weights, keys and values.",
             show_default="a text that ships with iceformer",
         ),
     ] = None,
@@ -241,6 +256,7 @@ def compile(
         attention=_attention(attention, given),
         dtype=dtype.value,
         weights=weights.value,
+        kv_dtype=kv_dtype.value,
         batch=batch,
         chunk=chunk,
         page=page,
@@ -420,7 +436,7 @@ def encode(
 def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Check an artifact's files and show what it contains."""
     from .deploy.artifact import open_artifact
-    from .deploy.tables import attention_tables, code_table, file_table, summary_table, weight_tables
+    from .deploy.tables import attention_tables, code_table, file_table, rounding_tables, summary_table
 
     opened = open_artifact(artifact)
     if as_json:
@@ -430,7 +446,7 @@ def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     for table in (
         summary_table(info),
         *attention_tables(info),
-        *weight_tables(info),
+        *rounding_tables(info),
         code_table(info),
         file_table(info),
     ):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 
-EXACT, TWO_STAGE, INT8_LINEAR = "iceformer_exact", "iceformer_two_stage", "iceformer_int8_linear"
-TARGETS = frozenset({EXACT, TWO_STAGE, INT8_LINEAR})
+EXACT, TWO_STAGE, LINEAR = "iceformer_exact", "iceformer_two_stage", "iceformer_linear"
+TARGETS = frozenset({EXACT, TWO_STAGE, LINEAR})
 """Names of the custom calls."""
 
 _STRINGS = ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets")

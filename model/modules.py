@@ -3,7 +3,6 @@
 Activations have the parameters' dtype; products accumulate in float32, the rest is computed in it.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -14,6 +13,8 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
+
+from .products import multiply, multiply_all, multiply_transposed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -33,28 +34,35 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 """Activation functions by the name that a config's `hidden_act` gives."""
 
-_LEAST_ROWS = 8
-"""Rows of a bfloat16 product, at least: what processors with tiles want, too."""
-
 _initial = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`."""
+    """`x @ kernel + bias`, or `(x @ kernel) * scale + bias` where the kernel is int8."""
 
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
     ) -> None:
         self.kernel = nnx.Param(_initial(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.scale: nnx.Param | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
         return self.in_float32(x).astype(x.dtype)
 
     def in_float32(self, x: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
         """The same without rounding the result to x's dtype."""
-        product = _multiply(x, self.kernel[...], 0)
-        return product if self.bias is None else product + self.bias[...].astype(jnp.float32)
+        return project(x, self)[0]
+
+
+def project(x: Float[Array, "*rows in_features"], *layers: Linear) -> list[Float32[Array, "*rows _"]]:
+    """What several linear layers of one kind make of the same input, in float32."""
+    scales = [layer.scale[...] for layer in layers if layer.scale is not None]
+    products = multiply_all(x, [layer.kernel[...] for layer in layers], scales or None)
+    return [
+        product if layer.bias is None else product + layer.bias[...].astype(jnp.float32)
+        for product, layer in zip(products, layers, strict=True)
+    ]
 
 
 class Convolution(nnx.Module):
@@ -72,36 +80,28 @@ class Convolution(nnx.Module):
     def __call__(self, windows: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
         """The result in float32, for windows that are flat and in any dtype."""
         kernel = self.kernel[...]
-        product = _multiply(windows.astype(kernel.dtype), kernel.reshape(-1, kernel.shape[-1]), 0)
+        product = multiply(windows.astype(kernel.dtype), kernel.reshape(-1, kernel.shape[-1]))
         return product + self.bias[...].astype(jnp.float32)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors by token id. An id outside of the table gives NaN."""
+    """A table of vectors by token id. An id outside of the table gives NaN.
+
+    Attributes:
+        embedding: the table.
+        dtype: of the vectors; the table may be narrower.
+    """
 
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
         self.embedding = nnx.Param(_initial(rngs.params(), (num_embeddings, features), param_dtype))
+        self.dtype = jnp.dtype(param_dtype)
 
     def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens features"]:
-        return jnp.take(self.embedding[...], ids, axis=0, mode="fill")
+        return jnp.take(self.embedding[...], ids, axis=0, mode="fill").astype(self.dtype)
 
     def logits(self, x: Float[Array, "*rows features"]) -> Float32[Array, "*rows num_embeddings"]:
         """`x @ table.T`: what a model with tied embeddings has for an output layer."""
-        return _multiply(x, self.embedding[...], 1)
-
-
-def _multiply(x: Float[Array, "*rows k"], weight: Float[Array, "m n"], axis: int) -> Float32[Array, "*rows features"]:
-    """The product of x's last dimension with the given axis of a weight, in float32.
-
-    XLA's bfloat16 product of a single row makes a float32 copy of the whole weight at each call, which takes 15 times
-    as long as the product of a few rows: so there are a few.
-    """
-    rows = math.prod(x.shape[:-1])
-    flat = x.reshape(rows, x.shape[-1])
-    if x.dtype == jnp.bfloat16 and rows < _LEAST_ROWS:
-        flat = jnp.pad(flat, ((0, _LEAST_ROWS - rows), (0, 0)))
-    product = lax.dot_general(flat, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-    return product[:rows].reshape(*x.shape[:-1], -1)
+        return multiply_transposed(x, self.embedding[...])
 
 
 class RMSNorm(nnx.Module):
@@ -166,8 +166,8 @@ class GatedMLP(nnx.Module):
         self.hidden_act = hidden_act
 
     def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
-        gate = ACTIVATIONS[self.hidden_act](self.gate_proj.in_float32(x))
-        return self.down_proj((gate * self.up_proj.in_float32(x)).astype(x.dtype))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj((ACTIVATIONS[self.hidden_act](gate) * up).astype(x.dtype))
 
 
 class MLP(nnx.Module):

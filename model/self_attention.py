@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..attention import Attention, Constants, KeyView, LayerCache, Mask, Plan, Rows, attend, extend
-from .modules import Linear
+from .modules import Linear, project
 from .rope import RotaryTables, apply_rotary
 
 Norm = Callable[[Array], Array]
@@ -145,11 +145,12 @@ class SelfAttention(nnx.Module):
         Float[Array, "batch kv_heads tokens head_dim"],
     ]:
         """The three projections by head, queries and keys after norm and rotary embedding."""
-        query = self._split_heads(self.q_proj(hidden), self.q_norm)
-        key = self._split_heads(self.k_proj(hidden), self.k_norm)
+        projected = (x.astype(hidden.dtype) for x in project(hidden, self.q_proj, self.k_proj, self.v_proj))
+        norms = (self.q_norm, self.k_norm, None)
+        query, key, value = (self._split_heads(x, norm) for x, norm in zip(projected, norms, strict=True))
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        return query, key, self._split_heads(self.v_proj(hidden), None)
+        return query, key, value
 
     def _split_heads(
         self, x: Float[Array, "batch tokens features"], norm: Norm | None

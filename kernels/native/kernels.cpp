@@ -7,7 +7,7 @@
 #include "attention/low_rank.h"
 #include "attention/softmax.h"
 #include "attention/two_stage.h"
-#include "linear/int8_linear.h"
+#include "linear/linear.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
@@ -42,25 +42,30 @@ void run(const Attention& call, const Task& task, void* scratch) {
   return call.bfloat16 ? run_task<Bfloat16>(call, task, scratch) : run_task<Float32>(call, task, scratch);
 }
 
-template <class Format>
-size_t decode_scratch_bytes_of(const Attention& call) {
-  Arena arena(nullptr);
-  DecodePart<Format>(call, arena);
-  return arena.used();
+// Does `visit(part)` with what decodes a part of a call.
+template <class Format, class Visit>
+void visit_decode_of(const Attention& call, Arena& arena, const Visit& visit) {
+  if (call.int8)
+    visit(DecodePart<Format, Int8Memory<Format>>(call, arena));
+  else
+    visit(DecodePart<Format, FloatMemory<Format>>(call, arena));
 }
 
-template <class Format>
-void run_decode_task(const Attention& call, const DecodeTask& task, void* scratch) {
-  Arena arena(scratch);
-  DecodePart<Format>(call, arena).run(task);
+template <class Visit>
+void visit_decode(const Attention& call, Arena& arena, const Visit& visit) {
+  return call.bfloat16 ? visit_decode_of<DecodeBfloat16>(call, arena, visit)
+                       : visit_decode_of<Float32>(call, arena, visit);
 }
 
 size_t decode_scratch_bytes(const Attention& call) {
-  return call.bfloat16 ? decode_scratch_bytes_of<DecodeBfloat16>(call) : decode_scratch_bytes_of<Float32>(call);
+  Arena arena(nullptr);
+  visit_decode(call, arena, [](auto&&) {});
+  return arena.used();
 }
 
 void run_decode(const Attention& call, const DecodeTask& task, void* scratch) {
-  return call.bfloat16 ? run_decode_task<DecodeBfloat16>(call, task, scratch) : run_decode_task<Float32>(call, task, scratch);
+  Arena arena(scratch);
+  visit_decode(call, arena, [&](auto&& part) { part.run(task); });
 }
 
 void merge(const Attention& call, int64_t head, float* parts, int64_t count) {

@@ -84,10 +84,10 @@ def test_tiles_agree_with_xla(library: Path) -> None:
 
 
 @pytest.mark.native
-def test_tiles_multiply_by_int8(library: Path) -> None:
+def test_tiles_multiply_by_weights(library: Path) -> None:
     """Every case runs in XLA and with the library's three instruction sets."""
     report = run(
         library, "amx_emulated", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler",
-        str(HERE / "test_int8_linear.py"), "-k", "float64 and (9 or 33)",
+        str(HERE.parent / "model" / "test_products.py"), "-k", "float64 and (9 or 33)",
     )  # fmt: skip
     assert re.search(r"^\d\d passed, \d+ deselected in", report, re.MULTILINE), report

@@ -23,6 +23,7 @@ from iceformer.attention import (
     extend,
 )
 from iceformer.attention.cache import LayerCache
+from iceformer.attention.keys import as_floats, quantize
 
 from .calls import constants_of
 from .reference import naive_attention, random_inputs
@@ -103,6 +104,27 @@ def test_means_of_key_blocks_follow_the_keys_from_call_to_call() -> None:
     assert np.isnan(cache["mean_key"][2]).all()
 
 
+def test_keys_and_values_of_int8_are_within_half_a_step() -> None:
+    _, key, value = random_inputs(0, 3, HEADS, HEADS, 1, TOKENS, HEAD_DIM)
+    key[0, 0, 1] = 0.0
+    shape = (SLOTS, HEADS, CAPACITY)
+    cache: LayerCache = {name: jnp.full((*shape, HEAD_DIM), 7, jnp.int8) for name in ("key", "value")}
+    cache |= {name: jnp.full(shape, 7.0) for name in ("key_scale", "value_scale")}
+    found = put(Plan(), cache, key, value, rows_of(CALL))
+    for name, x in (("key", key), ("value", value)):
+        rounded, scale = (np.asarray(found.cache[array], np.float64) for array in (name, f"{name}_scale"))
+        for row in (0, 2):
+            place = np.s_[CALL["slot"][row], :, CALL["offset"][row] : CALL["offset"][row] + TOKENS]
+            step = scale[place][..., None]
+            assert (np.abs(rounded[place] * step - x[row]) <= step * (0.5 + 1e-5)).all()
+            np.testing.assert_allclose(step[..., 0] * 127, np.where(x[row].any(-1), np.abs(x[row]).max(-1), 127))
+            rounded[place], scale[place] = 7, 7
+        assert (rounded == 7).all()
+        assert (scale == 7).all()
+    with pytest.raises(ValueError, match="the cache has key, value, key_scale, expected key, value, key_scale, value_"):
+        put(Plan(), {name: x for name, x in cache.items() if name != "value_scale"}, key, value, rows_of(CALL))
+
+
 def test_what_is_written_has_the_buffers_dtype() -> None:
     cache = cache_of(Plan(), CAPACITY, "bfloat16")
     key = jnp.zeros((3, HEADS, TOKENS, HEAD_DIM))
@@ -144,9 +166,13 @@ def pieces_of(x: np.ndarray, members: tuple[int, ...], offset: tuple[int, ...], 
     )
 
 
-@pytest.mark.parametrize("page", [0, 128])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_pages_and_slots_change_no_result(name: str, page: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "page", "int8"),
+    [(name, page, False) for name in STRATEGIES for page in (0, 128)]
+    # An index of single tokens is made before keys are rounded, and may select others.
+    + [("exact", 0, True), ("exact", 128, True), ("mean_pool", 0, True), ("block means", 128, True)],
+)
+def test_pages_and_slots_change_no_result(name: str, page: int, int8: bool) -> None:
     """Rows in chunks through slots, or pages, in any order, against each row by itself in one piece."""
     strategy = STRATEGIES[name]
     plan = Plan(strategy, strategy)
@@ -159,7 +185,7 @@ def test_pages_and_slots_change_no_result(name: str, page: int) -> None:
     if page:
         table = jnp.asarray(np.random.default_rng(4).permutation(pages).reshape(SLOTS, -1), jnp.int32)
     constants = constants_of(jnp.broadcast_to(jnp.eye(HEAD_DIM) * 20, (HEADS, 2, HEAD_DIM, HEAD_DIM)))
-    cache: LayerCache = {x: jnp.full((pages, HEADS, size, HEAD_DIM), np.nan) for x in ("key", "value")}
+    cache = nan_cache((pages, HEADS, size), int8)
     for kept, field in plan.fields(HEAD_DIM).items():
         cache[kept] = jnp.full((pages, HEADS, size // field.tokens, *field.shape), 77, field.dtype)
 
@@ -175,7 +201,8 @@ def test_pages_and_slots_change_no_result(name: str, page: int) -> None:
     def whole(query: Any, key: Any, value: Any, length: Any) -> Any:
         return attend(strategy, query, KeyView(key, value), Rows.whole(length), Mask(), constants)
 
-    expected = np.asarray(whole(query, key, value, jnp.array(lengths, jnp.int32)))
+    stored = [rounded(x) for x in (key, value)] if int8 else (key, value)
+    expected = np.asarray(whole(query, *stored, jnp.array(lengths, jnp.int32)))
     for members, offset, tokens in rows_in_turn(lengths):
         pieces = [pieces_of(x, members, offset, tokens) for x in (query, key, value)]
         length = jnp.array([lengths[row] for row in members], jnp.int32)
@@ -189,10 +216,24 @@ def test_pages_and_slots_change_no_result(name: str, page: int) -> None:
             )
 
 
+def nan_cache(shape: tuple[int, int, int], int8: bool) -> LayerCache:
+    """Keys and values of no meaning; int8 have none by their scales."""
+    if not int8:
+        return {name: jnp.full((*shape, HEAD_DIM), np.nan) for name in ("key", "value")}
+    cache: LayerCache = {name: jnp.full((*shape, HEAD_DIM), 7, jnp.int8) for name in ("key", "value")}
+    return cache | {name: jnp.full(shape, np.nan) for name in ("key_scale", "value_scale")}
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """What a cache of int8 gives back."""
+    return np.asarray(as_floats(*quantize(jnp.asarray(x)), jnp.float32))
+
+
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("lengths", [(400, 131, 90), (100, 99, 101)])
-def test_a_ring_holds_what_a_sliding_window_sees(lengths: tuple[int, ...]) -> None:
+def test_a_ring_holds_what_a_sliding_window_sees(lengths: tuple[int, ...], int8: bool) -> None:
     query, key, value = random_inputs(5, 3, 4, HEADS, LONG, LONG, HEAD_DIM)
-    cache: LayerCache = {x: jnp.full((SLOTS, HEADS, WINDOW, HEAD_DIM), np.nan) for x in ("key", "value")}
+    cache = nan_cache((SLOTS, HEADS, WINDOW), int8)
     slots = np.array([1, 2, 0], np.int32)
 
     @jax.jit
@@ -201,7 +242,8 @@ def test_a_ring_holds_what_a_sliding_window_sees(lengths: tuple[int, ...]) -> No
         return cache, attend(Exact(), query, keys, rows, mask)
 
     arguments: dict[str, Any] = {"offset": np.zeros(3, int), "lengths": np.array(lengths), "causal": True}
-    expected = naive_attention(query, key, value, window=WINDOW, **arguments)
+    stored = [rounded(x) for x in (key, value)] if int8 else (key, value)
+    expected = naive_attention(query, *stored, window=WINDOW, **arguments)
     for members, offset, tokens in rows_in_turn(lengths):
         pieces = [pieces_of(x, members, offset, tokens) for x in (query, key, value)]
         # In front an idle row, whose offset would be of a row that has begun.

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from iceformer import kernels
 from iceformer.attention import Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
+from iceformer.attention.keys import as_floats, quantize
 
 from .calls import exact_attention, scattered, two_stage_attention
 from .reference import naive_attention, random_inputs
@@ -34,7 +35,7 @@ EXAMPLES = int(os.environ.get("ICEFORMER_EXAMPLES", "4"))
 
 @dataclass(frozen=True)
 class Case:
-    """A call's shape and options. `value_dim` 0 is head_dim."""
+    """A call's shape and options. `value_dim` 0 is head_dim; `int8` is of keys and values in memory."""
 
     heads: tuple[int, int] = (4, 2)
     batch: int = 2
@@ -47,6 +48,7 @@ class Case:
     softcap: float | None = None
     window: int | None = None
     two_stage: dict[str, Any] | None = field(default=None, hash=False)
+    int8: bool = False
 
 
 SMALL: dict[str, Any] = {"budget": 96, "query_block": 16, "key_block": 8, "candidates": 1.5, "sink": 4, "local": 4}
@@ -61,6 +63,14 @@ CASES = {
     ),
     "exact, one query, bfloat16": Case(
         queries=1, dtype="bfloat16", heads=(10, 2), keys=331, head_dim=80, value_dim=71, causal=False, window=40
+    ),
+    "exact, one query, int8": Case(queries=1, heads=(6, 2), int8=True),
+    "exact, one query, int8, odd sizes, softcap, bfloat16": Case(
+        queries=1, dtype="bfloat16", heads=(7, 1), keys=333, head_dim=36, value_dim=5, softcap=50.0, int8=True
+    ),
+    "exact, int8, window": Case(window=100, queries=150, heads=(3, 1), int8=True),
+    "exact, int8, odd sizes, bfloat16": Case(
+        dtype="bfloat16", heads=(5, 1), queries=33, keys=131, head_dim=80, value_dim=33, causal=False, int8=True
     ),
     "exact, odd sizes, softcap": Case(heads=(7, 1), queries=50, keys=333, head_dim=36, value_dim=5, softcap=50.0),
     "exact, head size 256, bidirectional": Case(heads=(1, 1), queries=70, keys=200, head_dim=256, causal=False),
@@ -88,6 +98,7 @@ CASES = {
         two_stage=SMALL | HALF | {"key_block": 16, "candidates": 2.0, "local": 0}, keys=395
     ),
     "two-stage, budget above the keys": Case(two_stage=SMALL | {"budget": 512}, queries=40, keys=135),
+    "two-stage, int8": Case(two_stage=SMALL, value_dim=24, int8=True),
     "two-stage, bfloat16": Case(two_stage=SMALL | MORE, dtype="bfloat16", heads=(8, 1), queries=50),
     "two-stage, bfloat16, bidirectional": Case(
         two_stage=SMALL, dtype="bfloat16", heads=(2, 1), causal=False, head_dim=256, value_dim=31, queries=40, keys=203
@@ -149,8 +160,21 @@ def inputs(case: Case, seed: int, kind: str = "normal") -> tuple[tuple[Array, Ar
     method = (case.two_stage or {}).get("method", LowRank())
     tokens = min(case.queries, case.keys)
     constants = method.calibrate(query[0, :, :tokens], key[0, :, :tokens])
+    if case.int8:
+        key, value = (np.asarray(as_floats(*quantize(jnp.asarray(x)), jnp.float32)) for x in (key, value))
     arrays = jnp.asarray(query, case.dtype), jnp.asarray(key, case.dtype), jnp.asarray(value, case.dtype)
     return arrays, {name: jnp.asarray(x) for name, x in constants.items()}
+
+
+def as_int8(keys: KeyView) -> KeyView:
+    """The same in int8. What is NaN in memory gets a scale that is."""
+
+    def stored(x: Array) -> tuple[Array, Array]:
+        rounded, scale = quantize(jnp.nan_to_num(x))
+        return rounded, jnp.where(jnp.isnan(x).any(axis=-1), jnp.nan, scale)
+
+    (key, key_scale), (value, value_scale) = stored(keys.key), stored(keys.value)
+    return keys._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
 
 
 def tolerance(case: Case, query: Array, key: Array) -> float:
@@ -189,6 +213,7 @@ def test_agrees_with_xla(name: str, seed: int, kind: str, rows: tuple[tuple[int,
     assert np.isfinite(expected).all()
     query, key, value = arrays
     keys, slot = scattered(key, value, page, seed)
+    keys = as_int8(keys) if case.int8 else keys
     # With pages there is memory behind the keys.
     rows_of_call = Rows(slot, jnp.asarray(offset), jnp.asarray(valid if page else lengths))
     atol = tolerance(case, *arrays[:2])
@@ -330,6 +355,7 @@ def test_calls_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
     size = {"query_block": 16, "window": 0, "head_dim": 8, "kv_heads": 2, "page": 5, "slot": 0, "length": 200} | changed
     query = jnp.ones((1, 4, 3, size["head_dim"]))
     key = jnp.zeros((3, size["kv_heads"], size["page"], size["head_dim"]))
+    scales = jnp.zeros((0, 0, 0))
     results = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
     options = {"query_block": np.int64(size["query_block"]), "window": np.int64(size["window"]), "causal": True}
     call = jax.ffi.ffi_call(kernels.EXACT, results)
@@ -340,7 +366,10 @@ def test_calls_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
     refused = pytest.raises(errors, match=message) if message else nullcontext()
     with refused:
         output, _ = call(
-            query, key, key, slot, offset, length, table, scale=np.float32(1), softcap=np.float32(0), **options
+            *(query, key, key, scales, scales, slot, offset, length, table),
+            scale=np.float32(1),
+            softcap=np.float32(0),
+            **options,
         )
         assert (output == 0).all()
 
@@ -349,6 +378,8 @@ TWO_STAGE_SHAPES: dict[str, tuple[int, ...]] = {
     "query": (2, 4, 20, 8),
     "key": (2, 2, 24, 8),
     "value": (2, 2, 24, 5),
+    "key_scale": (0, 0, 0),
+    "value_scale": (0, 0, 0),
     "projected": (2, 2, 24, 12),
     "projected_queries": (4, 3, 16, 12),
     "selecting": (2, 2),
@@ -395,6 +426,8 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
         ({"offset": (1,)}, "expected query"),
         ({"length": (3,)}, "expected query"),
         ({"slot": (1,)}, "expected query"),
+        ({"types": {"key": "int8", "value": "int8"}}, "key_scale, value_scale: expected"),
+        ({"types": {"key": "int8"}}, "key and value: that, or int8"),
         ({"projected": (2, 2, 20, 12)}, "expected projected"),
         ({"projected": (2, 1, 24, 12)}, "expected projected"),
         ({"projected": (1, 2, 24, 12)}, "expected projected"),
@@ -419,7 +452,7 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
         ({"ranking_queries": 17}, "1 to all of the lanes"),
         ({"types": {"projected": "float32"}}, "dtype"),
         ({"types": {"length": "float32"}}, "dtype"),
-        ({"types": {"key": "bfloat16"}}, "expected the type of query"),
+        ({"types": {"key": "bfloat16"}}, "key and value: that, or int8"),
         ({"types": {"query": "float16", "key": "float16", "value": "float16"}}, "expected float32 or bfloat16"),
     ],
     ids=str,

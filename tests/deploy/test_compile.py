@@ -135,7 +135,7 @@ def test_score_block_divides_the_chunk(chunk: int, block: int) -> None:
 def test_default_buckets_end_where_the_model_does(positions: int, chunk: int, expected: tuple[int, ...]) -> None:
     _, config = build({"model_type": "llama", "max_position_embeddings": positions})
     assert default_buckets(config, chunk) == expected
-    check_options(config, buckets=expected, dtype="float32", weights="same", batch=1, chunk=chunk)
+    check_options(config, buckets=expected, dtype="float32", weights="same", kv_dtype="same", batch=1, chunk=chunk)
 
 
 class TestCalibrationIds:

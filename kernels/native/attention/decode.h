@@ -4,72 +4,75 @@
 #pragma once
 
 #include "attention/softmax.h"
+#include "common/rows.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// A vector of elements as floats.
-ICEFORMER_INLINE Floats widen(const float* from) { return load<Floats>(from); }
-ICEFORMER_INLINE Floats widen(const Bfloat16Bits* from) {
-  typedef uint16_t Halves __attribute__((vector_size(2 * ICEFORMER_LANES)));
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
-
-// The first `count` elements, then zeros.
-template <class Element>
-ICEFORMER_INLINE Floats widen(const Element* from, int64_t count) {
-  if (count >= kLanes) return widen(from);
-  Element padded[kLanes] = {};
-  memcpy(padded, from, sizeof(Element) * count);
-  return widen(padded);
-}
-
-// How keys are multiplied: pairs of bfloat16 where the processor has a product of them, floats elsewhere.
+// How decoding multiplies keys: pairs of bfloat16 where the processor has a product of them, floats elsewhere.
 #if defined(ICEFORMER_BFLOAT16_DOT)
 using DecodeBfloat16 = Bfloat16Pairs;
 #else
 using DecodeBfloat16 = Bfloat16;
 #endif
 
-// A vector of a key's words, as they lie or widened.
+// Keys and values in memory as the queries are.
 template <class Format>
-ICEFORMER_INLINE Words key_words(const typename Format::Element* from) {
-  if constexpr (sizeof(typename Format::Element) * Format::kPerWord == sizeof(uint32_t))
-    return load<Words>(from);
-  else
-    return (Words)widen(from);
-}
+struct FloatMemory {
+  using Stored = typename Format::Element;
+  using Product = typename Format::Product;
+  static constexpr bool kScaled = false;
+  static constexpr int64_t kPerWord = Format::kPerWord;
+
+  static ICEFORMER_INLINE uint32_t query_word(const Stored* from) { return Format::word(from); }
+  // A vector of a key's words, as they lie or widened.
+  static ICEFORMER_INLINE Words words(const Stored* from) {
+    if constexpr (sizeof(Stored) * kPerWord == sizeof(uint32_t))
+      return load<Words>(from);
+    else
+      return (Words)widen(from);
+  }
+};
+
+// Keys and values of int8, with a scale for each token.
+template <class Format>
+struct Int8Memory : WideRows<int8_t> {
+  static constexpr bool kScaled = true;
+
+  static ICEFORMER_INLINE uint32_t query_word(const float* from) { return load<uint32_t>(from); }
+  static ICEFORMER_INLINE uint32_t query_word(const Bfloat16Bits* from) { return uint32_t{from->bits} << 16; }
+};
 
 // One part of the keys of one head, for all queries that share it.
-template <class Format>
+template <class Format, class Memory>
 class DecodePart {
  public:
   using Element = typename Format::Element;
-  using Product = typename Format::Product;
+  using Stored = typename Memory::Stored;
 
   DecodePart(const Attention& call, Arena& arena)
       : call_(call),
-        key_words_(round_up(call.head_dim / Format::kPerWord, kLanes)),
+        key_words_(round_up(call.head_dim / Memory::kPerWord, kLanes)),
         value_width_(round_up(call.value_dim, kLanes)) {
     query_ = arena.take<uint32_t>(call.group() * key_words_);
     total_ = arena.take<float>(call.group() * value_width_);
     logits_ = arena.take<float>(kQueries * kTileKeys);
     largest_ = arena.take<float>(call.group());
     weight_ = arena.take<float>(call.group());
+    place_ = arena.take<int32_t>(kTileKeys);
+    key_scale_ = arena.take<float>(kTileKeys);
+    value_scale_ = arena.take<float>(kTileKeys);
   }
 
   // Writes, for each query of the group, `value_dim` sums of values, the weight that they were summed with, and the
   // largest logit, to which weights are relative.
   void run(const DecodeTask& task) {
-    const HeadMemory memory = call_.memory(task.head);
+    memory_ = call_.memory(task.head);
     begin(task.head);
     for (int64_t start = task.first; start < task.last;) {
-      const int64_t count = smaller(smaller(task.last - start, kTileKeys), memory.left_in_page(start));
-      const int64_t place = memory.place(start);
-      const Element* keys = static_cast<const Element*>(call_.key) + place * call_.head_dim;
-      const Element* values = static_cast<const Element*>(call_.value) + place * call_.value_dim;
+      const int64_t count = place_tile(task, start);
       for (int64_t query = 0; query < call_.group(); query += kQueries)
-        attend_some(keys, values, count, query, smaller(call_.group() - query, kQueries));
+        attend_some(count, query, smaller(call_.group() - query, kQueries));
       start += count;
     }
     for (int64_t query = 0; query < call_.group(); ++query) {
@@ -90,60 +93,88 @@ class DecodePart {
     const Element* from = static_cast<const Element*>(call_.query) + (row * call_.query_heads + first) * call_.head_dim;
     memset(query_, 0, sizeof(uint32_t) * group * key_words_);
     for (int64_t query = 0; query < group; ++query) {
-      for (int64_t word = 0; word < call_.head_dim / Format::kPerWord; ++word)
-        query_[query * key_words_ + word] = Format::word(from + query * call_.head_dim + word * Format::kPerWord);
+      for (int64_t word = 0; word < call_.head_dim / Memory::kPerWord; ++word)
+        query_[query * key_words_ + word] =
+            Memory::query_word(from + query * call_.head_dim + word * Memory::kPerWord);
       largest_[query] = kLowest;
       weight_[query] = 0.0f;
     }
     memset(total_, 0, sizeof(float) * group * value_width_);
   }
 
-  void attend_some(const Element* keys, const Element* values, int64_t count, int64_t query, int64_t queries) {
-    if (queries == 4) return attend<4>(keys, values, count, query);
-    if (queries == 3) return attend<3>(keys, values, count, query);
-    if (queries == 2) return attend<2>(keys, values, count, query);
-    attend<1>(keys, values, count, query);
+  // Where the keys from number `start` on lie, up to a tile of them, and their scales. Gives their number.
+  int64_t place_tile(const DecodeTask& task, int64_t start) {
+    int64_t count = smaller(task.last - start, kTileKeys);
+    if (task.blocks) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t number = start + i, block = task.blocks[number / task.key_block];
+        place_[i] = static_cast<int32_t>(memory_.place(block * task.key_block + number % task.key_block));
+        prefetch(place_[i]);
+      }
+    } else {
+      count = smaller(count, memory_.left_in_page(start));
+      const int32_t place = static_cast<int32_t>(memory_.place(start));
+      for (int64_t i = 0; i < count; ++i) place_[i] = place + static_cast<int32_t>(i);
+    }
+    for (int64_t i = 0; Memory::kScaled && i < count; ++i) {
+      key_scale_[i] = call_.key_scale[place_[i]];
+      value_scale_[i] = call_.value_scale[place_[i]];
+    }
+    return count;
   }
 
-  // Attends `Q` queries from `query` on to `count` keys.
+  // Blocks lie where no hardware expects them.
+  void prefetch(int32_t place) const {
+    const char* key = reinterpret_cast<const char*>(key_at(place));
+    const char* value = reinterpret_cast<const char*>(value_at(place));
+    for (int64_t byte = 0; byte < call_.head_dim * int64_t{sizeof(Stored)}; byte += 64) __builtin_prefetch(key + byte);
+    for (int64_t byte = 0; byte < call_.value_dim * int64_t{sizeof(Stored)}; byte += 64)
+      __builtin_prefetch(value + byte);
+  }
+
+  ICEFORMER_INLINE const Stored* key_at(int64_t place) const {
+    return static_cast<const Stored*>(call_.key) + place * call_.head_dim;
+  }
+  ICEFORMER_INLINE const Stored* value_at(int64_t place) const {
+    return static_cast<const Stored*>(call_.value) + place * call_.value_dim;
+  }
+
+  void attend_some(int64_t count, int64_t query, int64_t queries) {
+    if (queries == 4) return attend<4>(count, query);
+    if (queries == 3) return attend<3>(count, query);
+    if (queries == 2) return attend<2>(count, query);
+    attend<1>(count, query);
+  }
+
+  // Attends `Q` queries from `query` on to the `count` keys of a tile.
   template <int Q>
-  void attend(const Element* keys, const Element* values, int64_t count, int64_t query) {
-    for (int64_t key = 0; key < count; ++key) score<Q>(keys + key * call_.head_dim, key, query);
+  void attend(int64_t count, int64_t query) {
+    for (int64_t key = 0; key < count; key += kLanes) score<Q>(key, count, query);
     for (int q = 0; q < Q; ++q) exponentiate(logits_ + q * kTileKeys, count, query + q);
     int64_t d = 0;
-    for (; d + kColumns * kLanes <= call_.value_dim; d += kColumns * kLanes)
-      accumulate<Q, kColumns>(values + d, count, query, d);
-    for (; d < call_.value_dim; d += kLanes) accumulate<Q, 1>(values + d, count, query, d);
+    for (; d + kColumns * kLanes <= call_.value_dim; d += kColumns * kLanes) accumulate<Q, kColumns>(count, query, d);
+    for (; d < call_.value_dim; d += kLanes) accumulate<Q, 1>(count, query, d);
   }
 
-  // Products of a key with `Q` queries.
+  // Products of kLanes keys from `first` on with `Q` queries; behind the last key, those of the last key again.
   template <int Q>
-  void score(const Element* key, int64_t index, int64_t query) {
-    constexpr int64_t kStep = kLanes * Format::kPerWord;
-    Floats sums[Q] = {};
-    const uint32_t* words = query_ + query * key_words_;
-    int64_t d = 0;
-    for (; d + kStep <= call_.head_dim; d += kStep, words += kLanes) add_products<Q>(key + d, words, sums);
-    if (d < call_.head_dim) {
-      Element padded[kStep] = {};
-      memcpy(padded, key + d, sizeof(Element) * (call_.head_dim - d));
-      add_products<Q>(padded, words, sums);
-    }
-    for (int q = 0; q < Q; ++q) logits_[q * kTileKeys + index] = sum(sums[q]);
+  void score(int64_t first, int64_t count, int64_t query) {
+    const Stored* keys[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) keys[i] = key_at(place_[smaller(first + i, count - 1)]);
+    Floats products[Q];
+    multiply_rows<Memory, Q>(keys, call_.head_dim, query_ + query * key_words_, key_words_, products);
+    for (int q = 0; q < Q; ++q) store(logits_ + q * kTileKeys + first, products[q]);
   }
 
-  template <int Q>
-  ICEFORMER_INLINE void add_products(const Element* key, const uint32_t* words, Floats (&sums)[Q]) {
-    const auto some = (typename Product::Broadcast)key_words<Format>(key);
-    for (int q = 0; q < Q; ++q) sums[q] = Product::add(sums[q], some, load<Words>(words + q * key_words_));
-  }
-
-  // Products of one query to softmax weights, relative to the largest logit so far; what was summed before follows.
+  // Products of one query to softmax weights, relative to the largest logit so far, times the values' scales; what was
+  // summed before follows.
   void exponentiate(float* logits, int64_t count, int64_t query) {
     const int64_t end = round_up(count, kLanes);
     Floats best = fill(largest_[query]);
     for (int64_t key = 0; key < end; key += kLanes) {
-      Floats logit = cap(load<Floats>(logits + key) * call_.scale, call_.softcap);
+      Floats logit = load<Floats>(logits + key) * call_.scale;
+      if (Memory::kScaled) logit *= load<Floats>(key_scale_ + key);
+      logit = cap(logit, call_.softcap);
       for (int64_t i = count - key; i < kLanes; ++i) logit[i] = kMasked;
       store(logits + key, logit);
       best = larger(best, logit);
@@ -151,9 +182,10 @@ class DecodePart {
     const float now = largest(best);
     Floats weights = {};
     for (int64_t key = 0; key < end; key += kLanes) {
-      const Floats weight = exponential(load<Floats>(logits + key) - now);
-      store(logits + key, weight);
+      Floats weight = exponential(load<Floats>(logits + key) - now);
       weights += weight;
+      if (Memory::kScaled) weight *= load<Floats>(value_scale_ + key);
+      store(logits + key, weight);
     }
     if (now > largest_[query]) {
       const float decay = exponential(fill(largest_[query] - now))[0];
@@ -167,17 +199,15 @@ class DecodePart {
 
   // Adds values times weights in `C` vectors from column `d` on.
   template <int Q, int C>
-  void accumulate(const Element* values, int64_t count, int64_t query, int64_t d) {
+  void accumulate(int64_t count, int64_t query, int64_t d) {
     Floats sums[Q][C];
     for (int q = 0; q < Q; ++q)
       for (int c = 0; c < C; ++c) sums[q][c] = load<Floats>(total_ + (query + q) * value_width_ + d + c * kLanes);
     const int64_t left = call_.value_dim - d;
     for (int64_t key = 0; key < count; ++key) {
+      const Stored* from = value_at(place_[key]) + d;
       Floats some[C];
-      for (int c = 0; c < C; ++c) {
-        const Element* from = values + key * call_.value_dim + c * kLanes;
-        some[c] = C == 1 ? widen(from, left) : widen(from);
-      }
+      for (int c = 0; c < C; ++c) some[c] = C == 1 ? widen(from, left) : widen(from + c * kLanes);
       for (int q = 0; q < Q; ++q)
         for (int c = 0; c < C; ++c) sums[q][c] += some[c] * logits_[q * kTileKeys + key];
     }
@@ -187,8 +217,10 @@ class DecodePart {
 
   const Attention& call_;
   int64_t key_words_, value_width_;
+  HeadMemory memory_ = {};
   uint32_t* query_;
-  float *total_, *logits_, *largest_, *weight_;
+  int32_t* place_;
+  float *total_, *logits_, *largest_, *weight_, *key_scale_, *value_scale_;
 };
 
 // Writes output and log-sum-exp of a head's queries from its parts, which are used up.

@@ -24,6 +24,7 @@ constexpr int64_t kLeastPage = 128;
 
 struct Operands {
   ffi::AnyBuffer query, key, value;
+  Floats key_scale, value_scale;  // empty unless key and value are int8
   Vector slot, offset, length;
   Integers table;
 };
@@ -68,12 +69,16 @@ ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi
   const auto type = in.query.element_type();
   if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
     return ffi::Unexpected(ffi::Error::InvalidArgument("query: expected float32 or bfloat16"));
-  if (in.key.element_type() != type || in.value.element_type() != type || output.element_type() != type)
-    return ffi::Unexpected(ffi::Error::InvalidArgument("key, value, output: expected the type of query"));
+  const auto stored = in.key.element_type();
+  if (in.value.element_type() != stored || output.element_type() != type ||
+      (stored != type && stored != ffi::DataType::S8))
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("output: expected the type of query; key and value: that, or int8"));
   if (query.size() != 4 || key.size() != 4 || value.size() != 4)
     return ffi::Unexpected(ffi::Error::InvalidArgument("query, key, value: expected four axes"));
   Attention call = {};
   call.bfloat16 = type == ffi::DataType::BF16;
+  call.int8 = stored == ffi::DataType::S8;
   call.rows = query[0];
   call.query_heads = query[1];
   call.queries = query[2];
@@ -90,6 +95,12 @@ ffi::ErrorOr<Attention> describe(const Operands& in, const Options& options, ffi
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "expected query [rows, query_heads, queries, head_dim], key and value [pages, kv_heads, page, width], slot, "
         "offset and length [rows], an even head_dim and query_heads a multiple of kv_heads"));
+  const std::vector<int64_t> scales = {key[0], call.kv_heads, call.page};
+  if (call.int8 && !(has_shape(in.key_scale, scales) && has_shape(in.value_scale, scales)))
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("key_scale, value_scale: expected [pages, kv_heads, page] beside int8"));
+  call.key_scale = call.int8 ? in.key_scale.typed_data() : nullptr;
+  call.value_scale = call.int8 ? in.value_scale.typed_data() : nullptr;
   call.query = in.query.untyped_data();
   call.key = in.key.untyped_data();
   call.value = in.value.untyped_data();
@@ -165,7 +176,7 @@ ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
     const int64_t last = call.window && !call.causal ? std::min(position + call.window, seen) : seen;
     heads.push_back({head, static_cast<int64_t>(tasks.size()), 0});
     for (int64_t start = first; start < last; start += kDecodeKeys, ++heads.back().parts)
-      tasks.push_back({head, start, std::min(start + kDecodeKeys, last), nullptr});
+      tasks.push_back({head, start, std::min(start + kDecodeKeys, last), nullptr, 0, nullptr});
   }
   std::vector<float> parts(tasks.size() * part_size);
   for (size_t i = 0; i < tasks.size(); ++i) tasks[i].part = parts.data() + i * part_size;
@@ -179,11 +190,11 @@ ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
   return error;
 }
 
-ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, Vector slot,
-                 Vector offset, Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output,
+ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                 Floats key_scale, Floats value_scale, Vector slot, Vector offset, Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output,
                  ffi::Result<Floats> lse, int64_t query_block, int64_t window, bool causal, float scale,
                  float softcap) {
-  auto described = describe({query, key, value, slot, offset, length, table},
+  auto described = describe({query, key, value, key_scale, value_scale, slot, offset, length, table},
                             {query_block, window, causal, scale, softcap}, *output, *lse);
   if (described.has_error()) return described.error();
   if (!between(1, query_block) || !between(0, window))
@@ -201,11 +212,11 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
 }
 
 ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                     Bytes projected, Queries projected_queries, Integers selecting, Vector slot, Vector offset,
+                     Floats key_scale, Floats value_scale, Bytes projected, Queries projected_queries, Integers selecting, Vector slot, Vector offset,
                      Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
                      int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
                      int64_t candidate_blocks, int64_t sink, int64_t local, int64_t ranking_queries) {
-  auto described = describe({query, key, value, slot, offset, length, table}, {query_block, 0, causal, scale, softcap},
+  auto described = describe({query, key, value, key_scale, value_scale, slot, offset, length, table}, {query_block, 0, causal, scale, softcap},
                             *output, *lse);
   if (described.has_error()) return described.error();
   if (!between(1, query_block) || !between(1, key_block) || !between(1, budget) || !between(1, candidate_blocks) ||
@@ -250,6 +261,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_exact, iceformer::exact,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Floats>()
                                   .Arg<iceformer::Vector>()
                                   .Arg<iceformer::Vector>()
                                   .Arg<iceformer::Vector>()
@@ -268,6 +281,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Floats>()
                                   .Arg<iceformer::Bytes>()
                                   .Arg<iceformer::Queries>()
                                   .Arg<iceformer::Integers>()

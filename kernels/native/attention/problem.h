@@ -34,10 +34,13 @@ struct HeadMemory {
 // softmax(query . key * scale) . value. Arrays are dense and row-major. The rows of the call need not be those of the
 // memory: a row of the call has a slot, and a slot is a page, or several that the table names.
 struct Attention {
-  bool bfloat16;          // of query, key, value and output; else float32
+  bool bfloat16;          // of query, output, and key and value if they are floats; else float32
+  bool int8;              // of key and value, which have scales then
   const void* query;      // [rows, query_heads, queries, head_dim]
   const void* key;        // [pages, kv_heads, page, head_dim]
   const void* value;      // [pages, kv_heads, page, value_dim]
+  const float* key_scale;    // [pages, kv_heads, page]: what a token's int8 are multiplied by; null without int8
+  const float* value_scale;  // the same
   void* output;           // [rows, query_heads, queries, value_dim]
   float* lse;             // [rows, query_heads, queries]: log-sum-exp of the logits attended to
   const int32_t* slot;    // [rows]; -1 for an idle row, which reads nothing and whose output is 0
@@ -97,10 +100,13 @@ struct Task {
   const Selection* selection;
 };
 
-// Keys [first, last) of one KV head (counted through rows), in a call of one query a head.
+// Some keys of one KV head (counted through rows), in a call of one query a head: those at the positions [first, last),
+// or, of the tokens of some key blocks one after the other, those with these numbers.
 struct DecodeTask {
   int64_t head, first, last;
-  float* part;  // [group, part_width]: what comes of it
+  const int32_t* blocks;  // null for positions
+  int64_t key_block;      // tokens of a key block, a power of two
+  float* part;            // [group, part_width]: what comes of it
 };
 
 // Keys of a task of decoding: enough work for a task, and at 8192 tokens eight tasks for each head.

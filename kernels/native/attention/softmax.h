@@ -56,6 +56,8 @@ class QueryBlock {
     decay_ = arena.take<float>(lanes_);
     position_ = arena.take<int32_t>(lanes_);
     place_ = call.table ? arena.take<int32_t>(kTileKeys) : nullptr;
+    const int64_t width = larger_of(call.head_dim, call.value_dim);
+    floats_ = call.int8 ? arena.take<Element>(kTileKeys * width + kLanes) : nullptr;
   }
 
   // Starts a block: packs its queries and forgets what was attended to.
@@ -107,7 +109,7 @@ class QueryBlock {
   // still to be multiplied by `factor_`, which is the scale if that waits.
   void score(KeyTile tile, float* logits) {
     const int64_t depth = call_.head_dim / Format::kPerWord, count = tile.count;
-    const Rows<Element> keys = rows(call_.key, call_.head_dim, tile);
+    const Rows<Element> keys = rows(call_.key, call_.key_scale, call_.head_dim, tile);
     multiply<typename Format::Product>(count, lanes_, Format::keys(keys, count, packed_), {query_, lanes_}, depth,
                                        logits, stride_, false);
     for (int64_t i = 0; i < count; ++i) {
@@ -130,7 +132,7 @@ class QueryBlock {
   // Adds values times weights; the weights are used up.
   void accumulate(KeyTile tile, float* weights) {
     const int64_t count = tile.count;
-    const Left left = Format::values(rows(call_.value, call_.value_dim, tile), count, packed_);
+    const Left left = Format::values(rows(call_.value, call_.value_scale, call_.value_dim, tile), count, packed_);
     const Lanes right = Format::weights(weights, count, lanes_, stride_);
     const int64_t depth = (count + Format::kPerWord - 1) / Format::kPerWord;
     multiply<Product>(call_.value_dim, lanes_, left, right, depth, total_, stride_, true);
@@ -181,9 +183,23 @@ class QueryBlock {
     int64_t first, last;
   };
 
-  // The rows of keys or values of a tile.
-  Rows<Element> rows(const void* array, int64_t width, KeyTile tile) {
-    const Element* base = static_cast<const Element*>(array);
+  // The rows of keys or values of a tile, as floats.
+  Rows<Element> rows(const void* array, const float* scale, int64_t width, KeyTile tile) {
+    if (!call_.int8) return stored_rows(static_cast<const Element*>(array), width, tile);
+    const Rows<int8_t> stored = stored_rows(static_cast<const int8_t*>(array), width, tile);
+    const float* scales = scale + (stored.base - static_cast<const int8_t*>(array)) / width;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      stored.prefetch(i + kPrefetchRows, tile.count);
+      const int8_t* from = stored.row(i);
+      const Floats factor = fill(scales[stored.place(i)]);
+      for (int64_t d = 0; d < width; d += kLanes) narrow(widen(from + d, width - d) * factor, floats_ + i * width + d);
+    }
+    return {floats_, width, nullptr};
+  }
+
+  // The same as they lie in memory.
+  template <class Stored>
+  Rows<Stored> stored_rows(const Stored* base, int64_t width, KeyTile tile) {
     if (!tile.positions) return {base + memory_.place(tile.first) * width, width, nullptr};
     if (!memory_.table) return {base + memory_.base * width, width, tile.positions};
     for (int64_t i = 0; i < tile.count; ++i) place_[i] = static_cast<int32_t>(memory_.place(tile.positions[i]));
@@ -292,6 +308,7 @@ class QueryBlock {
   uint32_t *query_, *packed_;
   float *logits_, *total_, *largest_, *weight_, *decay_;
   int32_t *position_, *place_;
+  Element* floats_;  // of a tile of int8
 };
 
 }  // namespace ICEFORMER_ISA

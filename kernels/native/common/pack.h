@@ -13,7 +13,8 @@ struct Rows {
   int64_t width;
   const int32_t* places;
 
-  const Element* row(int64_t index) const { return base + (places ? places[index] : index) * width; }
+  int64_t place(int64_t index) const { return places ? places[index] : index; }
+  const Element* row(int64_t index) const { return base + place(index) * width; }
 
   // Asks the memory for a row that is read soon. Rows that a selection gathers lie where no hardware expects them.
   ICEFORMER_INLINE void prefetch(int64_t index, int64_t count) const {
@@ -78,6 +79,27 @@ ICEFORMER_INLINE Words round_pair(Floats a, Floats b) {
 ICEFORMER_INLINE uint16_t round_to_bfloat16(float value) {
   const uint32_t bits = load<uint32_t>(&value);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// A vector of elements as floats, and back.
+ICEFORMER_INLINE Floats widen(const float* from) { return load<Floats>(from); }
+ICEFORMER_INLINE Floats widen(const Bfloat16Bits* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * ICEFORMER_LANES)));
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+// The first `count` elements, none where it is negative, then zeros.
+template <class Element>
+ICEFORMER_INLINE Floats widen(const Element* from, int64_t count) {
+  if (count >= kLanes) return widen(from);
+  Element padded[kLanes] = {};
+  if (count > 0) memcpy(padded, from, sizeof(Element) * count);
+  return widen(padded);
+}
+ICEFORMER_INLINE void narrow(Floats values, float* to) { store(to, values); }
+ICEFORMER_INLINE void narrow(Floats values, Bfloat16Bits* to) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * ICEFORMER_LANES)));
+  const Words bits = (Words)values;
+  store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
 }
 
 #if defined(ICEFORMER_BFLOAT16_DOT)

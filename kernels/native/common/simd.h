@@ -50,6 +50,42 @@ ICEFORMER_INLINE Vector larger(Vector a, Vector b) {
 
 ICEFORMER_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
+// The next kLanes int8 as floats. GCC converts vectors of bytes one by one, hence the intrinsics.
+ICEFORMER_INLINE Floats widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  // With a mask, because GCC 12 warns of the one without.
+  return to_floats((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from)));
+#elif defined(__AVX2__)
+  return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<long long>(from))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(ICEFORMER_LANES)));
+  return __builtin_convertvector(load<Bytes>(from), Floats);
+#endif
+}
+// The two halves of each vector added: those of `a` in the even lanes, those of `b` in the odd ones.
+ICEFORMER_INLINE Floats add_across(Floats a, Floats b) {
+#if ICEFORMER_LANES == 16
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
+         __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif ICEFORMER_LANES == 8
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11) + __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Several vectors added across to one. With kLanes of them, lane i has the sum of vector i.
+template <int N>
+ICEFORMER_INLINE Floats add_across(const Floats* vectors) {
+  if constexpr (N == 1) {
+    return vectors[0];
+  } else {
+    Floats halves[N / 2];
+    for (int i = 0; i < N / 2; ++i) halves[i] = add_across(vectors[i], vectors[i + N / 2]);
+    return add_across<N / 2>(halves);
+  }
+}
+
 // A vector's floats combined in halves, by a function of two vectors.
 template <int kCount, class Vector, class Combine>
 ICEFORMER_INLINE float reduce(Vector values, const Combine& combine) {

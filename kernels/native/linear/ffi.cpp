@@ -1,4 +1,4 @@
-// The XLA custom call for products with a kernel of int8.
+// The XLA custom call for products with the weights of linear layers.
 
 #include <algorithm>
 #include <vector>
@@ -11,51 +11,151 @@ namespace ffi = xla::ffi;
 namespace iceformer {
 namespace {
 
-using Matrix = ffi::Buffer<ffi::DataType::F32, 2>;
 using Scales = ffi::Buffer<ffi::DataType::F32, 1>;
-using Int8Matrix = ffi::Buffer<ffi::DataType::S8, 2>;
+using Matrix = ffi::Buffer<ffi::DataType::F32, 2>;
 
-// Columns of a task of few rows: every thread has one, whose results stay in the nearest cache.
-constexpr int64_t kLeastColumns = 256, kMostColumns = 2048;
+// Columns of a task of few rows at most, whose results stay in the nearest cache.
+constexpr int64_t kMostColumns = 2048;
+// Of few rows: bytes of the kernel that are a task's, about, and tasks that add to one result, at most. The number of
+// tasks depends on the kernel alone, so that the sums do not depend on the number of threads.
+constexpr int64_t kTaskBytes = 128 * 1024, kMostParts = 16;
+// Outputs of a task where the kernel is transposed, at least: a few cache lines.
+constexpr int64_t kLeastOutputs = 64;
 
-std::vector<LinearTask> cut(const Linear& call, int64_t threads) {
-  int64_t columns = kLinearColumns;
-  if (call.rows <= kFewRows) {
-    const int64_t share = (call.out_features / threads + kLeastColumns) / kLeastColumns * kLeastColumns;
-    columns = std::min(share, kMostColumns);
-  }
+// One kernel's product in the making.
+struct Product {
+  Linear call;
   std::vector<LinearTask> tasks;
-  for (int64_t row = 0; row < call.rows; row += kLinearRows)
-    for (int64_t column = 0; column < call.out_features; column += columns)
-      tasks.push_back(
-          {row, std::min(kLinearRows, call.rows - row), column, std::min(columns, call.out_features - column)});
-  return tasks;
+  std::vector<float> parts;  // [parts, rows, out_features], a task's columns together; empty where there is one part
+  int64_t count = 1;         // of the parts
+};
+
+int64_t weight_bytes(const Linear& call) {
+  return call.weights == WeightType::kInt8 ? 1 : call.weights == WeightType::kBfloat16 ? 2 : 4;
 }
 
-ffi::Error int8_linear(ffi::ThreadPool pool, ffi::AnyBuffer input, Int8Matrix kernel, Scales scale,
-                       ffi::Result<Matrix> output) {
-  const auto type = input.element_type();
+void cut_many_rows(Product& product) {
+  const Linear& call = product.call;
+  for (int64_t row = 0; row < call.rows; row += kLinearRows)
+    for (int64_t column = 0; column < call.out_features; column += kLinearColumns)
+      product.tasks.push_back({row, std::min(kLinearRows, call.rows - row), column,
+                               std::min(kLinearColumns, call.out_features - column), 0, call.in_features, nullptr});
+}
+
+void cut_transposed(Product& product) {
+  const Linear& call = product.call;
+  const int64_t row_bytes = std::max<int64_t>(call.in_features * weight_bytes(call), 1);
+  const int64_t outputs = std::max(kTaskBytes / row_bytes / kLeastOutputs * kLeastOutputs, kLeastOutputs);
+  for (int64_t row = 0; row < call.rows; row += kFewRows)
+    for (int64_t column = 0; column < call.out_features; column += outputs)
+      product.tasks.push_back({row, std::min(kFewRows, call.rows - row), column,
+                               std::min(outputs, call.out_features - column), 0, call.in_features, nullptr});
+}
+
+// Rows of the kernel follow each other in memory, so that a task takes some of them whole.
+void cut_few_rows(Product& product) {
+  const Linear& call = product.call;
+  const int64_t columns = std::min(call.out_features, kMostColumns);
+  const int64_t bytes = call.in_features * columns * weight_bytes(call);
+  int64_t parts = std::min((bytes + kTaskBytes - 1) / kTaskBytes, kMostParts);
+  if (parts > 1) parts += parts % 2;
+  const int64_t depth = std::max<int64_t>((call.in_features / std::max<int64_t>(parts, 1) + 7) / 8 * 8, 8);
+  product.count = std::max<int64_t>((call.in_features + depth - 1) / depth, 1);
+  if (product.count > 1) product.parts.resize(product.count * call.rows * call.out_features);
+  for (int64_t part = 0; part < product.count; ++part)
+    for (int64_t column = 0; column < call.out_features; column += columns) {
+      float* sums = product.parts.data() + (part * call.out_features + column) * call.rows;
+      product.tasks.push_back({0, call.rows, column, std::min(columns, call.out_features - column), part * depth,
+                               std::min(depth, call.in_features - part * depth), product.count > 1 ? sums : nullptr});
+    }
+}
+
+// Adds up the parts and scales the sums.
+void merge(const Product& product) {
+  const Linear& call = product.call;
+  if (product.count == 1) return;
+  for (const LinearTask& task : product.tasks) {
+    if (task.first) break;
+    for (int64_t row = 0; row < call.rows; ++row) {
+      float* to = call.output + row * call.out_features + task.column;
+      const float* from = task.part + row * task.columns;
+      std::copy(from, from + task.columns, to);
+      for (int64_t part = 1; part < product.count; ++part) {
+        const float* more = from + part * call.rows * call.out_features;
+        for (int64_t i = 0; i < task.columns; ++i) to[i] += more[i];
+      }
+      for (int64_t i = 0; call.scale && i < task.columns; ++i) to[i] *= call.scale[task.column + i];
+    }
+  }
+}
+
+ffi::Error refused(const char* reason) { return ffi::Error::InvalidArgument(reason); }
+
+// Cuts a product of the input with a kernel into tasks.
+ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, const float* scale, int64_t scales, Matrix output,
+                    bool transposed, Product& product) {
+  const auto in = input.dimensions(), weights = kernel.dimensions(), out = output.dimensions();
+  if (in.size() != 2 || weights.size() != 2 || in[1] != weights[transposed] || out[0] != in[0] ||
+      out[1] != weights[!transposed] || (scale && scales != out[1]))
+    return refused("expected input [rows, in_features], kernel [in_features, out_features], scale [out_features]");
+  const auto type = input.element_type(), stored = kernel.element_type();
   if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
-    return ffi::Error::InvalidArgument("input: expected float32 or bfloat16");
-  const auto in = input.dimensions(), weights = kernel.dimensions(), out = output->dimensions();
-  if (in.size() != 2 || in[1] != weights[0] || scale.dimensions()[0] != weights[1] || out[0] != in[0] ||
-      out[1] != weights[1])
-    return ffi::Error::InvalidArgument(
-        "expected input [rows, in_features], kernel [in_features, out_features], scale [out_features]");
-  const Linear call = {type == ffi::DataType::BF16,
-                       input.untyped_data(),
-                       kernel.typed_data(),
-                       scale.typed_data(),
-                       output->typed_data(),
-                       in[0],
-                       weights[0],
-                       weights[1]};
-  const std::vector<LinearTask> tasks = cut(call, pool.num_threads());
+    return refused("input: expected float32 or bfloat16");
+  if (stored != ffi::DataType::F32 && stored != ffi::DataType::BF16 && stored != ffi::DataType::S8)
+    return refused("kernel: expected float32, bfloat16 or int8");
+  product.call = {type == ffi::DataType::BF16,
+                  stored == ffi::DataType::S8     ? WeightType::kInt8
+                  : stored == ffi::DataType::BF16 ? WeightType::kBfloat16
+                                                  : WeightType::kFloat32,
+                  transposed,
+                  input.untyped_data(),
+                  kernel.untyped_data(),
+                  scale,
+                  output.typed_data(),
+                  in[0],
+                  in[1],
+                  out[1]};
+  if (in[0] > kFewRows && (transposed || stored == ffi::DataType::F32))
+    return refused("expected at most 4 rows with a kernel that is transposed or float32");
+  if (in[0] == 0) return ffi::Error::Success();
+  transposed ? cut_transposed(product) : in[0] <= kFewRows ? cut_few_rows(product) : cut_many_rows(product);
+  return ffi::Error::Success();
+}
+
+// Products of one input with several kernels. Behind the input stand a kernel for each result, then, where the first is
+// int8, the scales of all.
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs arrays, ffi::RemainingRets outputs,
+                  bool transposed) {
+  const size_t count = outputs.size();
+  const bool scaled = arrays.size() == 2 * count;
+  if (count < 1 || (arrays.size() != count && !scaled)) return refused("expected a kernel for each result, then scales");
+  std::vector<Product> products(count);  // whose tasks point into them
+  for (size_t i = 0; i < count; ++i) {
+    auto kernel = arrays.get<ffi::AnyBuffer>(i);
+    auto output = outputs.get<Matrix>(i);
+    if (kernel.has_error()) return kernel.error();
+    if (output.has_error()) return output.error();
+    const float* scale = nullptr;
+    int64_t scales = 0;
+    if (scaled) {
+      auto found = arrays.get<Scales>(count + i);
+      if (found.has_error()) return found.error();
+      scale = found->typed_data();
+      scales = found->dimensions()[0];
+    }
+    const ffi::Error found = describe(input, *kernel, scale, scales, **output, transposed, products[i]);
+    if (found.failure()) return found;
+  }
+  std::vector<std::pair<const Linear*, const LinearTask*>> tasks;
+  for (const Product& product : products)
+    for (const LinearTask& task : product.tasks) tasks.push_back({&product.call, &task});
   const Kernels& chosen = kernels();
-  return run_tasks(
-      pool, "int8 product", static_cast<int64_t>(tasks.size()),
-      [&](int64_t i) { return chosen.linear_scratch_bytes(call, tasks[i]); },
-      [&](int64_t i, void* memory) { chosen.run_linear(call, tasks[i], memory); });
+  const ffi::Error error = run_tasks(
+      pool, "linear product", static_cast<int64_t>(tasks.size()),
+      [&](int64_t i) { return chosen.linear_scratch_bytes(*tasks[i].first, *tasks[i].second); },
+      [&](int64_t i, void* memory) { chosen.run_linear(*tasks[i].first, *tasks[i].second, memory); });
+  for (const Product& product : products) merge(product);
+  return error;
 }
 
 }  // namespace
@@ -63,12 +163,12 @@ ffi::Error int8_linear(ffi::ThreadPool pool, ffi::AnyBuffer input, Int8Matrix ke
 
 #pragma GCC visibility push(default)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_int8_linear, iceformer::int8_linear,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_linear, iceformer::linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<iceformer::Int8Matrix>()
-                                  .Arg<iceformer::Scales>()
-                                  .Ret<iceformer::Matrix>());
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("transposed"));
 
 #pragma GCC visibility pop

@@ -1,4 +1,4 @@
-// A product with a kernel of int8, as plain data that every instruction set's kernels understand.
+// A product with the weights of a linear layer, as plain data that every instruction set's kernels understand.
 #pragma once
 
 #include <stddef.h>
@@ -6,19 +6,24 @@
 
 namespace iceformer {
 
+enum class WeightType { kFloat32, kBfloat16, kInt8 };
+
 // output = (input . kernel) * scale. Arrays are dense and row-major.
 struct Linear {
-  bool bfloat16;         // of input; else float32
-  const void* input;     // [rows, in_features]
-  const int8_t* kernel;  // [in_features, out_features]
-  const float* scale;    // [out_features]
-  float* output;         // [rows, out_features]
+  bool bfloat16;       // of input; else float32
+  WeightType weights;  // of kernel
+  bool transposed;     // whether kernel is [out_features, in_features]
+  const void* input;   // [rows, in_features]
+  const void* kernel;  // [in_features, out_features]
+  const float* scale;  // [out_features]; null for 1
+  float* output;       // [rows, out_features]
   int64_t rows, in_features, out_features;
 };
 
-// A rectangle of the output.
+// A rectangle of the output, or what the input features [first, first + depth) add to it.
 struct LinearTask {
-  int64_t row, rows, column, columns;
+  int64_t row, rows, column, columns, first, depth;
+  float* part;  // [rows, columns], unscaled; null where the task is all there is to add
 };
 
 // Up to this many rows the kernel is read where it lies, and its reading is what takes the time. More rows multiply

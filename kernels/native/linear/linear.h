@@ -1,32 +1,14 @@
-// Products of floats with a kernel of int8, which stays int8 in memory: a few rows convert it in registers, more rows
-// convert a panel at a time, which stays in the cache. An int8 is exact in bfloat16, too, so that no precision is lost.
+// Products of floats with weights that stay as they are in memory: a few rows convert them in registers, more rows convert
+// a panel at a time, which stays in the cache. An int8 is exact in bfloat16, too, so that no precision is lost.
 #pragma once
 
 #include "common/arena.h"
 #include "common/pack_tiles.h"
+#include "common/rows.h"
 #include "linear/problem.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
-
-// The next kLanes int8, or the next `count` and zeros. GCC converts vectors of bytes one by one, hence the intrinsics.
-ICEFORMER_INLINE Floats widen(const int8_t* from) {
-#if defined(__AVX512F__)
-  // With a mask, because GCC 12 warns of the one without.
-  return to_floats((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from)));
-#elif defined(__AVX2__)
-  return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<long long>(from))));
-#else
-  typedef int8_t Bytes __attribute__((vector_size(ICEFORMER_LANES)));
-  return __builtin_convertvector(load<Bytes>(from), Floats);
-#endif
-}
-ICEFORMER_INLINE Floats widen(const int8_t* from, int64_t count) {
-  if (count >= kLanes) return widen(from);
-  int8_t padded[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
-  return widen(padded);
-}
 
 ICEFORMER_INLINE float to_float(const float* from) { return *from; }
 ICEFORMER_INLINE float to_float(const Bfloat16Bits* from) {
@@ -47,7 +29,8 @@ struct WideLinear {
     }
   }
 
-  static void pack_kernel(const int8_t* from, int64_t stride, int64_t depth, int64_t columns, uint32_t* to,
+  template <class Weight>
+  static void pack_kernel(const Weight* from, int64_t stride, int64_t depth, int64_t columns, uint32_t* to,
                           int64_t lanes) {
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t lane = 0; lane < lanes; lane += kLanes)
@@ -67,7 +50,8 @@ struct PairLinear {
     if (count % 2) to[count / 2] = from[count - 1].bits;
   }
 
-  static void pack_kernel(const int8_t* from, int64_t stride, int64_t depth, int64_t columns, uint32_t* to,
+  template <class Weight>
+  static void pack_kernel(const Weight* from, int64_t stride, int64_t depth, int64_t columns, uint32_t* to,
                           int64_t lanes) {
     for (int64_t k = 0; k < depth; k += 2)
       for (int64_t lane = 0; lane < lanes; lane += kLanes) {
@@ -110,7 +94,7 @@ using Bfloat16Linear = WideLinear;
 #endif
 
 // A task of many rows: pieces of the input and of the kernel are packed and multiplied, and their products summed.
-template <class Format, class Element>
+template <class Format, class Element, class Weight>
 class ManyRows {
  public:
   ManyRows(const Linear& call, const LinearTask& task, Arena& arena) : call_(call), task_(task) {
@@ -128,7 +112,8 @@ class ManyRows {
     if (!call_.in_features) memset(result_, 0, sizeof(float) * padded_rows() * stride());
     for (int64_t row = 0; row < task_.rows; ++row) {
       float* to = call_.output + (task_.row + row) * call_.out_features + task_.column;
-      for (int64_t i = 0; i < task_.columns; ++i) to[i] = result_[row * stride() + i] * call_.scale[task_.column + i];
+      for (int64_t i = 0; i < task_.columns; ++i)
+        to[i] = result_[row * stride() + i] * (call_.scale ? call_.scale[task_.column + i] : 1.0f);
     }
   }
 
@@ -152,7 +137,8 @@ class ManyRows {
     for (int64_t row = 0; row < task_.rows; ++row)
       Format::pack_row(input + row * call_.in_features, depth, input_ + row * words, term_words());
     for (int64_t lane = 0; lane < task_.columns; lane += kPanelLanes) {
-      const int8_t* kernel = call_.kernel + first * call_.out_features + task_.column + lane;
+      const Weight* kernel =
+          static_cast<const Weight*>(call_.kernel) + first * call_.out_features + task_.column + lane;
       Format::pack_kernel(kernel, call_.out_features, depth, task_.columns - lane, panel_, kPanelLanes);
       for (int64_t term = 0; term < Format::kTerms; ++term)
         multiply<Product>(task_.rows, kPanelLanes, {input_ + term * term_words(), words, 1}, {panel_, kPanelLanes},
@@ -168,7 +154,7 @@ class ManyRows {
 
 // A task of at most kFewRows rows: adds `kDepth` rows of the kernel at a time to the results, which stay in the cache,
 // so that memory is read in the order in which it lies.
-template <class Element>
+template <class Element, class Weight>
 class FewRows {
  public:
   FewRows(const Linear& call, const LinearTask& task, Arena& arena) : call_(call), task_(task) {
@@ -179,6 +165,7 @@ class FewRows {
 
  private:
   static constexpr int64_t kDepth = 8;
+  static constexpr int kVectors = 4;
 
   int64_t stride() const { return round_up(task_.columns, kLanes); }
 
@@ -187,37 +174,53 @@ class FewRows {
     if constexpr (R > 0) {
       if (task_.rows < R) return run_rows<R - 1>();
       memset(result_, 0, sizeof(float) * R * stride());
-      int64_t k = 0;
-      for (; k + kDepth <= call_.in_features; k += kDepth) add<R, kDepth>(k);
-      for (; k < call_.in_features; ++k) add<R, 1>(k);
-      for (int64_t row = 0; row < R; ++row) {
-        float* to = call_.output + (task_.row + row) * call_.out_features + task_.column;
-        for (int64_t i = 0; i < task_.columns; ++i) to[i] = result_[row * stride() + i] * call_.scale[task_.column + i];
-      }
+      const int64_t end = task_.first + task_.depth;
+      int64_t k = task_.first;
+      for (; k + kDepth <= end; k += kDepth) add<R, kDepth>(k);
+      for (; k < end; ++k) add<R, 1>(k);
+      for (int64_t row = 0; row < R; ++row) write(row);
     }
+  }
+
+  void write(int64_t row) {
+    const float* from = result_ + row * stride();
+    if (task_.part) {
+      memcpy(task_.part + row * task_.columns, from, sizeof(float) * task_.columns);
+      return;
+    }
+    float* to = call_.output + (task_.row + row) * call_.out_features + task_.column;
+    const float* scale = call_.scale ? call_.scale + task_.column : nullptr;
+    for (int64_t i = 0; i < task_.columns; ++i) to[i] = scale ? from[i] * scale[i] : from[i];
   }
 
   template <int R, int D>
   void add(int64_t first) {
     const Element* input = static_cast<const Element*>(call_.input) + task_.row * call_.in_features + first;
-    const int8_t* kernel = call_.kernel + first * call_.out_features + task_.column;
-    Floats factor[R][D];
+    const Weight* kernel = static_cast<const Weight*>(call_.kernel) + first * call_.out_features + task_.column;
+    float factor[R][D];
     for (int r = 0; r < R; ++r)
-      for (int d = 0; d < D; ++d) factor[r][d] = fill(to_float(input + r * call_.in_features + d));
+      for (int d = 0; d < D; ++d) factor[r][d] = to_float(input + r * call_.in_features + d);
     int64_t lane = 0;
-    for (; lane + kLanes <= task_.columns; lane += kLanes) add_lanes<R, D>(kernel, lane, kLanes, factor);
-    if (lane < task_.columns) add_lanes<R, D>(kernel, lane, task_.columns - lane, factor);
+    for (; lane + kVectors * kLanes <= task_.columns; lane += kVectors * kLanes)
+      add_lanes<R, D, kVectors>(kernel, lane, kLanes, factor);
+    for (; lane < task_.columns; lane += kLanes) add_lanes<R, D, 1>(kernel, lane, task_.columns - lane, factor);
   }
 
-  template <int R, int D>
-  ICEFORMER_INLINE void add_lanes(const int8_t* kernel, int64_t lane, int64_t count, const Floats (&factor)[R][D]) {
-    Floats sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = load<Floats>(result_ + r * stride() + lane);
+  template <int R, int D, int V>
+  ICEFORMER_INLINE void add_lanes(const Weight* kernel, int64_t lane, int64_t count, const float (&factor)[R][D]) {
+    Floats sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = load<Floats>(result_ + r * stride() + lane + v * kLanes);
     for (int d = 0; d < D; ++d) {
-      const Floats weights = widen(kernel + d * call_.out_features + lane, count);
-      for (int r = 0; r < R; ++r) sum[r] += factor[r][d] * weights;
+      const Weight* from = kernel + d * call_.out_features + lane;
+      __builtin_prefetch(from + D * call_.out_features);
+      for (int v = 0; v < V; ++v) {
+        const Floats weights = V == 1 ? widen(from, count) : widen(from + v * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][v] += factor[r][d] * weights;
+      }
     }
-    for (int r = 0; r < R; ++r) store(result_ + r * stride() + lane, sum[r]);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(result_ + r * stride() + lane + v * kLanes, sum[r][v]);
   }
 
   const Linear& call_;
@@ -225,21 +228,89 @@ class FewRows {
   float* result_;
 };
 
+// A task of at most kFewRows rows and a kernel [out_features, in_features]: products with its rows.
+template <class Element, class Weight>
+class FewDots {
+ public:
+  FewDots(const Linear& call, const LinearTask& task, Arena& arena)
+      : call_(call), task_(task), stride_(round_up(call.in_features, kLanes)) {
+    input_ = arena.take<float>(task.rows * stride_);
+  }
+
+  void run() { run_rows<kFewRows>(); }
+
+ private:
+  template <int R>
+  void run_rows() {
+    if constexpr (R > 0) {
+      if (task_.rows < R) return run_rows<R - 1>();
+      widen_input();
+      const Weight* kernel = static_cast<const Weight*>(call_.kernel);
+      for (int64_t column = 0; column < task_.columns; column += kLanes) {
+        const int64_t count = smaller(task_.columns - column, kLanes);
+        const Weight* rows[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+          rows[i] = kernel + (task_.column + column + smaller(i, count - 1)) * call_.in_features;
+        Floats products[R];
+        const uint32_t* vectors = reinterpret_cast<const uint32_t*>(input_);
+        multiply_rows<WideRows<Weight>, R>(rows, call_.in_features, vectors, stride_, products);
+        for (int r = 0; r < R; ++r) write(products[r], r, task_.column + column, count);
+      }
+    }
+  }
+
+  void widen_input() {
+    const Element* from = static_cast<const Element*>(call_.input) + task_.row * call_.in_features;
+    for (int64_t row = 0; row < task_.rows; ++row)
+      for (int64_t i = 0; i < stride_; ++i)
+        input_[row * stride_ + i] = i < call_.in_features ? to_float(from + row * call_.in_features + i) : 0.0f;
+  }
+
+  void write(Floats products, int64_t row, int64_t column, int64_t count) {
+    float* to = call_.output + (task_.row + row) * call_.out_features + column;
+    for (int64_t i = 0; i < count; ++i) to[i] = products[i] * (call_.scale ? call_.scale[column + i] : 1.0f);
+  }
+
+  const Linear& call_;
+  const LinearTask& task_;
+  int64_t stride_;
+  float* input_;
+};
+
 // Does `visit(work)` with what runs a task.
+template <class Element, class Weight, class Visit>
+ICEFORMER_INLINE void visit_linear_of(const Linear& call, const LinearTask& task, Arena& arena, const Visit& visit) {
+  constexpr bool kBfloat16 = sizeof(Element) == sizeof(Bfloat16Bits);
+  if (call.transposed)
+    visit(FewDots<Element, Weight>(call, task, arena));
+  else if (call.rows <= kFewRows)
+    visit(FewRows<Element, Weight>(call, task, arena));
+  else if (call.rows <= kWideRows)
+    visit(ManyRows<WideLinear, Element, Weight>(call, task, arena));
+  else if constexpr (kBfloat16)
+    visit(ManyRows<Bfloat16Linear, Element, Weight>(call, task, arena));
+  else
+    visit(ManyRows<FloatLinear, Element, Weight>(call, task, arena));
+}
+
+template <class Element, class Visit>
+ICEFORMER_INLINE void visit_linear_of(const Linear& call, const LinearTask& task, Arena& arena, const Visit& visit) {
+  if (call.weights == WeightType::kInt8)
+    visit_linear_of<Element, int8_t>(call, task, arena, visit);
+  else if (call.weights == WeightType::kBfloat16)
+    visit_linear_of<Element, Bfloat16Bits>(call, task, arena, visit);
+  else if (call.transposed)
+    visit(FewDots<Element, float>(call, task, arena));
+  else
+    visit(FewRows<Element, float>(call, task, arena));
+}
+
 template <class Visit>
 ICEFORMER_INLINE void visit_linear(const Linear& call, const LinearTask& task, Arena& arena, const Visit& visit) {
-  if (call.rows <= kFewRows && call.bfloat16)
-    visit(FewRows<Bfloat16Bits>(call, task, arena));
-  else if (call.rows <= kFewRows)
-    visit(FewRows<float>(call, task, arena));
-  else if (call.rows <= kWideRows && call.bfloat16)
-    visit(ManyRows<WideLinear, Bfloat16Bits>(call, task, arena));
-  else if (call.rows <= kWideRows)
-    visit(ManyRows<WideLinear, float>(call, task, arena));
-  else if (call.bfloat16)
-    visit(ManyRows<Bfloat16Linear, Bfloat16Bits>(call, task, arena));
+  if (call.bfloat16)
+    visit_linear_of<Bfloat16Bits>(call, task, arena, visit);
   else
-    visit(ManyRows<FloatLinear, float>(call, task, arena));
+    visit_linear_of<float>(call, task, arena, visit);
 }
 
 }  // namespace ICEFORMER_ISA

@@ -23,9 +23,11 @@ from iceformer.deploy.executables import PortableTierWarning
 from iceformer.deploy.manifest import parse_manifest
 from iceformer.deploy.quantization_error import quantization_error
 from iceformer.deploy.session import Session
-from iceformer.model.int8 import quantize
 from iceformer.model.modules import Linear
+from iceformer.model.registry import build
+from iceformer.model.rounding import round_weights
 
+from ..conftest import TINY_LLAMA
 from .conftest import BUCKETS, CHUNK, VOCABULARY
 
 DENSE: dict[str, Any] = {"buckets": BUCKETS, "attention": iceformer.Exact(), "chunk": CHUNK}
@@ -109,8 +111,8 @@ def test_kernels_are_called_where_they_are(artifact: Path, session: Session) -> 
     if not kernels.register():
         pytest.skip("the native kernels are not built")
     for entry in session.info.buckets[0].entries.values():
-        assert kernels.INT8_LINEAR in entry.custom_calls
-        assert kernels.INT8_LINEAR.encode() not in (artifact / entry.portable.path).read_bytes()
+        assert kernels.LINEAR in entry.custom_calls
+        assert kernels.LINEAR.encode() not in (artifact / entry.portable.path).read_bytes()
 
 
 @pytest.mark.usefixtures("without_kernels")
@@ -130,6 +132,31 @@ def test_bfloat16(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
     check_scores(session, dequantized, random_ids(60), atol=0.3)
 
 
+def test_bfloat16_weights(checkpoint: Path, tmp_path: Path) -> None:
+    path = iceformer.compile(checkpoint, tmp_path / "a", weights="bfloat16", **SMALL)
+    kinds = {name.rpartition(".")[2]: x.dtype.name for name, x in load_file(path / "weights.safetensors").items()}
+    assert kinds == {"kernel": "bfloat16", "scale": "float32", "embedding": "float32"}
+    session = iceformer.load(path)
+    assert session.info.weights.format == "bfloat16"
+    assert session.info.weights.error is not None
+    model = iceformer.load_model(checkpoint)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Linear):
+            node.kernel[...] = node.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)
+    check_scores(session, model, random_ids(60), atol=1e-4)
+
+
+def test_a_tied_output_layer_is_bfloat16() -> None:
+    architecture, config = build(TINY_LLAMA | {"model_type": "llama", "tie_word_embeddings": True})
+    model = architecture.module(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    rounded = round_weights(model, "int8")
+    table = rounded.model.embed_tokens.embedding
+    assert (table.dtype, model.model.embed_tokens.embedding.dtype) == (jnp.bfloat16, jnp.float32)
+    ids = jnp.asarray(random_ids(20)[None])
+    assert rounded.model.embed_tokens(ids).dtype == jnp.float32
+    assert 0 < float(jnp.abs(rounded(ids) - model(ids)).max()) < 0.05 * float(jnp.abs(model(ids)).max())
+
+
 def test_reported_loss_is_that_of_the_sessions(session: Session, exact_session: Session, checkpoint: Path) -> None:
     weights, loss = session.info.weights, session.info.weights.error
     assert loss is not None
@@ -137,7 +164,7 @@ def test_reported_loss_is_that_of_the_sessions(session: Session, exact_session: 
     assert (weights.format, loss.text, loss.tokens) == ("int8", info.kind, len(ids))
     ids = ids[:128]  # What fits a session's bucket.
     model = iceformer.load_model(checkpoint)
-    loss = quantization_error(model, quantize(model), CalibrationInputs(ids[None], ids.size, info))
+    loss = quantization_error(model, round_weights(model, "int8"), CalibrationInputs(ids[None], ids.size, info))
     before, after = exact_session.score(ids), session.score(ids)
     assert loss.nll is not None
     assert loss.rounded_nll is not None

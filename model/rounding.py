@@ -1,0 +1,58 @@
+"""Rounded weights: linear layers whose kernel is bfloat16, or int8 with one scale for each output channel.
+
+Weights are rounded, activations are not: a rounded weight is a float without loss, so that a product is exact but for
+the order of its sums. An output layer tied to the embeddings becomes bfloat16; other embeddings, norms and biases keep
+their dtype.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32, Int8
+
+from .decoder import CausalLM
+from .modules import Linear
+
+FORMATS = ("bfloat16", "int8")
+_LARGEST = 127
+
+
+def round_weights(model: nnx.Module, form: str) -> Any:
+    """The model with every `Linear` rounded, which shares everything else with the given model.
+
+    Args:
+        model: the model, which stays as it is.
+        form: one of `FORMATS`.
+    """
+    rounded = nnx.merge(*nnx.split(model))
+    for _, node in nnx.iter_graph(rounded):
+        if isinstance(node, Linear):
+            _round(node, form)
+    if isinstance(rounded, CausalLM) and rounded.lm_head is None:
+        table = rounded.model.embed_tokens.embedding
+        rounded.model.embed_tokens.embedding = nnx.Param(table[...].astype(jnp.bfloat16))
+    return rounded
+
+
+def _round(linear: Linear, form: str) -> None:
+    if form == "bfloat16":
+        linear.kernel = nnx.Param(linear.kernel[...].astype(jnp.bfloat16))
+        return
+    kernel, scale = quantize_kernel(np.asarray(linear.kernel[...], np.float32))
+    linear.kernel, linear.scale = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(scale))
+
+
+def quantize_kernel(
+    kernel: Float32[np.ndarray, "in_features out_features"],
+) -> tuple[Int8[np.ndarray, "in_features out_features"], Float32[np.ndarray, " out_features"]]:
+    """int8 and scales with `|kernel - int8 * scale| <= scale / 2`, the largest weight of each output channel being 127.
+
+    Symmetric: 0 stays 0. A channel of zeros has scale 1.
+    """
+    # A denormal scale would be 0 where the product is computed.
+    largest = np.abs(kernel).max(axis=0, initial=0.0)
+    scale = np.where(largest > _LARGEST * np.finfo(np.float32).tiny, largest / np.float32(_LARGEST), np.float32(1))
+    rounded = np.clip(np.rint(kernel / scale), -_LARGEST, _LARGEST)
+    return rounded.astype(np.int8), scale.astype(np.float32)
