@@ -5,6 +5,7 @@
 
 #include "attention/decode.h"
 #include "attention/low_rank.h"
+#include "attention/scan.h"
 #include "attention/softmax.h"
 #include "attention/two_stage.h"
 #include "linear/linear.h"
@@ -73,6 +74,17 @@ void merge(const Attention& call, int64_t head, float* parts, int64_t count) {
                        : merge_parts<Float32>(call, head, parts, count);
 }
 
+size_t scan_scratch_bytes(const Attention& call, const Choice& choice) {
+  Arena arena(nullptr);
+  BlockScan(call, choice, arena);
+  return arena.used();
+}
+
+void run_scan(const Attention& call, const Choice& choice, const ScanTask& task, void* scratch) {
+  Arena arena(scratch);
+  BlockScan(call, choice, arena).run(task);
+}
+
 size_t linear_scratch_bytes(const Linear& call, const LinearTask& task) {
   Arena arena(nullptr);
   visit_linear(call, task, arena, [](auto&&) {});
@@ -87,7 +99,8 @@ void run_linear(const Linear& call, const LinearTask& task, void* scratch) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {scratch_bytes, run, decode_scratch_bytes, run_decode, merge, linear_scratch_bytes, run_linear};
+const Kernels kernels = {scratch_bytes,      run,      decode_scratch_bytes, run_decode,           merge,
+                         scan_scratch_bytes, run_scan, average_weights,      linear_scratch_bytes, run_linear};
 
 }  // namespace ICEFORMER_ISA
 }  // namespace iceformer

@@ -17,7 +17,11 @@ struct Kernels {
   size_t (*decode_scratch_bytes)(const Attention&);
   void (*run_decode)(const Attention&, const DecodeTask&, void* scratch);
   void (*merge_parts)(const Attention&, int64_t head, float* parts, int64_t count);
-  // The first two for a product with a kernel of int8.
+  // Stage 1 of decoding: the same two for a part of a head's key blocks, and what makes weights of its logits.
+  size_t (*scan_scratch_bytes)(const Attention&, const Choice&);
+  void (*run_scan)(const Attention&, const Choice&, const ScanTask&, void* scratch);
+  void (*average_weights)(float* logits, int64_t queries, int64_t stride, int64_t count, float* mean);
+  // The first two for a product with the weights of a linear layer.
   size_t (*linear_scratch_bytes)(const Linear&, const LinearTask&);
   void (*run_linear)(const Linear&, const LinearTask&, void* scratch);
 };

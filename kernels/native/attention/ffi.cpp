@@ -157,14 +157,55 @@ ffi::Error run(ffi::ThreadPool pool, const Attention& call, const Selection* sel
       [&](int64_t i, void* memory) { chosen.run(call, tasks[i], memory); });
 }
 
-// A call of one query a head: the keys that each sees in parts, all parts at once, then each head's parts together.
-ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
+// A call of one query a head, cut into parts of the keys that each head attends to.
+class Decode {
+ public:
+  explicit Decode(const Attention& call) : call_(call) {}
+
+  void begin_head(int64_t head) { heads_.push_back({head, static_cast<int64_t>(tasks_.size())}); }
+
+  // Keys at the positions [first, last) of the head that was begun.
+  void add(int64_t first, int64_t last) { cut(first, last, kDecodeKeys, nullptr, 0); }
+
+  // The tokens of some key blocks of the head that was begun.
+  void add_blocks(const int32_t* blocks, int64_t count, int64_t key_block) {
+    cut(0, count * key_block, kDecodeChosenKeys, blocks, key_block);
+  }
+
+  // All parts at once, then each head's parts together.
+  ffi::Error run(ffi::ThreadPool pool) {
+    const int64_t part_size = call_.group() * call_.part_width();
+    std::vector<float> parts(tasks_.size() * part_size);
+    for (size_t i = 0; i < tasks_.size(); ++i) tasks_[i].part = parts.data() + i * part_size;
+    const Kernels& chosen = kernels();
+    const size_t bytes = chosen.decode_scratch_bytes(call_);
+    const ffi::Error error = run_tasks(
+        pool, "attention", static_cast<int64_t>(tasks_.size()), [&](int64_t) { return bytes; },
+        [&](int64_t i, void* memory) { chosen.run_decode(call_, tasks_[i], memory); });
+    for (size_t i = 0; i < heads_.size(); ++i) {
+      const size_t end = i + 1 < heads_.size() ? heads_[i + 1].first : tasks_.size();
+      chosen.merge_parts(call_, heads_[i].head, parts.data() + heads_[i].first * part_size, end - heads_[i].first);
+    }
+    return error;
+  }
+
+ private:
   struct Head {
-    int64_t head, first, parts;  // `first` of its parts
+    int64_t head, first;  // of its tasks
   };
-  const int64_t part_size = call.group() * call.part_width();
-  std::vector<Head> heads;
-  std::vector<DecodeTask> tasks;
+
+  void cut(int64_t first, int64_t last, int64_t size, const int32_t* blocks, int64_t key_block) {
+    for (int64_t start = first; start < last; start += size)
+      tasks_.push_back({heads_.back().head, start, std::min(start + size, last), blocks, key_block, nullptr});
+  }
+
+  const Attention& call_;
+  std::vector<Head> heads_;
+  std::vector<DecodeTask> tasks_;
+};
+
+ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
+  Decode parts(call);
   for (int64_t head = 0; head < call.rows * call.kv_heads; ++head) {
     const int64_t row = head / call.kv_heads, position = call.offset[row];
     if (exact_blocks(call, row) == 0) {
@@ -173,21 +214,10 @@ ffi::Error decode(ffi::ThreadPool pool, const Attention& call) {
     }
     const int64_t seen = call.seen_length(row);
     const int64_t first = call.window ? std::max<int64_t>(position - call.window + 1, 0) : 0;
-    const int64_t last = call.window && !call.causal ? std::min(position + call.window, seen) : seen;
-    heads.push_back({head, static_cast<int64_t>(tasks.size()), 0});
-    for (int64_t start = first; start < last; start += kDecodeKeys, ++heads.back().parts)
-      tasks.push_back({head, start, std::min(start + kDecodeKeys, last), nullptr, 0, nullptr});
+    parts.begin_head(head);
+    parts.add(first, call.window && !call.causal ? std::min(position + call.window, seen) : seen);
   }
-  std::vector<float> parts(tasks.size() * part_size);
-  for (size_t i = 0; i < tasks.size(); ++i) tasks[i].part = parts.data() + i * part_size;
-  const Kernels& chosen = kernels();
-  const size_t bytes = chosen.decode_scratch_bytes(call);
-  const ffi::Error error = run_tasks(
-      pool, "attention", static_cast<int64_t>(tasks.size()), [&](int64_t) { return bytes; },
-      [&](int64_t i, void* memory) { chosen.run_decode(call, tasks[i], memory); });
-  for (const Head& each : heads)
-    chosen.merge_parts(call, each.head, parts.data() + each.first * part_size, each.parts);
-  return error;
+  return parts.run(pool);
 }
 
 ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
@@ -250,6 +280,134 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   return run(pool, call, &selection, exact_tasks);
 }
 
+// Keys that a new token attends to without a choice: from the start of a key block on, up to its own.
+int64_t local_start(const Attention& call, int64_t row, int64_t local, int64_t key_block) {
+  return std::max<int64_t>(call.seen_length(row) - 1 - local, 0) / key_block * key_block;
+}
+
+// The key blocks of one head in the making: those of the sink, then those of the largest weight.
+void choose_blocks(const Attention& call, const Choice& choice, int64_t head, int64_t ranked, float* logits,
+                   int64_t stride, int32_t* blocks, int32_t* count) {
+  const int64_t size = choice.key_block, seen = call.seen_length(head / call.kv_heads);
+  const int64_t local = (seen - 1) / size + 1 - ranked, sink = (choice.sink + size - 1) / size;
+  const int64_t most = std::min(choice.budget / size - local, ranked);
+  std::vector<float> mean(ranked), importance;
+  kernels().average_weights(logits, call.group(), stride, ranked, mean.data());
+  importance = mean;
+  for (int64_t block = 0; block < std::min(sink, ranked); ++block) importance[block] = -kMasked;
+  std::vector<int32_t> chosen(most), memory(kSelectBuckets + ranked);
+  select_largest(importance.data(), ranked, most, chosen.data(), memory.data());
+  int64_t taken = most;
+  if (choice.mass > 0) {
+    std::stable_sort(chosen.begin(), chosen.end(), [&](int32_t a, int32_t b) { return importance[a] > importance[b]; });
+    float before = 0.0f;
+    for (taken = 0; taken < most && (before < choice.mass || chosen[taken] < sink); ++taken)
+      before += mean[chosen[taken]];
+    std::sort(chosen.begin(), chosen.begin() + taken);
+  }
+  std::copy(chosen.begin(), chosen.begin() + taken, blocks);
+  *count = static_cast<int32_t>(taken);
+}
+
+// Blocks of a task of stage 1.
+constexpr int64_t kScanBlocks = 256;
+
+ffi::Error choose(ffi::ThreadPool pool, Bytes projected, Floats queries, Vector slot, Vector offset, Vector length,
+                  Integers table, ffi::Result<Integers> blocks, ffi::Result<Vector> counts, float scale, float softcap,
+                  int64_t key_block, int64_t budget, int64_t sink, int64_t local, int64_t exact_keys, float mass) {
+  const auto keys = projected.dimensions(), query = queries.dimensions();
+  const int64_t rank = keys[3], most = blocks->dimensions()[1];
+  Attention call = {};
+  call.rows = slot.dimensions()[0];
+  call.kv_heads = keys[1];
+  call.page = keys[2];
+  call.query_heads = call.kv_heads * query[1];
+  call.queries = 1;
+  call.causal = true;
+  call.scale = scale;
+  call.softcap = softcap;
+  call.slot = slot.typed_data();
+  call.offset = offset.typed_data();
+  call.length = length.typed_data();
+  const int64_t heads = call.rows * call.kv_heads;
+  if (!has_shape(queries, {heads, query[1], rank}) || query[1] < 1 || rank < 4 || rank % 4 ||
+      !has_shape(offset, {call.rows}) || !has_shape(length, {call.rows}) || !has_shape(*blocks, {heads, most}) ||
+      !has_shape(*counts, {heads}))
+    return ffi::Error::InvalidArgument(
+        "expected projected [pages, kv_heads, page, rank], queries [heads, group, rank], slot, offset and length [rows], "
+        "blocks [heads, most], counts [heads], rank a positive multiple of 4");
+  if (!between(1, key_block) || !between(1, budget) || !between(0, sink) || !between(0, local) ||
+      !between(budget, exact_keys) || call.page % key_block || budget / key_block - local / key_block - 1 > most)
+    return ffi::Error::InvalidArgument(
+        "expected a page of whole key blocks, exact_keys of at least the budget, and room for all blocks of the budget");
+  const ffi::Error found = find_pages(call, table, keys[0]);
+  if (found.failure()) return found;
+  const Choice choice = {{projected.typed_data(), queries.typed_data(), rank, query[1]}, key_block, budget, sink, local,
+                         exact_keys, mass};
+  std::fill_n(blocks->typed_data(), heads * most, 0);
+  std::fill_n(counts->typed_data(), heads, 0);
+  std::vector<ScanTask> tasks, whole;  // parts of heads, and heads
+  const int64_t stride = (call.capacity() / key_block + 63) / 64 * 64;
+  std::vector<int64_t> choosing;
+  for (int64_t head = 0; head < heads; ++head)
+    if (call.seen_length(head / call.kv_heads) > exact_keys) choosing.push_back(head);
+  std::vector<float> logits(choosing.size() * call.group() * stride);
+  for (size_t i = 0; i < choosing.size(); ++i) {
+    const int64_t head = choosing[i], ranked = local_start(call, head / call.kv_heads, local, key_block) / key_block;
+    float* mine = logits.data() + i * call.group() * stride;
+    whole.push_back({head, 0, ranked, mine, stride});
+    for (int64_t first = 0; first < ranked; first += kScanBlocks)
+      tasks.push_back({head, first, std::min(kScanBlocks, ranked - first), mine, stride});
+  }
+  const Kernels& chosen = kernels();
+  const size_t bytes = chosen.scan_scratch_bytes(call, choice);
+  const ffi::Error error = run_tasks(
+      pool, "stage 1", static_cast<int64_t>(tasks.size()), [&](int64_t) { return bytes; },
+      [&](int64_t i, void* memory) { chosen.run_scan(call, choice, tasks[i], memory); });
+  if (error.failure()) return error;
+  parallel_for(pool, static_cast<int64_t>(whole.size()), [&](int64_t i) {
+    const ScanTask& head = whole[i];
+    choose_blocks(call, choice, head.head, head.count, head.logits, stride, blocks->typed_data() + head.head * most,
+                  counts->typed_data() + head.head);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error attend_chosen(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                         Floats key_scale, Floats value_scale, Integers blocks, Vector counts, Vector slot,
+                         Vector offset, Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output,
+                         ffi::Result<Floats> lse, int64_t query_block, bool causal, float scale, float softcap,
+                         int64_t key_block, int64_t local, int64_t exact_keys) {
+  auto described = describe({query, key, value, key_scale, value_scale, slot, offset, length, table},
+                            {query_block, 0, causal, scale, softcap}, *output, *lse);
+  if (described.has_error()) return described.error();
+  const Attention& call = *described;
+  const int64_t heads = call.rows * call.kv_heads, most = blocks.dimensions()[1];
+  if (call.queries != 1 || !causal || !has_shape(blocks, {heads, most}) || !has_shape(counts, {heads}) ||
+      !between(1, key_block) || !between(0, local) || !between(0, exact_keys) || call.page % key_block)
+    return ffi::Error::InvalidArgument(
+        "expected one causal query, blocks [heads, most], counts [heads], and a page of whole key blocks");
+  Decode parts(call);
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t row = head / call.kv_heads, seen = call.seen_length(row), count = counts.typed_data()[head];
+    if (exact_blocks(call, row) == 0) {
+      clear(call, head, 0);
+      continue;
+    }
+    const bool selects = seen > exact_keys;
+    const int64_t start = selects ? local_start(call, row, local, key_block) : 0;
+    const int32_t* mine = blocks.typed_data() + head * most;
+    if (count < 0 || count > most) return ffi::Error::InvalidArgument("counts: expected up to as many as blocks");
+    for (int64_t i = 0; selects && i < count; ++i)
+      if (mine[i] < 0 || mine[i] >= start / key_block)
+        return ffi::Error::InvalidArgument("blocks: expected key blocks before the neighbourhood");
+    parts.begin_head(head);
+    if (selects) parts.add_blocks(mine, count, key_block);
+    parts.add(start, seen);
+  }
+  return parts.run(pool);
+}
+
 }  // namespace
 }  // namespace iceformer
 
@@ -302,5 +460,49 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Attr<int64_t>("sink")
                                   .Attr<int64_t>("local")
                                   .Attr<int64_t>("ranking_queries"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_choose, iceformer::choose,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<iceformer::Bytes>()
+                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Integers>()
+                                  .Ret<iceformer::Integers>()
+                                  .Ret<iceformer::Vector>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("key_block")
+                                  .Attr<int64_t>("budget")
+                                  .Attr<int64_t>("sink")
+                                  .Attr<int64_t>("local")
+                                  .Attr<int64_t>("exact_keys")
+                                  .Attr<float>("mass"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_attend_chosen, iceformer::attend_chosen,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Floats>()
+                                  .Arg<iceformer::Integers>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Vector>()
+                                  .Arg<iceformer::Integers>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<iceformer::Floats>()
+                                  .Attr<int64_t>("query_block")
+                                  .Attr<bool>("causal")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("key_block")
+                                  .Attr<int64_t>("local")
+                                  .Attr<int64_t>("exact_keys"));
 
 #pragma GCC visibility pop

@@ -7,13 +7,35 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
+// Rounds a projected query relative to its largest component into packed words, `step` apart. Gives the factor of its
+// products, and what their sums start with.
+ICEFORMER_INLINE float round_query(const float* query, int64_t rank, uint32_t* words, int64_t step, int32_t* start) {
+  float largest = 0.0f;
+  for (int64_t d = 0; d < rank; ++d) {
+    const float magnitude = __builtin_fabsf(query[d]);
+    if (magnitude > largest) largest = magnitude;
+  }
+  const float unit = (largest > 0.0f ? largest : 1.0f) / 127.0f;
+  int32_t sum = 0;
+  for (int64_t k = 0; k < rank / 4; ++k) {
+    uint32_t word = 0;
+    for (int64_t byte = 0; byte < 4; ++byte) {
+      const int32_t rounded = static_cast<int32_t>(__builtin_rintf(query[4 * k + byte] / unit));
+      sum += rounded;
+      word |= (static_cast<uint32_t>(rounded) & 0xffu) << (8 * byte);
+    }
+    words[k * step] = word;
+  }
+  *start = Int8Product::kStart * sum;
+  return unit;
+}
+
 // The ranker low_rank (attention/methods/low_rank.py is the reference).
 class LowRankRanker {
  public:
   LowRankRanker(const Attention& call, const Selection& selection, Arena& arena)
       : call_(call),
         low_rank_(selection.low_rank),
-        depth_(low_rank_.rank / 4),
         lanes_(round_up(low_rank_.ranking_queries, kMaximaLanes)),
         maxima_(selection, arena) {
     const int64_t blocks = ceil_divide(call.capacity(), selection.key_block);
@@ -61,29 +83,10 @@ class LowRankRanker {
     for (int64_t lane = 0; lane < lanes_; ++lane) {
       start_[lane] = 0;
       scale_[lane] = 0.0f;
-      if (lane < count_) pack_query(queries + query_lane_[lane] * rank, lane);
+      if (lane >= count_) continue;
+      const float* query = queries + query_lane_[lane] * rank;
+      scale_[lane] = round_query(query, rank, query_ + lane, lanes_, start_ + lane) * call_.scale;
     }
-  }
-
-  void pack_query(const float* query, int64_t lane) {
-    float largest = 0.0f;
-    for (int64_t d = 0; d < low_rank_.rank; ++d) {
-      const float magnitude = __builtin_fabsf(query[d]);
-      if (magnitude > largest) largest = magnitude;
-    }
-    const float unit = (largest > 0.0f ? largest : 1.0f) / 127.0f;
-    int32_t sum = 0;
-    for (int64_t k = 0; k < depth_; ++k) {
-      uint32_t word = 0;
-      for (int64_t byte = 0; byte < 4; ++byte) {
-        const int32_t rounded = static_cast<int32_t>(__builtin_rintf(query[4 * k + byte] / unit));
-        sum += rounded;
-        word |= (static_cast<uint32_t>(rounded) & 0xffu) << (8 * byte);
-      }
-      query_[k * lanes_ + lane] = word;
-    }
-    start_[lane] = Int8Product::kStart * sum;
-    scale_[lane] = unit * call_.scale;
   }
 
   // The largest logit of each query in each of the first `count` key blocks.
@@ -126,7 +129,7 @@ class LowRankRanker {
 
   const Attention& call_;
   const LowRank& low_rank_;
-  int64_t depth_, lanes_;
+  int64_t lanes_;
   int64_t count_ = 0;  // of the queries that rank
   BlockMaxima maxima_;
   uint32_t* query_;

@@ -109,8 +109,24 @@ struct DecodeTask {
   float* part;            // [group, part_width]: what comes of it
 };
 
+// How decoding chooses key blocks; fields as in DecodeSelection (attention/decode_selection.py).
+struct Choice {
+  LowRank low_rank;  // whose queries are [rows * kv_heads, group, rank]
+  int64_t key_block, budget, sink, local, exact_keys;
+  float mass;
+};
+
+// Key blocks of one head (counted through rows) whose logits are estimated.
+struct ScanTask {
+  int64_t head, first, count;
+  float* logits;  // [group, stride], of the head
+  int64_t stride;
+};
+
 // Keys of a task of decoding: enough work for a task, and at 8192 tokens eight tasks for each head.
 constexpr int64_t kDecodeKeys = 1024;
+// The same of chosen keys, of which there are few.
+constexpr int64_t kDecodeChosenKeys = 256;
 
 // Writes the indices of the `count` largest of `values`, rising; of equal values the lower index wins. No NaN.
 // `scratch` has room for kSelectBuckets + size integers.

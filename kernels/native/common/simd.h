@@ -62,17 +62,30 @@ ICEFORMER_INLINE Floats widen(const int8_t* from) {
   return __builtin_convertvector(load<Bytes>(from), Floats);
 #endif
 }
-// The two halves of each vector added: those of `a` in the even lanes, those of `b` in the odd ones.
-ICEFORMER_INLINE Floats add_across(Floats a, Floats b) {
+// Lanes of two vectors in turn: of their first halves, and of their second halves.
+template <class Vector>
+ICEFORMER_INLINE Vector interleave_low(Vector a, Vector b) {
 #if ICEFORMER_LANES == 16
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
-         __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 #elif ICEFORMER_LANES == 8
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11) + __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
 #endif
 }
+template <class Vector>
+ICEFORMER_INLINE Vector interleave_high(Vector a, Vector b) {
+#if ICEFORMER_LANES == 16
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif ICEFORMER_LANES == 8
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// The two halves of each vector added: those of `a` in the even lanes, those of `b` in the odd ones.
+ICEFORMER_INLINE Floats add_across(Floats a, Floats b) { return interleave_low(a, b) + interleave_high(a, b); }
 
 // Several vectors added across to one. With kLanes of them, lane i has the sum of vector i.
 template <int N>
