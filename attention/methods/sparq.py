@@ -17,7 +17,6 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32
 
 from ..cache import Field, Fields
 from ..keys import LEAST_PAGE
-from ..ops import transposed_matmul
 from .base import Constants, Method, RankingQueries
 
 KEY_COMPONENTS = "key_components"
@@ -74,8 +73,13 @@ class Sparq(Method):
         # The queries are 0 in all other components.
         chosen = self._largest(jnp.sum(jnp.abs(features), axis=0))
         runs = index[KEY_COMPONENTS].reshape(-1, features.shape[1], RUN)
-        components = jnp.moveaxis(runs[:, chosen], 1, 0).reshape(chosen.shape[0], -1)
-        return transposed_matmul(components.astype(jnp.float32), features[:, chosen].T)
+        # One component after the other, because XLA would copy them together for a matrix product, at a multiple of the
+        # time.
+        products = jnp.zeros((features.shape[0], runs.shape[0], RUN))
+        for number in chosen:
+            component = lax.dynamic_index_in_dim(runs, number, axis=1, keepdims=False).astype(jnp.float32)
+            products += features[:, number, None, None] * component
+        return products.reshape(features.shape[0], -1).T
 
     def _largest(self, size: Float32[Array, "*axes head_dim"]) -> Array:
         """The numbers of the components that are kept, [*axes, rank]."""
