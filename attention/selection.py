@@ -4,7 +4,7 @@ Importance means the largest softmax weight that any query of the block gives to
 per query first, because the largest raw logit would favour the queries with the largest norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -67,15 +67,15 @@ class IndexTiles(NamedTuple):
         """Key blocks that are scored at a time."""
         return max(1, min(self.keys.capacity, STAGE_1_TILE) // self.key_block)
 
-    def read(self, tile: Int[Array, ""]) -> Mapping[str, Shaped[Array, "spans entries ..."]]:
-        """Every field's entries of a tile, by its number."""
+    def read(self, tile: Int[Array, ""], fields: Collection[str]) -> Mapping[str, Shaped[Array, "spans entries ..."]]:
+        """The entries of a tile, by its number, in some fields."""
 
         def of_field(array: Array) -> Array:
             entries = self.tile * self.key_block * array.shape[2] // self.keys.page
             run = self.keys.run(array, *self.head, tile * entries, entries)
             return run.reshape(min(self.tile, entries), -1, *array.shape[3:])
 
-        return {name: of_field(array) for name, array in self.keys.fields.items()}
+        return {name: of_field(self.keys.fields[name]) for name in fields}
 
 
 def stage_1_keys(keys: KeyView, key_block: int) -> KeyView:
@@ -116,9 +116,10 @@ def block_logits(
     Tiles are read up to the last visible block, so that the cost follows what is visible.
     """
     blocks, tile, queries = index.blocks, index.tile, ranking.features.shape[0]
+    fields = method.fields(index.keys.key.shape[3], index.key_block)
 
     def score(number: Int[Array, ""], logits: Array) -> Array:
-        products = method.block_products(ranking.features, index.read(number))
+        products = method.block_products(ranking.features, index.read(number, fields))
         products = jnp.max(products.reshape(tile, -1, queries), axis=1)
         return lax.dynamic_update_slice(logits, cap(products * ranking.scale, softcap), (number * tile, 0))
 
