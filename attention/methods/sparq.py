@@ -2,8 +2,8 @@
 piece.
 
 Source: Ribar et al., arXiv 2312.04985, algorithm 1. Of a group's queries q the r components i with the largest sum of
-|q_i| are kept, and scores are softmax(q_r . K_r / tau) with tau = sqrt(d * |q_r|_1 / |q|_1), d = head_dim: the fewer of
-a query's components are kept, the larger its products with the rest are expected to be. Made for decoding; a query
+|q_i| are kept, and scores are softmax(q_r . K_r / tau) with tau = sqrt(d * |q_r|_1 / |q|_1), d = head_dim: a query of
+which less is kept has the lower temperature, in place of the products that its scores lack. Made for decoding; a query
 block of a prompt keeps the components that are largest over all its queries.
 """
 
@@ -13,15 +13,15 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from ..cache import Field, Fields
 from ..keys import LEAST_PAGE
 from .base import Constants, Method, RankingQueries
 
 KEY_COMPONENTS = "key_components"
-"""The index: the keys of a run of tokens, component by component. In bfloat16, whose rounding is far below what leaving
-components out costs, and half of what float32 would read."""
+"""The index: the keys of a run of tokens, component by component. In float32, because XLA reads single components of
+bfloat16 many times more slowly."""
 RUN = LEAST_PAGE
 """Tokens of an entry: as many as fit in every page, so that a component is read in long pieces."""
 
@@ -44,12 +44,12 @@ class Sparq(Method):
             raise ValueError(f"rank is {self.rank}, expected at least 1")
 
     def fields(self, head_dim: int, key_block: int) -> Fields:
-        return {KEY_COMPONENTS: Field((head_dim, RUN), "bfloat16", RUN)}
+        return {KEY_COMPONENTS: Field((head_dim, RUN), "float32", RUN)}
 
     def entries(
         self, field: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants
-    ) -> BFloat16[Array, "heads runs head_dim tokens"]:
-        return key.swapaxes(2, 3).astype(jnp.bfloat16)
+    ) -> Float32[Array, "heads runs head_dim tokens"]:
+        return key.swapaxes(2, 3).astype(jnp.float32)
 
     def ranking_queries(
         self,
@@ -68,7 +68,7 @@ class Sparq(Method):
     def block_products(
         self,
         features: Float32[Array, "queries head_dim"],
-        index: Mapping[str, BFloat16[Array, "spans runs head_dim run"]],
+        index: Mapping[str, Float32[Array, "spans runs head_dim run"]],
     ) -> Float32[Array, "tokens queries"]:
         # The queries are 0 in all other components.
         chosen = self._largest(jnp.sum(jnp.abs(features), axis=0))
@@ -77,7 +77,7 @@ class Sparq(Method):
         # time.
         products = jnp.zeros((features.shape[0], runs.shape[0], RUN))
         for number in chosen:
-            component = lax.dynamic_index_in_dim(runs, number, axis=1, keepdims=False).astype(jnp.float32)
+            component = lax.dynamic_index_in_dim(runs, number, axis=1, keepdims=False)
             products += features[:, number, None, None] * component
         return products.reshape(features.shape[0], -1).T
 
