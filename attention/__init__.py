@@ -1,10 +1,11 @@
 """Attention as pure functions on arrays: exact, and two-stage with a top-k selection of the keys."""
 
 from .cache import Field, KVCache, LayerCache, extend
+from .decode_selection import DecodeSelection
 from .dispatch import attend, listening
 from .exact import Exact
 from .keys import KeyView
-from .methods import METHODS, Constants, LowRank, MeanPool, Method, make_method
+from .methods import METHODS, Constants, LowRank, MeanPool, Method, PageBound, Sparq, make_method
 from .plan import Auto, Plan, attention_to_dict, plan_to_dict
 from .rows import Mask, Rows
 from .strategy import Attention, Call
@@ -17,6 +18,7 @@ __all__ = [
     "Auto",
     "Call",
     "Constants",
+    "DecodeSelection",
     "Exact",
     "Field",
     "KVCache",
@@ -26,8 +28,10 @@ __all__ = [
     "Mask",
     "MeanPool",
     "Method",
+    "PageBound",
     "Plan",
     "Rows",
+    "Sparq",
     "TwoStage",
     "Values",
     "attend",

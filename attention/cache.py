@@ -24,17 +24,19 @@ KVCache = tuple[LayerCache, ...]
 
 @dataclass(frozen=True)
 class Field:
-    """An array that an attention asks a layer's cache to keep of the keys.
+    """An array that an attention asks a layer's cache to keep of the keys, or of the values.
 
     Attributes:
         shape: of an entry.
         dtype: its name.
-        tokens: consecutive tokens, a power of two, for which there is one entry for each KV head.
+        tokens: consecutive tokens, a power of two up to a page, for which there is one entry for each KV head.
+        of_values: whether entries are made of values instead of keys.
     """
 
     shape: tuple[int, ...]
     dtype: str
     tokens: int = 1
+    of_values: bool = False
 
 
 Fields = Mapping[str, Field]
@@ -70,7 +72,7 @@ def extend(
         key, value: of the new tokens.
         rows: of the call.
         mask: of the layer.
-        fields: what is kept of keys besides, in a layer without a window.
+        fields: what is kept besides, in a layer without a window.
         entries: makes it.
         table: the pages of each slot; None where a slot is one page. Rings have none.
 
@@ -86,7 +88,7 @@ def extend(
         cache[name] = _put(cache[name], update, rows.slot, rows.offset, table)
     keys = _view(cache, table)
     for name, field in fields.items():
-        start, runs = _runs(keys, key, rows, field.tokens)
+        start, runs = _runs(keys, value if field.of_values else key, rows, field)
         cache[name] = _put(cache[name], _as_entries(entries(name, runs), key), rows.slot, start, table)
     return Extended(cache, keys._replace(fields={name: cache[name] for name in fields}), rows, mask)
 
@@ -147,20 +149,21 @@ def _put_pages(buffer: Array, update: Array, busy: Array, pages: Array, start: A
     return buffer
 
 
-def _runs(keys: KeyView, key: Array, rows: Rows, tokens: int) -> tuple[Array, Array]:
-    """The runs of tokens whose entries change, [heads, runs, tokens, head_dim], and where they begin, in entries.
+def _runs(keys: KeyView, new: Array, rows: Rows, field: Field) -> tuple[Array, Array]:
+    """The runs of tokens whose entries change, [heads, runs, tokens, width], and where they begin, in entries.
 
-    Entries of single tokens come from the new keys alone, others from the cache: a run may have begun in an earlier
-    call. What a run holds of tokens that are yet to come means nothing until they are there.
+    Entries of single tokens come from the new keys or values alone, others from the cache: a run may have begun in an
+    earlier call. What a run holds of tokens that are yet to come means nothing until they are there.
     """
-    count, kv_heads, new, head_dim = key.shape
+    tokens, (count, kv_heads, length, width) = field.tokens, new.shape
     if tokens == 1:
-        return rows.offset, key.reshape(count * kv_heads, new, 1, head_dim)
-    span = min(-(-(new - 1) // tokens) + 1, keys.capacity // tokens)
+        return rows.offset, new.reshape(count * kv_heads, length, 1, width)
+    span = min(-(-(length - 1) // tokens) + 1, keys.capacity // tokens)
     start = jnp.clip(rows.offset // tokens, 0, keys.capacity // tokens - span)
     position = (start[:, None] + jnp.arange(span)) * tokens
+    read = keys.value_rows if field.of_values else keys.key_rows
     heads = [
-        keys.key_rows(jnp.maximum(rows.slot[row], 0), jnp.int32(head), position[row], key.dtype, tokens)
+        read(jnp.maximum(rows.slot[row], 0), jnp.int32(head), position[row], new.dtype, tokens)
         for row in range(count)
         for head in range(kv_heads)
     ]

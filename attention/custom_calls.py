@@ -1,13 +1,11 @@
-"""Attention by the native kernels: the same functions as `exact_attention` and `two_stage_attention`, as one custom
-call each. What they compute is defined by those, and tested against them.
-"""
+"""Attention by the native kernels, as custom calls. The forms in XLA define what they compute; tests compare both."""
 
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from .. import kernels
 from .blocks import next_power_of_two
@@ -19,6 +17,7 @@ from .rows import Rows
 from .strategy import Call
 
 if TYPE_CHECKING:
+    from .decode_selection import DecodeSelection
     from .two_stage import SelectingBlocks, TwoStage
 
 _LANES = 128
@@ -85,6 +84,49 @@ def two_stage(
         sink=config.sink,
         local=config.local,
         ranking_queries=method.ranking_count(projected_queries.shape[2]),
+    )
+
+
+def choose(
+    config: "DecodeSelection", call: Call, projected_queries: Float32[Array, "heads group rank"]
+) -> tuple[Int32[Array, "heads most"], Int32[Array, " heads"]]:
+    """The key blocks that each head attends to besides its neighbourhood, by the method `low_rank`, and how many."""
+    heads = projected_queries.shape[0]
+    results = (
+        jax.ShapeDtypeStruct((heads, config.most_blocks), jnp.int32),
+        jax.ShapeDtypeStruct((heads,), jnp.int32),
+    )
+    blocks, counts = jax.ffi.ffi_call(kernels.CHOOSE, results)(
+        call.keys.fields[PROJECTED_KEY],
+        projected_queries,
+        *_places(call.rows, call.keys),
+        scale=np.float32(scale_of(call.mask, call.query.shape[3])),
+        softcap=np.float32(call.mask.softcap or 0.0),
+        key_block=np.int64(config.key_block),
+        budget=np.int64(config.budget),
+        sink=np.int64(config.sink),
+        local=np.int64(config.local),
+        exact_keys=np.int64(config.exact_keys),
+        mass=np.float32(config.mass),
+    )
+    return blocks, counts
+
+
+def attend_chosen(
+    config: "DecodeSelection", call: Call, blocks: Int32[Array, "heads most"], counts: Int32[Array, " heads"]
+) -> WithLogSumExp:
+    """Attention of a new token to chosen key blocks and its neighbourhood, or to all keys where they are few."""
+    query, keys, rows, mask, _ = call
+    return _call(
+        kernels.ATTEND_CHOSEN,
+        (query, *_stored(keys), blocks, counts, *_places(rows, keys)),
+        query_block=1,
+        causal=True,
+        scale=scale_of(mask, query.shape[3]),
+        softcap=mask.softcap,
+        key_block=config.key_block,
+        local=config.local,
+        exact_keys=config.exact_keys,
     )
 
 

@@ -8,13 +8,16 @@ from typing import Any
 from jaxtyping import Array, Float, Shaped
 
 from .cache import Fields
+from .decode_selection import DecodeSelection
 from .exact import Exact
 from .methods import Constants, method_to_dict
-from .strategy import Attention
+from .strategy import Attention, Selective
 from .two_stage import TwoStage
 from .values import Values
 
-STRATEGIES: dict[str, type[Attention]] = {strategy.kind: strategy for strategy in (Exact, TwoStage, Values)}
+STRATEGIES: dict[str, type[Attention]] = {
+    strategy.kind: strategy for strategy in (Exact, TwoStage, DecodeSelection, Values)
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,14 @@ class Plan:
     decode: Attention = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
-        shared = self.prompt.fields(128).keys() & self.decode.fields(128).keys()
-        if shared and self._maker(self.prompt) != self._maker(self.decode):
+        if isinstance(self.prompt, DecodeSelection):
+            raise ValueError("prompt is a DecodeSelection, which is for new tokens only: give it as decode")
+        prompt, decode = self.prompt.fields(128), self.decode.fields(128)
+        shared = prompt.keys() & decode.keys()
+        if shared and (self.prompt.rule != self.decode.rule or any(prompt[name] != decode[name] for name in shared)):
             raise ValueError(
                 f"prompt is {self.prompt} and decode is {self.decode}, which keep different things under one name: "
-                "expected the same method with the same options"
+                "expected the same method with the same options, and the same key_block where it keeps key blocks"
             )
 
     @property
@@ -52,11 +58,6 @@ class Plan:
         """What new keys add to a field of either."""
         owner = next(strategy for strategy in self.strategies if name in strategy.fields(key.shape[3]))
         return owner.entries(name, key, constants)
-
-    @staticmethod
-    def _maker(strategy: Attention) -> object:
-        """What decides the contents of a strategy's index."""
-        return (strategy.method, strategy.key_block) if isinstance(strategy, TwoStage) else strategy
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Auto:
 def attention_to_dict(attention: Attention) -> dict[str, Any]:
     """The JSON form of a strategy: its kind and its fields."""
     options = asdict(attention)  # type: ignore[call-overload]
-    if isinstance(attention, TwoStage):
+    if isinstance(attention, Selective):
         options["method"] = method_to_dict(attention.ranking)
     return {"kind": attention.kind, **options}
 

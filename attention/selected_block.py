@@ -14,13 +14,10 @@ from .logits import Logits
 from .methods import RankingQueries
 from .ops import cap, matmul_transposed, transposed_matmul
 from .relative_bias import BiasTable, bias_tile
-from .selection import Forced, block_importance, forced_members, largest_weight, select
+from .selection import Forced, IndexTiles, block_importance, forced_members, largest_weight, select
 
 if TYPE_CHECKING:
     from .two_stage import TwoStage
-
-STAGE_1_TILE = 4096
-"""Keys that stage 1 scores at a time: with 64 queries a megabyte of scores, which stays in the cache."""
 
 
 class Selecting(NamedTuple):
@@ -64,7 +61,7 @@ def selected_block(
     )
     # What nobody sees may hold NaN, which a weight of 0 does not make 0: the row's first value is there in its place.
     value = keys.value_rows(*head, jnp.where(chosen_visible, position[chosen], 0), query.dtype)[:, 0]
-    part = _softmax(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
+    part = softmax_over(jnp.where(chosen_visible[:, None], logits[chosen], MASKED), value)
     if how.sums is None:
         return part
     selection = SelectedKeys(position[chosen], chosen_visible, candidate[chosen], value)
@@ -89,16 +86,8 @@ def _stage_1(
     blocks = keys.capacity // length
     # Only blocks that every query sees whole are ranked; a block at the edge of what is visible is forced.
     ranked = (forced.start if visibility.causal else visibility.length) // length
-    tile = min(blocks, STAGE_1_TILE // length)
-
-    def index_tile(index: Int[Array, ""]) -> dict[str, Array]:
-        def read(array: Array) -> Array:
-            entries = tile * length * array.shape[2] // keys.page
-            return keys.run(array, *how.head, index * entries, entries).reshape(tile, -1, *array.shape[3:])
-
-        return {name: read(array) for name, array in keys.fields.items()}
-
-    importance = block_importance(config.ranking, ranking, index_tile, ranked, blocks, tile, how.logits.softcap)
+    index = IndexTiles(keys, head=how.head, key_block=length)
+    importance = block_importance(config.ranking, ranking, index, ranked, how.logits.softcap)
     block = jnp.arange(blocks, dtype=jnp.int32)
     always = forced.covers(block * length) | (block >= ranked)
     visible = block * length < visibility.end()
@@ -108,7 +97,7 @@ def _stage_1(
     return chosen, visible[chosen]
 
 
-def _softmax(logits: Float[Array, "keys lanes"], value: Float[Array, "keys value_dim"]) -> Partial:
+def softmax_over(logits: Float[Array, "keys lanes"], value: Float[Array, "keys value_dim"]) -> Partial:
     """The exact softmax over gathered keys and its product with their values."""
     largest = jnp.max(logits, axis=0)
     weights = jnp.where(logits > MASKED, jnp.exp(logits - largest), 0.0)

@@ -4,7 +4,7 @@ Importance means the largest softmax weight that any query of the block gives to
 per query first, because the largest raw logit would favour the queries with the largest norm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from .blocks import MASKED, Visibility
+from .blocks import MASKED, Visibility, next_power_of_two
+from .exact import Head
+from .keys import LEAST_PAGE, KeyView
 from .methods import Method, RankingQueries
 from .ops import cap
 
 FORCED = float(jnp.finfo(jnp.float32).max)
 """The importance of what is always selected."""
+STAGE_1_TILE = 4096
+"""Keys that stage 1 scores at a time: with 64 queries a megabyte of scores, which stays in the cache."""
 
 
 class Forced(NamedTuple):
@@ -40,13 +44,50 @@ def forced_members(visibility: Visibility, sink: int, local: int, key_block: int
     return Forced(jnp.asarray(-(-sink // key_block) * key_block, jnp.int32), start, end)
 
 
+class IndexTiles(NamedTuple):
+    """The index of one head, read as many key blocks at a time as stage 1 scores together.
+
+    Attributes:
+        keys: with the method's index, as `stage_1_keys` pads them.
+        head: a slot and one of its KV heads.
+        key_block: tokens that are ranked together.
+    """
+
+    keys: KeyView
+    head: Head
+    key_block: int
+
+    @property
+    def blocks(self) -> int:
+        """All key blocks, a multiple of `tile`."""
+        return self.keys.capacity // self.key_block
+
+    @property
+    def tile(self) -> int:
+        """Key blocks that are scored at a time."""
+        return max(1, min(self.keys.capacity, STAGE_1_TILE) // self.key_block)
+
+    def read(self, tile: Int[Array, ""], fields: Collection[str]) -> Mapping[str, Shaped[Array, "spans entries ..."]]:
+        """The entries of a tile, by its number, in some fields."""
+
+        def of_field(array: Array) -> Array:
+            entries = self.tile * self.key_block * array.shape[2] // self.keys.page
+            run = self.keys.run(array, *self.head, tile * entries, entries)
+            return run.reshape(min(self.tile, entries), -1, *array.shape[3:])
+
+        return {name: of_field(self.keys.fields[name]) for name in fields}
+
+
+def stage_1_keys(keys: KeyView, key_block: int) -> KeyView:
+    """The keys, padded to whole tiles of stage 1 and whole entries of every field."""
+    return keys.padded(max(min(STAGE_1_TILE, next_power_of_two(keys.capacity)), key_block, LEAST_PAGE))
+
+
 def block_importance(
     method: Method,
     ranking: RankingQueries,
-    index_tile: Callable[[Int[Array, ""]], Mapping[str, Shaped[Array, "tile entries ..."]]],
+    index: IndexTiles,
     visible_blocks: Int[Array, ""],
-    blocks: int,
-    tile: int,
     softcap: float | None,
 ) -> Float[Array, " blocks"]:
     """Stage 1: the importance of the first `visible_blocks` key blocks, `MASKED` for the rest.
@@ -56,22 +97,36 @@ def block_importance(
     Args:
         method: the rule.
         ranking: the queries of one query block.
-        index_tile: reads the index of `tile` key blocks, by the tile's number. Tiles are read up to the last visible
-            block, so that the cost follows what is visible.
+        index: of its keys.
         visible_blocks: that every query sees whole.
-        blocks: all of them, a multiple of `tile`.
-        tile: key blocks that are scored at a time.
         softcap: of the logits.
     """
+    return largest_weight(block_logits(method, ranking, index, visible_blocks, softcap))
 
-    def score(index: Int[Array, ""], logits: Array) -> Array:
-        products = cap(method.block_products(ranking.features, index_tile(index)) * ranking.scale, softcap)
-        return lax.dynamic_update_slice(logits, products, (index * tile, 0))
+
+def block_logits(
+    method: Method,
+    ranking: RankingQueries,
+    index: IndexTiles,
+    visible_blocks: Int[Array, ""],
+    softcap: float | None,
+) -> Float[Array, "blocks ranking_queries"]:
+    """Estimated logits of the first `visible_blocks` key blocks; `MASKED` for the rest, and of queries that are none.
+
+    Tiles are read up to the last visible block, so that the cost follows what is visible.
+    """
+    blocks, tile, queries = index.blocks, index.tile, ranking.features.shape[0]
+    fields = method.fields(index.keys.key.shape[3], index.key_block)
+
+    def score(number: Int[Array, ""], logits: Array) -> Array:
+        products = method.block_products(ranking.features, index.read(number, fields))
+        products = jnp.max(products.reshape(tile, -1, queries), axis=1)
+        return lax.dynamic_update_slice(logits, cap(products * ranking.scale, softcap), (number * tile, 0))
 
     tiles = (visible_blocks + tile - 1) // tile
-    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, ranking.features.shape[0]), MASKED))
+    logits = lax.fori_loop(0, tiles, score, jnp.full((blocks, queries), MASKED))
     visible = jnp.arange(blocks) < visible_blocks
-    return largest_weight(jnp.where(visible[:, None] & ranking.present, logits, MASKED))
+    return jnp.where(visible[:, None] & ranking.present, logits, MASKED)
 
 
 def largest_weight(logits: Float[Array, "keys queries"]) -> Float[Array, " keys"]:

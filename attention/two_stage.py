@@ -8,30 +8,27 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int
 
 from . import custom_calls
 from .blocks import (
     EXACT_KEY_BLOCK,
     Visibility,
     join_queries,
-    next_power_of_two,
     seen_lengths,
     split_queries,
     valid_blocks,
     visibility_of_block,
 )
-from .cache import Fields
-from .compensation import MEAN_BLOCK, block_sums
+from .compensation import block_sums
 from .exact import Exact, exact_block
-from .keys import KeyView, as_floats, as_index, runs_of
 from .logits import Logits, scale_of
-from .methods import Constants, LowRank, Method, RankingQueries, make_method
+from .methods import LowRank, Method, RankingQueries, make_method
 from .rows import Mask, Rows
-from .selected_block import STAGE_1_TILE, Selecting, selected_block
-from .strategy import Attended, Attention, Call, check_power_of_two
+from .selected_block import Selecting, selected_block
+from .selection import stage_1_keys
+from .strategy import Attended, Attention, Call, Selective, check_power_of_two
 
 COMPENSATIONS = ("none", "block_mean")
 """What may stand in for the keys that are not selected."""
@@ -45,7 +42,7 @@ class SelectingBlocks(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TwoStage(Attention):
+class TwoStage(Selective):
     """Two-stage top-k attention: rank key blocks cheaply, rank their tokens exactly, attend to the best `budget` keys.
 
     Every query block shares one selection per KV head. The first `sink` tokens, the query block itself and `local`
@@ -118,35 +115,6 @@ class TwoStage(Attention):
         """Keys, in tokens, up to which a query block attends to all that it sees."""
         return max(self.budget, self.crossover)
 
-    @property
-    def ranking(self) -> Method:
-        """The stage-1 method, which may be given by name but is always held as an object."""
-        assert isinstance(self.method, Method)
-        return self.method
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the method is."""
-        return self.ranking.calibrated
-
-    def calibrate(
-        self,
-        query: Float[np.ndarray, "query_heads tokens head_dim"],
-        key: Float[np.ndarray, "kv_heads tokens head_dim"],
-    ) -> dict[str, Shaped[np.ndarray, "kv_heads ..."]]:
-        """The constants of the method."""
-        return self.ranking.calibrate(query, key)
-
-    def fields(self, head_dim: int) -> Fields:
-        """The index of the method."""
-        return self.ranking.fields(head_dim, self.key_block)
-
-    def entries(
-        self, field: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants
-    ) -> Shaped[Array, "heads runs ..."]:
-        """What new keys add to the method's index."""
-        return self.ranking.entries(field, key, constants)
-
     def within(self, capacity: int, mask: Mask) -> Attention:
         """Exact attention, where the budget or the crossover covers every key, or the layer has a window: two-stage
         attention is for layers that see the whole sequence."""
@@ -177,16 +145,6 @@ class TwoStage(Attention):
         first = jnp.where(rows.length <= self.exact_keys, count, few_keys)
         last = jnp.clip((rows.length - size - rows.offset) // size, 0, count) if self.exact_last_block else count
         return SelectingBlocks(first, jnp.maximum(first, last))
-
-    def indexed(self, keys: KeyView, constants: Constants) -> KeyView:
-        """The keys with the method's index, which is made here where no cache has kept it."""
-        missing = {name: field for name, field in self.fields(keys.key.shape[3]).items() if name not in keys.fields}
-        floats = as_floats(keys.key, keys.key_scale, jnp.float32)
-        made = {
-            name: as_index(self.entries(name, runs_of(floats, field.tokens), constants), keys.key)
-            for name, field in missing.items()
-        }
-        return keys._replace(fields={**keys.fields, **made})
 
     def attend_in_kernel(self, call: Call) -> Attended:
         method = self.ranking
@@ -232,8 +190,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
     present = index < jnp.repeat(seen - rows.offset, kv_heads)[:, None, None]
     ranking = config.ranking.ranking_queries(blocked, present, constants)
     ranking = ranking._replace(scale=ranking.scale * scale_of(mask, query.shape[3]))
-    keys = keys.padded(max(min(STAGE_1_TILE, next_power_of_two(keys.capacity)), config.key_block, MEAN_BLOCK))
-    keys = config.indexed(keys, constants)
+    keys = config.indexed(stage_1_keys(keys, config.key_block), constants)
     sums = block_sums(keys) if config.compensation == "block_mean" else None
     logits = Logits.of(mask, query.shape[3], kv_heads)
     exact_key_block = min(EXACT_KEY_BLOCK, keys.capacity)

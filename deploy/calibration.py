@@ -96,17 +96,19 @@ def calibrate(model: Model, strategies: Iterable[Attention], inputs: Any, tokens
 
     Args:
         model: the model.
-        strategies: what is calibrated; a plan sees to it that what they learn under one name is the same.
+        strategies: what is calibrated, once where several have one rule; a plan sees to it that what they learn under
+            one name is the same.
         inputs: as the model's `queries_and_keys` takes them, of one row.
         tokens: of the row.
     """
+    learners = {attention.rule: attention for attention in strategies}.values()
     graph, state = nnx.split(model)
     collect = jax.jit(lambda state, inputs, lengths: nnx.merge(graph, state).queries_and_keys(inputs, lengths))
     layers = collect(state, inputs, np.array([tokens], np.int32))
 
     def learn(query: Array, key: Array) -> dict[str, Array]:
         arrays = np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)
-        learned = [attention.calibrate(*arrays) for attention in strategies]
+        learned = [attention.calibrate(*arrays) for attention in learners]
         return {name: jnp.asarray(array) for constants in learned for name, array in constants.items()}
 
     return tuple(

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attention.decode_selection import DecodeSelection
     from .attention.exact import Exact
     from .attention.plan import Auto, Plan
     from .attention.two_stage import TwoStage
@@ -17,10 +18,21 @@ if TYPE_CHECKING:
     from .deploy.session import load
 
 __version__ = "0.1.0"
-__all__ = ["Auto", "Exact", "Plan", "TwoStage", "compile", "convert_checkpoint", "load", "load_model"]
+__all__ = [
+    "Auto",
+    "DecodeSelection",
+    "Exact",
+    "Plan",
+    "TwoStage",
+    "compile",
+    "convert_checkpoint",
+    "load",
+    "load_model",
+]
 
 _HOME = {
     "Auto": "attention.plan",
+    "DecodeSelection": "attention.decode_selection",
     "Exact": "attention.exact",
     "Plan": "attention.plan",
     "TwoStage": "attention.two_stage",

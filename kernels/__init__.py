@@ -20,11 +20,12 @@ from pathlib import Path
 import jax
 
 EXACT, TWO_STAGE, LINEAR = "iceformer_exact", "iceformer_two_stage", "iceformer_linear"
-TARGETS = frozenset({EXACT, TWO_STAGE, LINEAR})
+CHOOSE, ATTEND_CHOSEN = "iceformer_choose", "iceformer_attend_chosen"
+TARGETS = frozenset({EXACT, TWO_STAGE, LINEAR, CHOOSE, ATTEND_CHOSEN})
 """Names of the custom calls."""
 
 _STRINGS = ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets")
-_CHOOSE = "iceformer_choose_instruction_set"
+_CHOOSE_INSTRUCTION_SET = "iceformer_choose_instruction_set"
 _LIBRARY = Path(__file__).parent / "native" / "libiceformer.so"
 _allowed: ContextVar[bool] = ContextVar("iceformer_kernels", default=True)
 
@@ -56,7 +57,7 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=4,
         )
         return None
-    missing = [name for name in (*_STRINGS, _CHOOSE, *sorted(TARGETS)) if not hasattr(library, name)]
+    missing = [name for name in (*_STRINGS, _CHOOSE_INSTRUCTION_SET, *sorted(TARGETS)) if not hasattr(library, name)]
     if missing:
         raise ValueError(
             f"ICEFORMER_KERNELS is {wanted!r}, which is not a build of these kernels (it lacks {', '.join(missing)}): "

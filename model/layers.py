@@ -129,6 +129,7 @@ def run_layers(
         rope = config.ropes[index]
         layer_call = replace(
             call,
+            layer=index,
             rotary=None if rope is None else tables[rope],
             cache=None if cache is None else cache[index],
             constants={} if constants is None else constants[index],

@@ -27,6 +27,7 @@ class LayerCall:
         rows: of the call.
         plan: the attention of the layers that see whole rows; those with a window attend exactly.
         decoding: whether the call decodes, and takes that attention of the plan.
+        layer: number of the layer, from 0.
         rotary: tables of this layer's rotary embedding, None for a layer without.
         cache: what earlier calls left of this layer, None to attend to this call's tokens only.
         table: the pages of each slot of the cache; None where a slot is one page.
@@ -37,6 +38,7 @@ class LayerCall:
     rows: Rows
     plan: Plan
     decoding: bool = False
+    layer: int = 0
     rotary: RotaryTables | None = None
     cache: LayerCache | None = None
     table: Int[Array, "slots slot_pages"] | None = None
@@ -45,8 +47,8 @@ class LayerCall:
 
     @property
     def attention(self) -> Attention:
-        """The attention of this call."""
-        return self.plan.decode if self.decoding else self.plan.prompt
+        """The attention of this call in this layer."""
+        return (self.plan.decode if self.decoding else self.plan.prompt).of_layer(self.layer)
 
 
 @runtime_checkable

@@ -29,6 +29,7 @@ def test_loading_needs_no_compile_packages() -> None:
 def test_public_names() -> None:
     assert iceformer.__all__ == [
         "Auto",
+        "DecodeSelection",
         "Exact",
         "Plan",
         "TwoStage",

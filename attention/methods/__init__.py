@@ -6,8 +6,10 @@ from typing import Any
 from .base import Constants, Method, RankingQueries
 from .low_rank import LowRank
 from .mean_pool import MeanPool
+from .page_bound import PageBound
+from .sparq import Sparq
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LowRank, MeanPool)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LowRank, MeanPool, PageBound, Sparq)}
 
 __all__ = [
     "METHODS",
@@ -15,7 +17,9 @@ __all__ = [
     "LowRank",
     "MeanPool",
     "Method",
+    "PageBound",
     "RankingQueries",
+    "Sparq",
     "make_method",
     "method_to_dict",
 ]

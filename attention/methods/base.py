@@ -38,6 +38,13 @@ class Method(ABC):
     """The name under which the registry knows the method."""
     calibrated: ClassVar[bool] = False
     """Whether the method needs what `calibrate` gives."""
+    key_block: ClassVar[int] = 8
+    """Keys that decoding ranks together, unless it is told otherwise."""
+
+    @property
+    def with_every_query(self) -> "Method":
+        """The same, with all queries of a block in stage 1. Methods that agree in this share index and constants."""
+        return self
 
     def calibrate(
         self,
@@ -49,7 +56,7 @@ class Method(ABC):
 
     @abstractmethod
     def fields(self, head_dim: int, key_block: int) -> Fields:
-        """The index by name; its entries stand for as many tokens as divide a key block."""
+        """The index by name; its entries stand for as many tokens as divide a key block, or for whole key blocks."""
 
     @abstractmethod
     def entries(
@@ -71,9 +78,17 @@ class Method(ABC):
     def block_products(
         self,
         features: Shaped[Array, "ranking_queries features"],
-        index: Mapping[str, Shaped[Array, "blocks entries ..."]],
-    ) -> Float32[Array, "blocks ranking_queries"]:
-        """The estimated largest product of each query with a key of each block, before `RankingQueries.scale`."""
+        index: Mapping[str, Shaped[Array, "spans entries ..."]],
+    ) -> Float32[Array, "parts ranking_queries"]:
+        """The estimated largest product of each query with a key of each block, before `RankingQueries.scale`.
+
+        Args:
+            features: of the queries.
+            index: entries by key block, or one by one where they stand for more than a block.
+
+        Returns:
+            Products with each block, or with equal parts of it, of which the largest counts.
+        """
 
 
 def of_heads(constant: Shaped[Array, "kv_heads ..."], heads: int) -> Shaped[Array, "heads ..."]:

@@ -10,7 +10,7 @@ the key and may be cached; queries are rounded relative to their own largest com
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -54,6 +54,10 @@ class LowRank(Method):
             raise ValueError(f"rank is {self.rank}, expected at least 1")
         if not 0 < self.query_share <= 1:
             raise ValueError(f"query_share is {self.query_share}, expected a share above 0 and up to 1")
+
+    @property
+    def with_every_query(self) -> "LowRank":
+        return replace(self, query_share=1.0)
 
     def calibrate(
         self,

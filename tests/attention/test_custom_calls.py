@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from jaxtyping import Array, Float
 
 from iceformer import kernels
-from iceformer.attention import Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
+from iceformer.attention import Call, DecodeSelection, Exact, KeyView, LowRank, Mask, Rows, TwoStage, custom_calls
+from iceformer.attention.blocks import split_queries
 from iceformer.attention.keys import as_floats, quantize
 
 from .calls import exact_attention, scattered, two_stage_attention
@@ -273,6 +274,39 @@ def test_decoding_merges_the_parts_of_long_rows(window: int | None, page: int) -
                 alone = Call(jnp.asarray(query[one]), keys, Rows(*(x[one] for x in rows)), mask)
                 for part, whole in zip(custom_calls.exact(alone), (output, lse), strict=True):
                     np.testing.assert_array_equal(part, whole[one])
+
+
+@pytest.mark.parametrize(
+    ("rank", "key_block", "group", "softcap", "page"),
+    [(32, 8, 3, None, 0), (16, 8, 4, 20.0, 128), (64, 4, 1, None, 0), (12, 1, 2, None, 128), (8, 32, 7, 30.0, 0)],
+)
+@pytest.mark.parametrize("mass", [0.0, 0.6])
+def test_key_blocks_chosen_are_those_of_xla(
+    rank: int, key_block: int, group: int, softcap: float | None, page: int, mass: float
+) -> None:
+    """Rows that choose among many blocks and among few, one that attends exactly, and an idle one."""
+    if not kernels.register():
+        pytest.skip("the native kernels are not built")
+    config = DecodeSelection(LowRank(rank=rank), 192, mass, key_block=key_block, sink=5, local=40)
+    query, key, value = random_inputs(3, 5, 2 * group, 2, 1, 1500, 64)
+    constants = {name: jnp.asarray(x) for name, x in config.calibrate(query[0].repeat(64, 1), key[0, :, :64]).items()}
+    keys, slot = scattered(jnp.asarray(key), jnp.asarray(value), page, 1)
+    if not page:
+        keys = keys.padded(32)
+    keys = config.indexed(keys._replace(key=jnp.nan_to_num(keys.key)), constants)
+    length = jnp.array([1500, 193, 192, 700, 1500], jnp.int32)
+    rows = Rows(slot.at[4].set(-1), length - 1, length)
+    call = Call(jnp.asarray(query), keys, rows, Mask(softcap=softcap), constants)
+    expected = config.choose(config.prepared(call._replace(rows=rows.settled())))
+    projected = config.ranking.projected_queries(split_queries(call.query, 2, 1), constants)[:, 0]  # type: ignore[attr-defined]
+    for instruction_set in kernels.instruction_sets():
+        with kernels.using(instruction_set):
+            blocks, counts = custom_calls.choose(config, call, projected)
+        np.testing.assert_array_equal(counts, expected.counts, err_msg=instruction_set)
+        np.testing.assert_array_equal(blocks, expected.blocks, err_msg=instruction_set)
+    assert (counts[4:6] == 0).all()
+    assert (counts[8:] == 0).all()
+    assert (counts[:4] > 0).all()
 
 
 def test_a_key_of_overwhelming_weight_that_is_not_selected_does_not_wipe_out_the_others() -> None:

@@ -20,6 +20,7 @@ from iceformer.deploy.compile import check_options, default_buckets
 from iceformer.deploy.entries import score_block
 from iceformer.deploy.lowering import check_custom_calls, portable_code
 from iceformer.deploy.session import Session
+from iceformer.deploy.tables import describe_plan
 from iceformer.model.registry import build
 
 from .conftest import TEXT, VOCABULARY
@@ -87,6 +88,36 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
     exact = np.array(jax.jit(lambda tokens: model(tokens))(jnp.asarray(prompt[None])))[0]
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
     np.testing.assert_allclose(session.score(prompt).logprobs, exact[np.arange(29), prompt[1:]], atol=0.2)
+
+
+def test_decoding_by_the_method_of_the_prompt(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One index and one calibration serve both, and the artifact tells of both."""
+    calibrated: list[LowRank] = []
+    learn = LowRank.calibrate
+
+    def counted(self: LowRank, *arrays: Any) -> Any:
+        calibrated.append(self)
+        return learn(self, *arrays)
+
+    monkeypatch.setattr(LowRank, "calibrate", counted)
+    method = LowRank(rank=4)
+    small: dict[str, Any] = {"sink": 4, "local": 4, "key_block": 2}
+    prompt = iceformer.TwoStage(method, budget=32, query_block=8, **small)
+    plan = iceformer.Plan(prompt, iceformer.DecodeSelection(method, budget=16, **small))
+    path = iceformer.compile(checkpoint, tmp_path / "a", buckets=(64,), chunk=64, attention=plan)
+    assert len(calibrated) == 2, "once for each layer"
+    session = iceformer.load(path)
+    bucket = session.info.buckets[0]
+    assert describe_plan(bucket.plan).endswith(
+        "; of new tokens decode-selection, low_rank: budget 16, mass 0.0, key_block 2, sink 4, local 4, "
+        "exact_layers 1, crossover 0, sample 0, reallocate False, rank 4, query_share 1.0"
+    )
+    assert bucket.cache.layers[0].keys() == {"key", "value", "projected_key"}
+    ids = list(range(4, 44))
+    generation = session.generate(ids, max_new_tokens=8)
+    assert generation.ids.size == 8 or generation.finish_reason == "stop"
 
 
 def test_unknown_custom_calls_fail() -> None:

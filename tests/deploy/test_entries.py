@@ -11,7 +11,7 @@ import pytest
 
 import iceformer
 from iceformer import kernels
-from iceformer.attention import Attention, Exact, KVCache, LowRank, MeanPool, Plan
+from iceformer.attention import Attention, DecodeSelection, Exact, KVCache, LowRank, MeanPool, Plan, Sparq
 from iceformer.deploy.entries import DecoderEntries
 
 from ..model.cases import few
@@ -21,6 +21,7 @@ LENGTHS, SLOTS = (200, 131), (2, 0)
 SMALL: dict[str, Any] = {
     "budget": 32, "query_block": 8, "key_block": 2, "sink": 4, "local": 4, "exact_last_block": False,
 }  # fmt: skip
+SELECTION: dict[str, Any] = {"budget": 24, "key_block": 4, "sink": 4, "local": 4}
 ATTENTIONS = {
     "exact": Exact(),
     "mean_pool": iceformer.TwoStage(method=MeanPool(), **SMALL),
@@ -139,3 +140,33 @@ def test_decoding_takes_the_plans_decode(entries: DecoderEntries) -> None:
     np.testing.assert_allclose(found, Compiled(reference).decode(cache)[1], atol=1e-5)
     selecting = Compiled(of_plan(entries, ATTENTIONS["low_rank"], ATTENTIONS["low_rank"]))
     assert np.abs(selecting.decode(cache)[1] - found).max() > 1e-3
+
+
+def test_the_first_layers_decode_exactly(entries: DecoderEntries) -> None:
+    """What a layer makes of the new token shows in the next layer's keys."""
+    prompt = ATTENTIONS["low_rank"]
+    cache, _ = Compiled(of_plan(entries, prompt)).prefill(0.0)
+    logits, keys = {}, {}
+    for name, decode in {
+        "exact": Exact(),
+        **{layers: DecodeSelection(LowRank(rank=8), exact_layers=layers, **SELECTION) for layers in (0, 1, 2)},
+    }.items():
+        after, logits[name] = Compiled(of_plan(entries, prompt, decode)).decode(cache)
+        keys[name] = np.stack([after[1]["key"][slot, :, length] for slot, length in zip(SLOTS, LENGTHS, strict=True)])
+    np.testing.assert_allclose(logits[2], logits["exact"], atol=1e-5)
+    np.testing.assert_allclose(keys[1], keys["exact"], atol=1e-5)
+    assert np.abs(logits[1] - logits["exact"]).max() > 1e-3
+    assert np.abs(keys[0] - keys["exact"]).max() > 1e-3
+
+
+def test_a_selections_index_is_kept_in_pages_and_slots_alike(entries: DecoderEntries) -> None:
+    """With fields of every kind, in memory that held NaN."""
+    decode = DecodeSelection(Sparq(rank=8), exact_layers=0, reallocate=True, **SELECTION)
+    found = []
+    for page in (0, 128):
+        compiled = Compiled(of_plan(entries, ATTENTIONS["mean_pool"], decode), page)
+        cache, _ = compiled.prefill(np.nan)
+        assert cache[0].keys() == {"key", "value", "mean_key", "key_components", "value_sum"}
+        found.append(compiled.decode(cache)[1])
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
