@@ -128,8 +128,8 @@ class DecodeSelection(Selective):
 
     @property
     def most_blocks(self) -> int:
-        """Key blocks that are chosen at most, besides the neighbourhood where it reaches into the fewest."""
-        return self.budget // self.key_block - self.local // self.key_block - 1
+        """Places for chosen key blocks: the budget besides a neighbourhood that reaches into the fewest, at least 1."""
+        return max(1, self.budget // self.key_block - self.local // self.key_block - 1)
 
     @property
     def exact_keys(self) -> int:

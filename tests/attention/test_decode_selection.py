@@ -258,6 +258,15 @@ def test_a_smaller_mass_chooses_fewer_blocks() -> None:
         assert all(a < b for a, b in zip(fewer, more, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"reallocate": True}])
+def test_a_budget_for_the_neighbourhood_only(options: dict[str, Any]) -> None:
+    config = DecodeSelection(METHODS["sparq"][0], budget=12, key_block=4, sink=0, local=8, **options)
+    case = Case(18)
+    blocks, output = case.expected(config, sparq)
+    assert not any(blocks.values())
+    np.testing.assert_allclose(case.attend(config), output, atol=3e-6)
+
+
 def test_rows_within_the_budget_choose_nothing() -> None:
     chosen = Case(8).chosen(DecodeSelection(METHODS["quest"][0], **SMALL))
     assert [bool(chosen[row, 0]) for row in range(len(SEEN))] == [True, True, False, False, True]
