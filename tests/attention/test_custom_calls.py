@@ -304,9 +304,7 @@ def test_key_blocks_chosen_are_those_of_xla(
             blocks, counts = custom_calls.choose(config, call, projected)
         np.testing.assert_array_equal(counts, expected.counts, err_msg=instruction_set)
         np.testing.assert_array_equal(blocks, expected.blocks, err_msg=instruction_set)
-    assert (counts[4:6] == 0).all()
-    assert (counts[8:] == 0).all()
-    assert (counts[:4] > 0).all()
+    np.testing.assert_array_equal(expected.counts.reshape(5, 2).min(axis=1) > 0, [True, True, False, True, False])
 
 
 def test_a_key_of_overwhelming_weight_that_is_not_selected_does_not_wipe_out_the_others() -> None:

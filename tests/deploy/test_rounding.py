@@ -152,7 +152,7 @@ def test_a_tied_output_layer_is_bfloat16() -> None:
     rounded = round_weights(model, "int8")
     table = rounded.model.embed_tokens.embedding
     assert (table.dtype, model.model.embed_tokens.embedding.dtype) == (jnp.bfloat16, jnp.float32)
-    ids = jnp.asarray(random_ids(20)[None] % config.vocab_size)
+    ids = jnp.asarray(random_ids(20)[None] % TINY_LLAMA["vocab_size"])
     assert rounded.model.embed_tokens(ids).dtype == jnp.float32
     assert 0 < float(jnp.abs(rounded(ids) - model(ids)).max()) < 0.05 * float(jnp.abs(model(ids)).max())
 

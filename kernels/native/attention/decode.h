@@ -87,6 +87,7 @@ class DecodePart {
   // Queries that share what is loaded of keys and values, and vectors of a value that stay in registers for them.
   static constexpr int kQueries = 4;
   static constexpr int kColumns = kLanes == 16 ? 4 : 2;
+  static constexpr int64_t kPrefetchKeys = 32;
 
   void begin(int64_t head) {
     const int64_t group = call_.group(), row = head / call_.kv_heads, first = head % call_.kv_heads * group;
@@ -109,7 +110,6 @@ class DecodePart {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t number = start + i, block = task.blocks[number / task.key_block];
         place_[i] = static_cast<int32_t>(memory_.place(block * task.key_block + number % task.key_block));
-        prefetch(place_[i]);
       }
     } else {
       count = smaller(count, memory_.left_in_page(start));
@@ -123,13 +123,17 @@ class DecodePart {
     return count;
   }
 
-  // Blocks lie where no hardware expects them.
-  void prefetch(int32_t place) const {
-    const char* key = reinterpret_cast<const char*>(key_at(place));
-    const char* value = reinterpret_cast<const char*>(value_at(place));
-    for (int64_t byte = 0; byte < call_.head_dim * int64_t{sizeof(Stored)}; byte += 64) __builtin_prefetch(key + byte);
-    for (int64_t byte = 0; byte < call_.value_dim * int64_t{sizeof(Stored)}; byte += 64)
-      __builtin_prefetch(value + byte);
+  // Asks the memory for keys that are read soon, and for the values that are read once the tile has its logits: the order
+  // in which they are read, and where blocks lie, no hardware expects.
+  void prefetch(int64_t key, int64_t count) const {
+    for (int64_t i = key; i < smaller(key + kLanes, count); ++i) {
+      if (i + kPrefetchKeys < count) prefetch_row(key_at(place_[i + kPrefetchKeys]), call_.head_dim);
+      prefetch_row(value_at(place_[i]), call_.value_dim);
+    }
+  }
+  ICEFORMER_INLINE static void prefetch_row(const Stored* row, int64_t width) {
+    const char* from = reinterpret_cast<const char*>(row);
+    for (int64_t byte = 0; byte < width * int64_t{sizeof(Stored)}; byte += 64) __builtin_prefetch(from + byte);
   }
 
   ICEFORMER_INLINE const Stored* key_at(int64_t place) const {
@@ -149,7 +153,10 @@ class DecodePart {
   // Attends `Q` queries from `query` on to the `count` keys of a tile.
   template <int Q>
   void attend(int64_t count, int64_t query) {
-    for (int64_t key = 0; key < count; key += kLanes) score<Q>(key, count, query);
+    for (int64_t key = 0; key < count; key += kLanes) {
+      if (query == 0) prefetch(key, count);
+      score<Q>(key, count, query);
+    }
     for (int q = 0; q < Q; ++q) exponentiate(logits_ + q * kTileKeys, count, query + q);
     int64_t d = 0;
     for (; d + kColumns * kLanes <= call_.value_dim; d += kColumns * kLanes) accumulate<Q, kColumns>(count, query, d);

@@ -20,34 +20,42 @@ struct WideRows {
 // Rows whose products are in registers at once; as many such steps make a vector of products.
 constexpr int kSteps = 4, kStepRows = kLanes / kSteps;
 
-template <class Memory, int Q>
-ICEFORMER_INLINE void add_products(const typename Memory::Stored* row, const uint32_t* words, int64_t stride,
-                                   Floats (&sums)[Q][kStepRows], int i) {
-  using Product = typename Memory::Product;
-  const auto some = (typename Product::Broadcast)Memory::words(row);
-  for (int q = 0; q < Q; ++q) sums[q][i] = Product::add(sums[q][i], some, load<Words>(words + q * stride));
-}
-
 // Lane i of products[q] = the product of rows[i], of `width` elements, with vector q, packed words `stride` apart and
 // padded with zeros to whole vectors.
 template <class Memory, int Q>
 ICEFORMER_INLINE void multiply_rows(const typename Memory::Stored* const* rows, int64_t width, const uint32_t* vectors,
                                     int64_t stride, Floats (&products)[Q]) {
+  using Stored = typename Memory::Stored;
+  using Product = typename Memory::Product;
   constexpr int64_t kVector = kLanes * Memory::kPerWord;
+  const int64_t whole = width / kVector * kVector;
   Floats steps[Q][kSteps];
   for (int step = 0; step < kSteps; ++step) {
-    Floats sums[Q][kStepRows] = {};
+    Floats sums[kStepRows][Q];
+    for (int i = 0; i < kStepRows; ++i)
+      for (int q = 0; q < Q; ++q) sums[i][q] = Floats{};
     const uint32_t* words = vectors;
-    int64_t d = 0;
-    for (; d + kVector <= width; d += kVector, words += kLanes)
-      for (int i = 0; i < kStepRows; ++i)
-        add_products<Memory, Q>(rows[step + i * kSteps] + d, words, stride, sums, i);
-    for (int i = 0; d < width && i < kStepRows; ++i) {
-      typename Memory::Stored padded[kVector] = {};
-      memcpy(padded, rows[step + i * kSteps] + d, sizeof(padded[0]) * (width - d));
-      add_products<Memory, Q>(padded, words, stride, sums, i);
+    for (int64_t d = 0; d < whole; d += kVector, words += kLanes) {
+      Words lanes[Q];
+      for (int q = 0; q < Q; ++q) lanes[q] = load<Words>(words + q * stride);
+      for (int i = 0; i < kStepRows; ++i) {
+        const auto row = (typename Product::Broadcast)Memory::words(rows[step + i * kSteps] + d);
+        for (int q = 0; q < Q; ++q) sums[i][q] = Product::add(sums[i][q], row, lanes[q]);
+      }
     }
-    for (int q = 0; q < Q; ++q) steps[q][step] = add_across<kStepRows>(sums[q]);
+    if (whole < width) {
+      for (int i = 0; i < kStepRows; ++i) {
+        Stored padded[kVector] = {};
+        memcpy(padded, rows[step + i * kSteps] + whole, sizeof(Stored) * (width - whole));
+        const auto row = (typename Product::Broadcast)Memory::words(padded);
+        for (int q = 0; q < Q; ++q) sums[i][q] = Product::add(sums[i][q], row, load<Words>(words + q * stride));
+      }
+    }
+    for (int q = 0; q < Q; ++q) {
+      Floats of_query[kStepRows];
+      for (int i = 0; i < kStepRows; ++i) of_query[i] = sums[i][q];
+      steps[q][step] = add_across<kStepRows>(of_query);
+    }
   }
   for (int q = 0; q < Q; ++q) products[q] = add_across<kSteps>(steps[q]);
 }
