@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include "attention/decode.h"
+#include "attention/decode_int8.h"
 #include "attention/low_rank.h"
 #include "attention/scan.h"
 #include "attention/softmax.h"
@@ -46,10 +47,13 @@ void run(const Attention& call, const Task& task, void* scratch) {
 // Does `visit(part)` with what decodes a part of a call.
 template <class Format, class Visit>
 void visit_decode_of(const Attention& call, Arena& arena, const Visit& visit) {
+#if defined(__AVX512VNNI__)
+  if (call.int8 && Int8Products<Format>::fits(call)) return visit(DecodePart<Int8Products<Format>>(call, arena));
+#endif
   if (call.int8)
-    visit(DecodePart<Format, Int8Memory<Format>>(call, arena));
+    visit(DecodePart<FloatProducts<Format, Int8Memory<Format>>>(call, arena));
   else
-    visit(DecodePart<Format, FloatMemory<Format>>(call, arena));
+    visit(DecodePart<FloatProducts<Format, FloatMemory<Format>>>(call, arena));
 }
 
 template <class Visit>

@@ -66,6 +66,9 @@ CASES = {
         queries=1, dtype="bfloat16", heads=(10, 2), keys=331, head_dim=80, value_dim=71, causal=False, window=40
     ),
     "exact, one query, int8": Case(queries=1, heads=(6, 2), int8=True),
+    "exact, one query, int8, head size 128, bfloat16": Case(
+        queries=1, heads=(5, 1), head_dim=128, value_dim=64, dtype="bfloat16", int8=True
+    ),
     "exact, one query, int8, odd sizes, softcap, bfloat16": Case(
         queries=1, dtype="bfloat16", heads=(7, 1), keys=333, head_dim=36, value_dim=5, softcap=50.0, int8=True
     ),
@@ -180,9 +183,12 @@ def as_int8(keys: KeyView) -> KeyView:
 
 def tolerance(case: Case, query: Array, key: Array) -> float:
     """A logit is rounded relative to |query| |key|, and the weights are off by as much as the logit: by one rounding of
-    the largest, and by more where logits are huge."""
+    the largest, and by more where logits are huge. Over int8, a decoding step may round queries to 15 bits and weights
+    to 16."""
     norms = [float(jnp.max(jnp.linalg.norm(x.astype(jnp.float32), axis=-1))) for x in (query, key)]
     largest = norms[0] * norms[1] / case.head_dim**0.5
+    if case.int8 and case.queries == 1:
+        return TOLERANCE[case.dtype] + 6e-5 * (1 + largest)
     return TOLERANCE[case.dtype] + (2e-6 if largest > 1e3 else 1.2e-7) * largest
 
 

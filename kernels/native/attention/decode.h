@@ -43,25 +43,94 @@ struct Int8Memory : WideRows<int8_t> {
   static ICEFORMER_INLINE uint32_t query_word(const Bfloat16Bits* from) { return uint32_t{from->bits} << 16; }
 };
 
-// One part of the keys of one head, for all queries that share it.
+// The two products of decoding, in floats: of queries with keys, and of weights with values.
 template <class Format, class Memory>
-class DecodePart {
+class FloatProducts {
  public:
   using Element = typename Format::Element;
   using Stored = typename Memory::Stored;
+  static constexpr bool kScaled = Memory::kScaled;
 
-  DecodePart(const Attention& call, Arena& arena)
+  FloatProducts(const Attention& call, Arena& arena)
       : call_(call),
         key_words_(round_up(call.head_dim / Memory::kPerWord, kLanes)),
         value_width_(round_up(call.value_dim, kLanes)) {
     query_ = arena.take<uint32_t>(call.group() * key_words_);
     total_ = arena.take<float>(call.group() * value_width_);
+  }
+
+  void begin(const Element* queries) {
+    memset(query_, 0, sizeof(uint32_t) * call_.group() * key_words_);
+    memset(total_, 0, sizeof(float) * call_.group() * value_width_);
+    for (int64_t query = 0; query < call_.group(); ++query)
+      for (int64_t word = 0; word < call_.head_dim / Memory::kPerWord; ++word)
+        query_[query * key_words_ + word] =
+            Memory::query_word(queries + query * call_.head_dim + word * Memory::kPerWord);
+  }
+
+  // Products of kLanes keys with `Q` queries from `query` on.
+  template <int Q>
+  ICEFORMER_INLINE void score(const Stored* const* keys, int64_t query, Floats (&products)[Q]) const {
+    multiply_rows<Memory, Q>(keys, call_.head_dim, query_ + query * key_words_, key_words_, products);
+  }
+
+  // Adds `count` values times weights [Q, kTileKeys] to the sums of `Q` queries.
+  template <int Q>
+  void accumulate(const int32_t* places, int64_t count, int64_t query, const float* weights) {
+    int64_t d = 0;
+    for (; d + kColumns * kLanes <= call_.value_dim; d += kColumns * kLanes)
+      accumulate_columns<Q, kColumns>(places, count, query, weights, d);
+    for (; d < call_.value_dim; d += kLanes) accumulate_columns<Q, 1>(places, count, query, weights, d);
+  }
+
+  void scale_total(int64_t query, float factor) {
+    float* total = total_ + query * value_width_;
+    for (int64_t d = 0; d < value_width_; d += kLanes) store(total + d, load<Floats>(total + d) * factor);
+  }
+  void write_total(int64_t query, float* to) const {
+    memcpy(to, total_ + query * value_width_, sizeof(float) * call_.value_dim);
+  }
+
+ private:
+  // Vectors of a value that stay in registers.
+  static constexpr int kColumns = kLanes == 16 ? 4 : 2;
+
+  template <int Q, int C>
+  void accumulate_columns(const int32_t* places, int64_t count, int64_t query, const float* weights, int64_t d) {
+    Floats sums[Q][C];
+    for (int q = 0; q < Q; ++q)
+      for (int c = 0; c < C; ++c) sums[q][c] = load<Floats>(total_ + (query + q) * value_width_ + d + c * kLanes);
+    const int64_t left = call_.value_dim - d;
+    for (int64_t key = 0; key < count; ++key) {
+      const Stored* from = static_cast<const Stored*>(call_.value) + places[key] * call_.value_dim + d;
+      Floats some[C];
+      for (int c = 0; c < C; ++c) some[c] = C == 1 ? widen(from, left) : widen(from + c * kLanes);
+      for (int q = 0; q < Q; ++q)
+        for (int c = 0; c < C; ++c) sums[q][c] += some[c] * weights[q * kTileKeys + key];
+    }
+    for (int q = 0; q < Q; ++q)
+      for (int c = 0; c < C; ++c) store(total_ + (query + q) * value_width_ + d + c * kLanes, sums[q][c]);
+  }
+
+  const Attention& call_;
+  int64_t key_words_, value_width_;
+  uint32_t* query_;
+  float* total_;
+};
+
+// One part of the keys of one head, for all queries that share it.
+template <class Products>
+class DecodePart {
+ public:
+  using Element = typename Products::Element;
+  using Stored = typename Products::Stored;
+
+  DecodePart(const Attention& call, Arena& arena) : call_(call), products_(call, arena) {
     logits_ = arena.take<float>(kQueries * kTileKeys);
     largest_ = arena.take<float>(call.group());
     weight_ = arena.take<float>(call.group());
-    place_ = arena.take<int32_t>(kTileKeys);
-    key_scale_ = arena.take<float>(kTileKeys);
-    value_scale_ = arena.take<float>(kTileKeys);
+    for (Tile& tile : tiles_)
+      tile = {arena.take<int32_t>(kTileKeys), arena.take<float>(kTileKeys), arena.take<float>(kTileKeys), 0};
   }
 
   // Writes, for each query of the group, `value_dim` sums of values, the weight that they were summed with, and the
@@ -69,118 +138,112 @@ class DecodePart {
   void run(const DecodeTask& task) {
     memory_ = call_.memory(task.head);
     begin(task.head);
-    for (int64_t start = task.first; start < task.last;) {
-      const int64_t count = place_tile(task, start);
+    int64_t start = task.first;
+    Tile *now = &tiles_[0], *next = &tiles_[1];
+    for (start += place_tile(task, start, *now); now->count; start += now->count) {
+      place_tile(task, start, *next);
       for (int64_t query = 0; query < call_.group(); query += kQueries)
-        attend_some(count, query, smaller(call_.group() - query, kQueries));
-      start += count;
+        attend_some(*now, *next, query, smaller(call_.group() - query, kQueries));
+      Tile* done = now;
+      now = next;
+      next = done;
     }
     for (int64_t query = 0; query < call_.group(); ++query) {
       float* part = task.part + query * call_.part_width();
-      memcpy(part, total_ + query * value_width_, sizeof(float) * call_.value_dim);
+      products_.write_total(query, part);
       part[call_.value_dim] = weight_[query];
       part[call_.value_dim + 1] = largest_[query];
     }
   }
 
  private:
-  // Queries that share what is loaded of keys and values, and vectors of a value that stay in registers for them.
+  // Queries that share what is loaded of keys and values.
   static constexpr int kQueries = 4;
-  static constexpr int kColumns = kLanes == 16 ? 4 : 2;
-  static constexpr int64_t kPrefetchKeys = 32;
 
   void begin(int64_t head) {
     const int64_t group = call_.group(), row = head / call_.kv_heads, first = head % call_.kv_heads * group;
-    const Element* from = static_cast<const Element*>(call_.query) + (row * call_.query_heads + first) * call_.head_dim;
-    memset(query_, 0, sizeof(uint32_t) * group * key_words_);
+    products_.begin(static_cast<const Element*>(call_.query) + (row * call_.query_heads + first) * call_.head_dim);
     for (int64_t query = 0; query < group; ++query) {
-      for (int64_t word = 0; word < call_.head_dim / Memory::kPerWord; ++word)
-        query_[query * key_words_ + word] =
-            Memory::query_word(from + query * call_.head_dim + word * Memory::kPerWord);
       largest_[query] = kLowest;
       weight_[query] = 0.0f;
     }
-    memset(total_, 0, sizeof(float) * group * value_width_);
   }
 
-  // Where the keys from number `start` on lie, up to a tile of them, and their scales. Gives their number.
-  int64_t place_tile(const DecodeTask& task, int64_t start) {
+  // Up to kTileKeys keys: where they lie, and what keys and values are multiplied by.
+  struct Tile {
+    int32_t* place;
+    float *key_scale, *value_scale;
+    int64_t count;
+  };
+
+  // The keys from number `start` on; gives their number.
+  int64_t place_tile(const DecodeTask& task, int64_t start, Tile& tile) {
     int64_t count = smaller(task.last - start, kTileKeys);
     if (task.blocks) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t number = start + i, block = task.blocks[number / task.key_block];
-        place_[i] = static_cast<int32_t>(memory_.place(block * task.key_block + number % task.key_block));
+        tile.place[i] = static_cast<int32_t>(memory_.place(block * task.key_block + number % task.key_block));
       }
-    } else {
+    } else if (count > 0) {
       count = smaller(count, memory_.left_in_page(start));
       const int32_t place = static_cast<int32_t>(memory_.place(start));
-      for (int64_t i = 0; i < count; ++i) place_[i] = place + static_cast<int32_t>(i);
+      for (int64_t i = 0; i < count; ++i) tile.place[i] = place + static_cast<int32_t>(i);
     }
-    for (int64_t i = 0; Memory::kScaled && i < count; ++i) {
-      key_scale_[i] = call_.key_scale[place_[i]];
-      value_scale_[i] = call_.value_scale[place_[i]];
+    for (int64_t i = 0; Products::kScaled && i < round_up(count, kLanes); ++i) {
+      tile.key_scale[i] = i < count ? call_.key_scale[tile.place[i]] : 0.0f;
+      tile.value_scale[i] = i < count ? call_.value_scale[tile.place[i]] : 0.0f;
     }
-    return count;
+    return tile.count = count;
   }
 
-  // Asks the memory for keys that are read soon, and for the values that are read once the tile has its logits: the order
-  // in which they are read, and where blocks lie, no hardware expects.
-  void prefetch(int64_t key, int64_t count) const {
-    for (int64_t i = key; i < smaller(key + kLanes, count); ++i) {
-      if (i + kPrefetchKeys < count) prefetch_row(key_at(place_[i + kPrefetchKeys]), call_.head_dim);
-      prefetch_row(value_at(place_[i]), call_.value_dim);
+  // Asks the memory for some keys and values of the next tile: the order in which they are read, and where blocks lie, no
+  // hardware expects.
+  void prefetch(const Tile& tile, int64_t first) const {
+    for (int64_t i = first; i < smaller(first + kLanes, tile.count); ++i) {
+      prefetch_row(key_at(tile.place[i]), call_.head_dim);
+      prefetch_row(static_cast<const Stored*>(call_.value) + tile.place[i] * call_.value_dim, call_.value_dim);
     }
   }
   ICEFORMER_INLINE static void prefetch_row(const Stored* row, int64_t width) {
     const char* from = reinterpret_cast<const char*>(row);
-    for (int64_t byte = 0; byte < width * int64_t{sizeof(Stored)}; byte += 64) __builtin_prefetch(from + byte);
+    for (int64_t byte = 0; byte < width * int64_t{sizeof(Stored)}; byte += 64) __builtin_prefetch(from + byte, 0, 2);
   }
 
   ICEFORMER_INLINE const Stored* key_at(int64_t place) const {
     return static_cast<const Stored*>(call_.key) + place * call_.head_dim;
   }
-  ICEFORMER_INLINE const Stored* value_at(int64_t place) const {
-    return static_cast<const Stored*>(call_.value) + place * call_.value_dim;
+
+  void attend_some(const Tile& tile, const Tile& next, int64_t query, int64_t queries) {
+    if (queries == 4) return attend<4>(tile, next, query);
+    if (queries == 3) return attend<3>(tile, next, query);
+    if (queries == 2) return attend<2>(tile, next, query);
+    attend<1>(tile, next, query);
   }
 
-  void attend_some(int64_t count, int64_t query, int64_t queries) {
-    if (queries == 4) return attend<4>(count, query);
-    if (queries == 3) return attend<3>(count, query);
-    if (queries == 2) return attend<2>(count, query);
-    attend<1>(count, query);
-  }
-
-  // Attends `Q` queries from `query` on to the `count` keys of a tile.
+  // Attends `Q` queries from `query` on to the keys of a tile.
   template <int Q>
-  void attend(int64_t count, int64_t query) {
-    for (int64_t key = 0; key < count; key += kLanes) {
-      if (query == 0) prefetch(key, count);
-      score<Q>(key, count, query);
+  void attend(const Tile& tile, const Tile& next, int64_t query) {
+    for (int64_t key = 0; key < tile.count; key += kLanes) {
+      if (query == 0) prefetch(next, key);
+      // Behind the last key, that key again.
+      const Stored* keys[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) keys[i] = key_at(tile.place[smaller(key + i, tile.count - 1)]);
+      Floats products[Q];
+      products_.template score<Q>(keys, query, products);
+      for (int q = 0; q < Q; ++q) store(logits_ + q * kTileKeys + key, products[q]);
     }
-    for (int q = 0; q < Q; ++q) exponentiate(logits_ + q * kTileKeys, count, query + q);
-    int64_t d = 0;
-    for (; d + kColumns * kLanes <= call_.value_dim; d += kColumns * kLanes) accumulate<Q, kColumns>(count, query, d);
-    for (; d < call_.value_dim; d += kLanes) accumulate<Q, 1>(count, query, d);
-  }
-
-  // Products of kLanes keys from `first` on with `Q` queries; behind the last key, those of the last key again.
-  template <int Q>
-  void score(int64_t first, int64_t count, int64_t query) {
-    const Stored* keys[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) keys[i] = key_at(place_[smaller(first + i, count - 1)]);
-    Floats products[Q];
-    multiply_rows<Memory, Q>(keys, call_.head_dim, query_ + query * key_words_, key_words_, products);
-    for (int q = 0; q < Q; ++q) store(logits_ + q * kTileKeys + first, products[q]);
+    for (int q = 0; q < Q; ++q) exponentiate(logits_ + q * kTileKeys, tile, query + q);
+    products_.template accumulate<Q>(tile.place, tile.count, query, logits_);
   }
 
   // Products of one query to softmax weights, relative to the largest logit so far, times the values' scales; what was
-  // summed before follows.
-  void exponentiate(float* logits, int64_t count, int64_t query) {
-    const int64_t end = round_up(count, kLanes);
+  // summed before follows. Behind the last key weights are 0.
+  void exponentiate(float* logits, const Tile& tile, int64_t query) {
+    const int64_t count = tile.count, end = round_up(count, kLanes);
     Floats best = fill(largest_[query]);
     for (int64_t key = 0; key < end; key += kLanes) {
       Floats logit = load<Floats>(logits + key) * call_.scale;
-      if (Memory::kScaled) logit *= load<Floats>(key_scale_ + key);
+      if (Products::kScaled) logit *= load<Floats>(tile.key_scale + key);
       logit = cap(logit, call_.softcap);
       for (int64_t i = count - key; i < kLanes; ++i) logit[i] = kMasked;
       store(logits + key, logit);
@@ -191,43 +254,23 @@ class DecodePart {
     for (int64_t key = 0; key < end; key += kLanes) {
       Floats weight = exponential(load<Floats>(logits + key) - now);
       weights += weight;
-      if (Memory::kScaled) weight *= load<Floats>(value_scale_ + key);
+      if (Products::kScaled) weight *= load<Floats>(tile.value_scale + key);
       store(logits + key, weight);
     }
     if (now > largest_[query]) {
       const float decay = exponential(fill(largest_[query] - now))[0];
-      float* total = total_ + query * value_width_;
-      for (int64_t d = 0; d < value_width_; d += kLanes) store(total + d, load<Floats>(total + d) * decay);
+      products_.scale_total(query, decay);
       weight_[query] *= decay;
       largest_[query] = now;
     }
     weight_[query] += sum(weights);
   }
 
-  // Adds values times weights in `C` vectors from column `d` on.
-  template <int Q, int C>
-  void accumulate(int64_t count, int64_t query, int64_t d) {
-    Floats sums[Q][C];
-    for (int q = 0; q < Q; ++q)
-      for (int c = 0; c < C; ++c) sums[q][c] = load<Floats>(total_ + (query + q) * value_width_ + d + c * kLanes);
-    const int64_t left = call_.value_dim - d;
-    for (int64_t key = 0; key < count; ++key) {
-      const Stored* from = value_at(place_[key]) + d;
-      Floats some[C];
-      for (int c = 0; c < C; ++c) some[c] = C == 1 ? widen(from, left) : widen(from + c * kLanes);
-      for (int q = 0; q < Q; ++q)
-        for (int c = 0; c < C; ++c) sums[q][c] += some[c] * logits_[q * kTileKeys + key];
-    }
-    for (int q = 0; q < Q; ++q)
-      for (int c = 0; c < C; ++c) store(total_ + (query + q) * value_width_ + d + c * kLanes, sums[q][c]);
-  }
-
   const Attention& call_;
-  int64_t key_words_, value_width_;
+  Products products_;
   HeadMemory memory_ = {};
-  uint32_t* query_;
-  int32_t* place_;
-  float *total_, *logits_, *largest_, *weight_, *key_scale_, *value_scale_;
+  Tile tiles_[2];
+  float *logits_, *largest_, *weight_;
 };
 
 // Writes output and log-sum-exp of a head's queries from its parts, which are used up.

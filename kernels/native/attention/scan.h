@@ -3,57 +3,23 @@
 #pragma once
 
 #include "attention/low_rank.h"
+#include "common/transpose.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// Where `transposed` leaves each word: register i has word `of(i)` of all rows. A step exchanges a bit of the register's
-// number for the top bit of the lane's.
+// From kLanes rows of `depth` words to words [depth, kLanes].
 template <int W>
-struct WordOrder {
-  static constexpr int bits(int64_t value) { return value > 1 ? 1 + bits(value / 2) : 0; }
-  static constexpr int kSteps = bits(kLanes), kRegisterBits = bits(W);
-  static constexpr int exchanged(int step) { return kRegisterBits - 1 - step % kRegisterBits; }
-
-  static constexpr int of(int index) {
-    // Bits of the position in memory, of which the lowest are the word's: -1 for those that are the row's.
-    int lane[kSteps] = {}, row[kRegisterBits] = {};
-    for (int bit = 0; bit < kSteps; ++bit) lane[bit] = bit < kRegisterBits ? bit : -1;
-    for (int bit = 0; bit < kRegisterBits; ++bit) row[bit] = kSteps + bit < kRegisterBits ? kSteps + bit : -1;
-    for (int step = 0; step < kSteps; ++step) {
-      const int top = lane[kSteps - 1], place = exchanged(step);
-      for (int bit = kSteps - 1; bit > 0; --bit) lane[bit] = lane[bit - 1];
-      lane[0] = row[place];
-      row[place] = top;
-    }
-    int word = 0;
-    for (int bit = 0; bit < kRegisterBits; ++bit) word |= index >> bit & 1 ? 1 << row[bit] : 0;
-    return word;
-  }
-};
-
-// From kLanes rows of W words to W words [W, kLanes], in registers.
-template <int W>
-ICEFORMER_INLINE void transpose_words(const uint32_t* rows, uint32_t* words) {
-  using Order = WordOrder<W>;
+void transpose_rows(const uint32_t* rows, uint32_t* words) {
   Words registers[W];
   for (int i = 0; i < W; ++i) registers[i] = load<Words>(rows + i * kLanes);
-  for (int step = 0; step < Order::kSteps; ++step) {
-    const int bit = 1 << Order::exchanged(step);
-    for (int i = 0; i < W; ++i) {
-      if (i & bit) continue;
-      const Words low = interleave_low(registers[i], registers[i | bit]);
-      registers[i | bit] = interleave_high(registers[i], registers[i | bit]);
-      registers[i] = low;
-    }
-  }
-  for (int i = 0; i < W; ++i) store(words + Order::of(i) * kLanes, registers[i]);
+  transpose_words<W>(registers);
+  for (int i = 0; i < W; ++i) store(words + WordOrder<W>::of(i) * kLanes, registers[i]);
 }
-
-inline void transpose_words(const uint32_t* rows, int64_t depth, uint32_t* words) {
-  if (depth == 4) return transpose_words<4>(rows, words);
-  if (depth == 8) return transpose_words<8>(rows, words);
-  if (depth == 16) return transpose_words<16>(rows, words);
+inline void transpose_rows(const uint32_t* rows, int64_t depth, uint32_t* words) {
+  if (depth == 4) return transpose_rows<4>(rows, words);
+  if (depth == 8) return transpose_rows<8>(rows, words);
+  if (depth == 16) return transpose_rows<16>(rows, words);
   for (int64_t lane = 0; lane < kLanes; ++lane)
     for (int64_t k = 0; k < depth; ++k) words[k * kLanes + lane] = rows[lane * depth + k];
 }
@@ -101,7 +67,7 @@ class BlockScan {
         memcpy(rows_ + (i * kLanes + lane) * depth_, from + i * choice_.low_rank.rank, choice_.low_rank.rank);
     }
     for (int64_t i = 0; i < size; ++i) {
-      transpose_words(rows_ + i * kLanes * depth_, depth_, words_);
+      transpose_rows(rows_ + i * kLanes * depth_, depth_, words_);
       for (int64_t q = 0; q < call_.group(); ++q) raise_largest(q, i == 0);
     }
     for (int64_t q = 0; q < call_.group(); ++q) {

@@ -81,6 +81,12 @@ ICEFORMER_INLINE uint16_t round_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+ICEFORMER_INLINE float to_float(const float* from) { return *from; }
+ICEFORMER_INLINE float to_float(const Bfloat16Bits* from) {
+  const uint32_t bits = uint32_t{from->bits} << 16;
+  return load<float>(&bits);
+}
+
 // A vector of elements as floats, and back.
 ICEFORMER_INLINE Floats widen(const float* from) { return load<Floats>(from); }
 ICEFORMER_INLINE Floats widen(const Bfloat16Bits* from) {

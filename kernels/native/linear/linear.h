@@ -10,12 +10,6 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-ICEFORMER_INLINE float to_float(const float* from) { return *from; }
-ICEFORMER_INLINE float to_float(const Bfloat16Bits* from) {
-  const uint32_t bits = uint32_t{from->bits} << 16;
-  return load<float>(&bits);
-}
-
 // Float32 words.
 struct WideLinear {
   using Product = FloatProduct;
