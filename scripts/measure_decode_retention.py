@@ -2,8 +2,8 @@
 
 The first artifact is the reference, compiled to attend exactly, in float32. Of every artifact: the mean log-probability
 of the given tokens, how far it is below the reference's, the share of positions where the most likely token is the
-reference's, the mean Kullback-Leibler divergence from the reference, and milliseconds a token. Prints a table and, last,
-a JSON list.
+reference's, the mean Kullback-Leibler divergence from the reference, and milliseconds a token. Prints a table and,
+last, a JSON list.
 """
 
 import argparse
