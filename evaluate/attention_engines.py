@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from .processes import Engine, Job, serve
+from .processes import Job
+from .serving import Engine, serve
 
 Arrays = tuple[Float[np.ndarray, "1 heads n head_dim"], ...]
 _CALIBRATION_TOKENS = 4096

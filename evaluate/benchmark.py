@@ -150,10 +150,13 @@ def start_or_resume(work: Path, settings: dict[str, Any], dense_flops_per_token:
     path = work / "benchmark.json"
     if path.exists():
         return Benchmark.load(path, settings)
-    report("measuring the peak of a matrix product")
-    flops = float(run_module("iceformer.evaluate.machine", settings["dtype"], threads=settings["threads"]))
+    report("measuring the machine's peaks")
+    threads = settings["threads"]
+    peaks = json.loads(run_module("iceformer.evaluate.machine", settings["dtype"], str(threads), threads=threads))
     machine = {"cpu": cpu_model(), "features": sorted(cpu_features()), "versions": _versions()}
-    return Benchmark(settings, machine, flops, dense_flops_per_token)
+    return Benchmark(
+        settings, machine, peaks["gemm_flops"], dense_flops_per_token, read_bandwidth=peaks["read_bandwidth"]
+    )
 
 
 def retention_of(
@@ -223,7 +226,7 @@ def output_path(work: Path, engine: str, length: int) -> Path:
 def _versions() -> dict[str, str]:
     """Versions of what is timed, where it is installed."""
     versions = {}
-    for package in ("iceformer", "jax", "torch", "transformers", "openvino", "onnxruntime"):
+    for package in ("iceformer", "jax", "torch", "transformers", "openvino", "onnxruntime", "openvino-genai"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

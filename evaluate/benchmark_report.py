@@ -53,7 +53,7 @@ def benchmark_table(result: Benchmark) -> Table:
 
 def summary(result: Benchmark) -> list[str]:
     """Retention, ratios to peers and floor, the floor's share of the machine's peak, growth from length to length."""
-    lines = [*result.retention.lines(), _beyond_retention(result), *_disturbances(result)]
+    lines = [*result.retention.lines(), _beyond_retention(result), *disturbances(result)]
     for length in result.lengths:
         lines += [_against_peers(result, engine, length) for engine in ("two_stage", "exact")]
         share = result.floor_share_of_peak(length) if result.dense_flops_per_token else math.nan
@@ -117,8 +117,8 @@ def _cells(result: Benchmark, timing: Timing) -> list[str]:
         f"{timing.median:.3f}",
         f"{timing.spread:.0%}",
         f"{timing.length / timing.median:.0f}",
-        _number(result.ratio(timing.engine, "two_stage", timing.length)),
-        _number(result.ratio(timing.engine, "floor", timing.length)),
+        number(result.ratio(timing.engine, "two_stage", timing.length)),
+        number(result.ratio(timing.engine, "floor", timing.length)),
         f"{off} !" if result.agrees(timing) is False else off,
         f"{timing.peak_bytes / 1e6:.0f}",
     ]
@@ -141,7 +141,8 @@ def _beyond_retention(result: Benchmark) -> str:
     return f"retention at {', '.join(beyond)} tokens is not known: the records have {limit}" if limit and beyond else ""
 
 
-def _disturbances(result: Benchmark) -> list[str]:
+def disturbances(result: Benchmark) -> list[str]:
+    """Says at which lengths the machine had other work."""
     busy = {timing.length: timing.busy for timing in result.timings if timing.busy > _BUSY}
     return [
         f"{length} tokens: something else used {share:.0%} of the processors, so these seconds are not the engines' own"
@@ -159,5 +160,6 @@ def _disagreements(result: Benchmark) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A ratio, or a dash for one that is not known."""
     return f"{value:.2f}" if math.isfinite(value) else "-"

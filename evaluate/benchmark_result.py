@@ -28,6 +28,7 @@ class Benchmark:
         dense_flops_per_token: operations of the model's linear layers; 0 where attention alone is measured.
         timings: one for each engine and length.
         retention: what the timed attention keeps of a model's answers, or why that is not known.
+        read_bandwidth: the machine's measured peak of reading memory, bytes a second.
     """
 
     settings: dict[str, Any]
@@ -36,6 +37,7 @@ class Benchmark:
     dense_flops_per_token: int
     timings: list[Timing] = field(default_factory=list)
     retention: Retention = field(default_factory=Retention)
+    read_bandwidth: float = 0.0
 
     @property
     def lengths(self) -> list[int]:
@@ -74,8 +76,37 @@ class Benchmark:
         """Puts timings in place of those of a length."""
         self.timings = [timing for timing in self.timings if timing.length != length] + list(timings)
 
+    def share_of_bandwidth(self, timing: Timing) -> float:
+        """What an engine that decodes reads of what the machine can, NaN if its bytes are not known."""
+        if not timing.token_bytes or not self.read_bandwidth:
+            return math.nan
+        return timing.token_bytes / timing.median / self.read_bandwidth
+
     def figures(self) -> dict[str, Any]:
-        """What follows from the timings: tokens a second, ratios, the floor's share of the peak, growth exponents."""
+        """What follows from the timings, by mode: tokens a second, ratios, shares of the machine's peaks, growth."""
+        return _finite(self._decode_figures() if self.settings["mode"] == "decode" else self._prompt_figures())
+
+    def _decode_figures(self) -> dict[str, Any]:
+        """By depth and engine."""
+        return {
+            "depths": {
+                str(length): {
+                    timing.engine: {
+                        "seconds_per_token": timing.median,
+                        "tokens_per_second": self.settings["batch"] / timing.median,
+                        "bytes_per_token": timing.token_bytes or None,
+                        "share_of_bandwidth": self.share_of_bandwidth(timing),
+                        "ratio_to_exact": self.ratio(timing.engine, "exact", length),
+                    }
+                    for timing in self.timings
+                    if timing.length == length
+                }
+                for length in self.lengths
+            }
+        }
+
+    def _prompt_figures(self) -> dict[str, Any]:
+        """By length, and from length to length."""
         lengths = {
             str(length): {
                 "seconds": {engine: self.median(engine, length) for engine in self.engines},
@@ -96,7 +127,7 @@ class Benchmark:
             for timing in self.timings
             if (agrees := self.agrees(timing)) is not None
         }
-        return _finite({"lengths": lengths, "growth": growth, "agrees_with_exact": agreement})
+        return {"lengths": lengths, "growth": growth, "agrees_with_exact": agreement}
 
     def save(self, path: Path) -> None:
         """Writes the JSON file, whole or not at all."""
@@ -105,6 +136,7 @@ class Benchmark:
             "retention": self.retention.to_dict(),
             "machine": self.machine,
             "gemm_flops": self.gemm_flops,
+            "read_bandwidth": self.read_bandwidth,
             "dense_flops_per_token": self.dense_flops_per_token,
             "timings": [asdict(timing) for timing in self.timings],
             "figures": self.figures(),

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .processes import Engine, Job, serve
+from .processes import Job
+from .serving import Engine, serve
 
 OPENVINO_MODEL = "model.xml"
 ONNX_MODEL = "model.onnx"

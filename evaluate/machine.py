@@ -1,14 +1,17 @@
-"""The machine's measured peak of a matrix product. `python -m iceformer.evaluate.machine DTYPE` prints it.
+"""The machine's measured peaks. `python -m iceformer.evaluate.machine DTYPE THREADS` prints them as JSON.
 
 A process of its own, because XLA's number of threads is settled when jax starts.
 """
 
+import json
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def gemm_flops(dtype: str, size: int = 2048, rounds: int = 7) -> float:
@@ -24,5 +27,18 @@ def gemm_flops(dtype: str, size: int = 2048, rounds: int = 7) -> float:
     return 2 * size**3 / best
 
 
+def read_bandwidth(threads: int, size: int = 100_000_000, rounds: int = 5) -> float:
+    """Bytes a second that threads read together when each sums its part of a float32 array, the best of some rounds."""
+    array = np.ones(size, np.float32)
+    parts = np.array_split(array, threads)
+    best = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = min(best, time.perf_counter() - start)
+    return array.nbytes / best
+
+
 if __name__ == "__main__":
-    print(gemm_flops(sys.argv[1]))
+    print(json.dumps({"gemm_flops": gemm_flops(sys.argv[1]), "read_bandwidth": read_bandwidth(int(sys.argv[2]))}))

@@ -1,8 +1,6 @@
 """Engines in processes of their own, so that the memory of each is its own and they can be timed in turn.
 
-The child's side is `serve`: it prepares an engine, runs it once to warm it up, writes what came out as a .npy file, and
-prints `{"ready": seconds}`. Then each line on stdin times one run and prints `{"seconds": ...}`, and the end of stdin
-ends it with `{"peak_bytes": ...}`. The parent's side is `time_in_turn`.
+The child's side is `serve` of `serving.py`, the parent's side is `time_in_turn`.
 """
 
 import json
@@ -19,7 +17,6 @@ from tempfile import TemporaryFile
 from typing import IO, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .memory import shortage
 
@@ -38,6 +35,7 @@ class Job:
         threads: of the engine.
         output: .npy file for the result of the run that warms up.
         score_bytes: of the [heads, n, n] arrays that the engine holds at a time.
+        token_bytes: that the engine reads for a new token, by formula; 0 if that is not known.
         seed: of the random input.
     """
 
@@ -49,20 +47,13 @@ class Job:
     threads: int
     output: str
     score_bytes: int = 0
+    token_bytes: int = 0
     seed: int = 0
 
-
-@dataclass(frozen=True)
-class Engine:
-    """An engine with its input in place.
-
-    Attributes:
-        run: what is timed.
-        output: does the same and gives the result in float32.
-    """
-
-    run: Callable[[], object]
-    output: Callable[[], NDArray[np.float32]]
+    @property
+    def command(self) -> list[str]:
+        """What starts the process; the job as JSON follows it."""
+        return [sys.executable, "-m", self.module]
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,7 @@ class Timing:
             latter; None if there is nothing to compare with.
         busy: share of the processors that something else used while the engines stood still, before the first round.
         skipped: why it was not measured; empty if it was.
+        token_bytes: that it reads for a new token, by formula; 0 if that is not known.
     """
 
     engine: str
@@ -87,6 +79,7 @@ class Timing:
     difference: float | None = None
     busy: float = 0.0
     skipped: str = ""
+    token_bytes: int = 0
 
     @property
     def median(self) -> float:
@@ -101,26 +94,6 @@ class Timing:
     def compared(self, difference: float | None) -> "Timing":
         """The same with the difference of its output."""
         return replace(self, difference=difference)
-
-
-def serve(output: str, prepare: Callable[[], Engine]) -> None:
-    """The child's side: prepares the engine, then answers until stdin ends. What libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr  # Whose lines appear in the order in which they were written.
-
-    def answer(**fields: float) -> None:
-        answers.write(json.dumps(fields) + "\n")
-
-    start = time.perf_counter()
-    engine = prepare()
-    np.save(output, engine.output())
-    answer(ready=time.perf_counter() - start)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        engine.run()
-        answer(seconds=time.perf_counter() - start)
-    answer(peak_bytes=float(_peak_bytes()))
 
 
 def time_in_turn(jobs: Sequence[Job], unsupported: Mapping[str, str], rounds: int, report: Report) -> list[Timing]:
@@ -174,7 +147,7 @@ class EngineProcess:
 
     def __enter__(self) -> "EngineProcess":
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.job.module, json.dumps(asdict(self.job))],
+            [*self.job.command, json.dumps(asdict(self.job))],
             env=environment(self.job.threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -209,7 +182,13 @@ class EngineProcess:
             answer = self._read()
         if self.failure:
             return Timing(self.job.engine, self.job.length, skipped=self.failure)
-        return Timing(self.job.engine, self.job.length, tuple(self.seconds), int(answer["peak_bytes"]))
+        return Timing(
+            self.job.engine,
+            self.job.length,
+            tuple(self.seconds),
+            int(answer["peak_bytes"]),
+            token_bytes=self.job.token_bytes,
+        )
 
     def _read(self) -> dict[str, float]:
         """The process's next answer; empty, with the failure noted, if it has ended."""
@@ -285,9 +264,3 @@ def difference(reference: Path, output: Path) -> float | None:
     if expected.shape != found.shape:
         raise ValueError(f"{output} has shape {found.shape}, expected that of {reference}, {expected.shape}")
     return float(np.max(np.abs(found - expected)) / np.std(expected))
-
-
-def _peak_bytes() -> int:
-    """The largest resident memory of this process; getrusage would count that of its parent before exec too."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))

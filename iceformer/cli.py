@@ -34,6 +34,8 @@ from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .attention import Attention, Auto
     from .deploy.session import Progress, Session
 
@@ -76,7 +78,7 @@ class CacheFormat(StrEnum):
 
 
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
-_TWO_STAGE = "Two-stage attention"
+_TWO_STAGE, _DECODE = "Two-stage attention", "Decoding"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 SpecialTokens = Annotated[
@@ -500,18 +502,67 @@ def benchmark(
         int | None,
         typer.Option(help="With --attention-only: head width.", show_default="64", rich_help_panel=_ATTENTION_ONLY),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "4096,16384",
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Time new tokens after prompts of --lengths tokens.", rich_help_panel=_DECODE),
+    ] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Requests that decode together.", show_default="1", rich_help_panel=_DECODE),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(help="New tokens of each request, at least 3.", show_default="32", rich_help_panel=_DECODE),
+    ] = None,
+    weights: Annotated[
+        WeightFormat | None,
+        typer.Option(
+            help="Number format of linear layers in our engines.", show_default="same", rich_help_panel=_DECODE
+        ),
+    ] = None,
+    kv_dtype: Annotated[
+        CacheFormat | None,
+        typer.Option(
+            help="Number format of the KV cache in our engines.", show_default="same", rich_help_panel=_DECODE
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="The same model as a GGUF file, for openvino_genai and llama_cpp.", rich_help_panel=_DECODE),
+    ] = None,
+    openvino_python: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PYTHON",
+            help="Python interpreter that has openvino-genai.",
+            show_default="this one",
+            rich_help_panel=_DECODE,
+        ),
+    ] = None,
+    llama_bench: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="llama.cpp's llama-bench.",
+            show_default="llama-bench on PATH",
+            rich_help_panel=_DECODE,
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, separated by commas; the depths of --decode.")
+    ] = "4096,16384",
     engines: Annotated[
         str | None,
         typer.Option(
             help="Separated by commas: two_stage, exact, floor (attention left out), sdpa, eager, openvino, "
-            "onnxruntime. With --attention-only: two_stage, exact, sdpa, eager.",
-            show_default="two_stage,exact,floor,sdpa",
+            "onnxruntime. With --attention-only: two_stage, exact, sdpa, eager. With --decode: two_stage, exact, "
+            "selection, sdpa, openvino_genai, openvino_genai_xattention, llama_cpp.",
+            show_default="two_stage,exact,floor,sdpa; exact,selection,sdpa with --decode",
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of every engine.")] = Dtype.FLOAT32,
     budget: Annotated[
-        int, typer.Option(help="Number of keys that a query attends to with two-stage attention.")
+        int, typer.Option(help="Number of keys that a query attends to with two-stage attention or a selection.")
     ] = 1024,
     rounds: Annotated[int, typer.Option(help="Timed runs per engine and length, at least 3.")] = 3,
     threads: Annotated[int | None, typer.Option(help="Threads of every engine.", show_default="all cores")] = None,
@@ -520,7 +571,7 @@ def benchmark(
         typer.Option(
             "--retention/--no-retention",
             help="Measure the retention of the timed attention on the demo model. Takes minutes, once per folder.",
-            show_default="yes; no with --attention-only",
+            show_default="yes; no with --attention-only or --decode",
             rich_help_panel=_RETENTION,
         ),
     ] = None,
@@ -531,7 +582,7 @@ def benchmark(
         int, typer.Option(help="Approximate number of tokens per record.", rich_help_panel=_RETENTION)
     ] = 16384,
 ) -> None:
-    """Compare the speed of prefill, or of attention alone, with other engines.
+    """Compare the speed of prefill, of attention alone, or of decoding, with other engines.
 
     All engines get the same weights, input and threads, and take turns in one run. The results are
     FOLDER/benchmark.json and FOLDER/benchmark.png. If a run is interrupted, the same command continues it.
@@ -541,8 +592,19 @@ def benchmark(
     from .evaluate.attention_benchmark import run_attention_benchmark
     from .evaluate.benchmark import run_benchmark
     from .evaluate.benchmark_report import benchmark_table, plot, summary
+    from .evaluate.decode_benchmark import DecodeOptions, Peers, run_decode_benchmark
+    from .evaluate.decode_report import decode_plot, decode_summary, decode_table
     from .evaluate.shapes import ModelShape
 
+    formats = {"weights": weights, "kv_dtype": kv_dtype, "batch": batch, "new_tokens": new_tokens}
+    places = {"gguf": gguf, "openvino_python": openvino_python, "llama_bench": llama_bench}
+    given = {name: value for name, value in (formats | places).items() if value is not None}
+    if given and not decode:
+        raise ValueError(f"--{min(given).replace('_', '-')} needs --decode")
+    if decode and attention_only:
+        raise ValueError("--decode cannot be combined with --attention-only: choose one")
+    if decode and retention:
+        raise ValueError("--retention cannot be combined with --decode, which measures speed only")
     if not attention_only and (bidirectional or head_dim):
         raise ValueError(f"--{'bidirectional' if bidirectional else 'head-dim'} needs --attention-only")
     if attention_only and model:
@@ -551,26 +613,42 @@ def benchmark(
         )
     options: dict[str, Any] = {
         "lengths": _integers(lengths, "--lengths"),
-        "attention": TwoStage(budget=budget),
         "dtype": dtype.value,
         "rounds": rounds,
         "threads": threads,
+    }
+    if engines:
+        options["engines"] = engines.replace(",", " ").split()
+    shape = ModelShape(hidden, layers, heads, kv_heads, mlp, vocab)
+    if decode:
+        chosen = DecodeOptions(budget=budget, **{name: given[name] for name in formats if name in given})
+        peers = Peers(**{name: given[name] for name in places if name in given})
+        with _steps() as report:
+            result = run_decode_benchmark(
+                work, model=model, shape=shape, options=chosen, peers=peers, report=report, **options
+            )
+        decode_plot(result, work / "benchmark.png")
+        _print_benchmark(work, decode_table(result), decode_summary(result))
+        return
+    options |= {
+        "attention": TwoStage(budget=budget),
         "retention": not attention_only if retention is None else retention,
         "retention_records": retention_records,
         "retention_tokens": retention_tokens,
     }
-    if engines:
-        options["engines"] = engines.replace(",", " ").split()
     with _steps() as report:
         if attention_only:
             attention_shape = AttentionShape(heads, kv_heads, head_dim or 64, causal=not bidirectional)
             result = run_attention_benchmark(work, shape=attention_shape, report=report, **options)
         else:
-            shape = ModelShape(hidden, layers, heads, kv_heads, mlp, vocab)
             result = run_benchmark(work, model=model, shape=shape, report=report, **options)
     plot(result, work / "benchmark.png")
-    stdout.print(benchmark_table(result))
-    for line in summary(result):
+    _print_benchmark(work, benchmark_table(result), summary(result))
+
+
+def _print_benchmark(work: Path, table: "Table", lines: list[str]) -> None:
+    stdout.print(table)
+    for line in lines:
         stdout.print(line, soft_wrap=True)
     stdout.print(f"result: {work / 'benchmark.json'}, plot: {work / 'benchmark.png'}", soft_wrap=True)
 

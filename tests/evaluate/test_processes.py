@@ -14,13 +14,15 @@ ENGINE = """
 import json, os, signal, sys
 job = json.loads(sys.argv[1])
 import numpy as np
-from iceformer.evaluate.processes import Engine, serve
+from iceformer.evaluate.serving import Engine, serve
 runs = []
 def run():
     runs.append(1)
     print("a library that prints")
     if job["engine"] == "fails" and len(runs) == 2:
         raise ValueError("no more")
+    if job["engine"] == "measures":
+        return 0.25
     if job["engine"] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
 serve(job["output"], lambda: Engine(run, lambda: np.arange(3, dtype=np.float32)))
@@ -42,11 +44,12 @@ def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def test_an_engine_that_fails_does_not_end_the_others(make_job: Callable[[str], Job], tmp_path: Path) -> None:
-    jobs = [make_job(engine) for engine in ("works", "fails", "killed", "unknown")]
+    jobs = [make_job(engine) for engine in ("works", "measures", "fails", "killed", "unknown")]
     timings = time_in_turn(jobs, {"unknown": "it is not known here"}, 3, lambda step: None)
     by_name = {timing.engine: timing for timing in timings}
     assert len(by_name["works"].seconds) == 3
     assert by_name["works"].peak_bytes > 1e6
+    assert by_name["measures"].seconds == (0.25, 0.25, 0.25), "an engine's own seconds are taken"
     assert by_name["fails"].skipped == "ended with code 1: ValueError: no more"
     assert by_name["killed"].skipped == "was killed by signal 9 (out of memory?)"
     assert by_name["unknown"].skipped == "it is not known here"
