@@ -122,7 +122,7 @@ def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayI
         for name, dtype in kinds.items()
     )
     if keys is None or not fit or len(keys.shape) != 4:
-        yield f"has a layer of the cache without {', '.join(kinds)} of one shape, keys in {manifest.kv_dtype}"
+        yield f"has a layer of the cache without keys and values of one shape in {manifest.kv_dtype}, or their scales"
         return
     pages, heads, length, _ = keys.shape
     if window:

@@ -254,7 +254,7 @@ ENTRIES, PLAN = ("buckets", 0, "entries"), ("buckets", 0, "plan")
         (put(0, "batch"), "has batch 0"),
         (put(16, "buckets", 0, "chunk"), "as arguments of prefill, expected"),
         (put(128, "buckets", 0, "capacity"), "as a layer of the cache"),
-        (put("bfloat16", "dtype"), "without keys and values of one shape in bfloat16"),
+        (put("bfloat16", "dtype"), "has kv_dtype 'float32', expected int8 or its dtype, bfloat16"),
         (put("float99", "dtype"), "has dtype 'float99'"),
         (put(319, "model", "vocab_size"), r"as results of prefill, expected logits \[1, 319\]"),
         (put(None, "model", "vocab_size"), "has model.vocab_size None"),
