@@ -295,7 +295,7 @@ def interrupted(checkpoint: Path, target: Path, seconds: float) -> tuple[int | N
 
 
 def test_ctrl_c_ends_a_compile(artifact: Path, tmp_path: Path) -> None:
-    code, last = interrupted(artifact.parent / "checkpoint", tmp_path / "new" / "artifact", 1.5)
+    code, last = interrupted(artifact.parent / "checkpoint", tmp_path / "new" / "artifact", 3.0)
     assert (code, last) == (130, "interrupted")
     assert list(tmp_path.iterdir()) == []
 
