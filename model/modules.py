@@ -38,7 +38,8 @@ _initial = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, or `(x @ kernel) * scale + bias` where the kernel is int8."""
+    """`x @ kernel + bias`, or `x @ (kernel * scale) + bias` where the kernel is int8: a scale for each group of inputs
+    and each output."""
 
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
@@ -56,9 +57,9 @@ class Linear(nnx.Module):
 
 
 def project(x: Float[Array, "*rows in_features"], *layers: Linear) -> list[Float32[Array, "*rows _"]]:
-    """What several linear layers of one kind make of the same input, in float32."""
-    scales = [layer.scale[...] for layer in layers if layer.scale is not None]
-    products = multiply_all(x, [layer.kernel[...] for layer in layers], scales or None)
+    """What several linear layers make of the same input, in float32."""
+    scales = [None if layer.scale is None else layer.scale[...] for layer in layers]
+    products = multiply_all(x, [layer.kernel[...] for layer in layers], scales)
     return [
         product if layer.bias is None else product + layer.bias[...].astype(jnp.float32)
         for product, layer in zip(products, layers, strict=True)

@@ -16,9 +16,10 @@ from iceformer.model.products import multiply_all, multiply_transposed
 
 EXAMPLES = int(os.environ.get("ICEFORMER_EXAMPLES", "2"))
 """Of each case."""
-# Rows: few, too few for tiles, some, more than a task. Depths around a pack of 256 and a part of 128 KB, columns around
-# a panel of 64 and a task of 256 or 2048.
-ROWS, DEPTHS = (1, 2, 3, 4, 5, 8, 9, 33, 530), (1, 7, 31, 256, 300, 513)
+# Rows: few, too few for tiles, some, more than a task. Depths around a pack of 256 and a part of 128 KB, and the groups
+# that have scales of their own; columns around a panel of 64 and a task of 256 or 2048.
+ROWS = (1, 2, 3, 4, 5, 8, 9, 33, 530)
+DEPTHS = ((1, 1), (7, 1), (31, 1), (256, 4), (300, 1), (513, 1), (576, 9), (576, 2))
 COLUMNS = (1, 15, 64, 100, 257, 700, 2100)
 WEIGHTS = ("float32", "bfloat16", "int8")
 
@@ -29,8 +30,8 @@ def form(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def in_form(form: str, call: Callable[..., Any], *arrays: jax.Array) -> np.ndarray:
-    def traced_for_this_form(*arrays: jax.Array) -> Any:
+def in_form(form: str, call: Callable[..., Any], *arrays: jax.Array | None) -> np.ndarray:
+    def traced_for_this_form(*arrays: jax.Array | None) -> Any:
         return call(*arrays)
 
     with kernels.using(form) if form else kernels.disabled():
@@ -50,6 +51,17 @@ def check(result: np.ndarray, x: jax.Array, weights: np.ndarray) -> None:
     assert (np.abs(result - wide @ weights) <= bound).all()
 
 
+def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> np.ndarray:
+    return in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
+
+
+def scaled(kernel: jax.Array, scale: jax.Array | None) -> np.ndarray:
+    wide = np.asarray(kernel, np.float64)
+    if scale is None:
+        return wide
+    return wide * np.repeat(np.asarray(scale), kernel.shape[0] // scale.shape[0], axis=0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", ROWS)
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -60,16 +72,16 @@ def check(result: np.ndarray, x: jax.Array, weights: np.ndarray) -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_a_product_in_float64(
-    form: str, dtype: str, rows: int, depth: int, columns: int, weights: str, seed: int
+    form: str, dtype: str, rows: int, depth: tuple[int, int], columns: int, weights: str, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     if (dtype, weights) == ("bfloat16", "float32"):
         weights = "bfloat16"  # Weights are as wide as activations, at most.
-    x = activations(rng, rows, depth, dtype)
-    kernel = jnp.asarray(rng.integers(-127, 128, (depth, columns)), weights)
-    scale = jnp.asarray(rng.random(columns) + 0.01, jnp.float32)
-    result = in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
-    check(result, x, np.asarray(kernel, np.float64) * np.asarray(scale))
+    features, groups = depth
+    x = activations(rng, rows, features, dtype)
+    kernel = jnp.asarray(rng.integers(-127, 128, (features, columns)), weights)
+    scale = jnp.asarray(rng.random((groups, columns)) + 0.01, jnp.float32) if weights == "int8" else None
+    check(product_of(form, x, kernel, scale), x, scaled(kernel, scale))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,34 +98,40 @@ def test_transposed_equals_a_product_in_float64(form: str, dtype: str, rows: int
 @pytest.mark.parametrize("rows", [1, 6])
 def test_several_products_of_one_input_equal_each_alone(form: str, rows: int) -> None:
     rng = np.random.default_rng(0)
-    x = activations(rng, rows, 300, "float32")
-    kernels_ = [jnp.asarray(rng.integers(-127, 128, (300, columns)), jnp.int8) for columns in (64, 700, 5)]
-    scales = [jnp.asarray(rng.random(kernel.shape[1]), jnp.float32) for kernel in kernels_]
+    x = activations(rng, rows, 320, "float32")
+    # One in a dtype of its own, without a scale.
+    dtypes = {64: jnp.int8, 700: jnp.bfloat16, 5: jnp.int8}
+    kernels_ = [jnp.asarray(rng.integers(-127, 128, (320, columns)), dtype) for columns, dtype in dtypes.items()]
+    scales = [jnp.asarray(rng.random((5, 64)), jnp.float32), None, jnp.asarray(rng.random((5, 5)), jnp.float32)]
     together: Any = in_form(form, lambda x, *arrays: multiply_all(x, arrays[:3], arrays[3:]), x, *kernels_, *scales)
     for product, kernel, scale in zip(together, kernels_, scales, strict=True):
-        alone = in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
-        np.testing.assert_array_equal(product, alone)
+        np.testing.assert_array_equal(product, product_of(form, x, kernel, scale))
+        check(product, x, scaled(kernel, scale))
 
 
 def test_empty_arrays(form: str) -> None:
-    def multiply(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> np.ndarray:
-        return in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
-
-    assert multiply(jnp.ones((0, 8)), jnp.ones((8, 5), jnp.int8), jnp.ones(5)).shape == (0, 5)
+    scale = jnp.ones((1, 5))
+    assert product_of(form, jnp.ones((0, 8)), jnp.ones((8, 5), jnp.int8), scale).shape == (0, 5)
     for rows in (2, 20):
-        sums = multiply(jnp.ones((rows, 0)), jnp.ones((0, 5), jnp.int8), jnp.ones(5))
+        sums = product_of(form, jnp.ones((rows, 0)), jnp.ones((0, 5), jnp.int8), scale)
         np.testing.assert_array_equal(sums, np.zeros((rows, 5)))
 
 
 def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
     if not form:
         pytest.skip("XLA refuses them itself")
-    for x, kernel, scale in [((2, 8), (7, 5), 5), ((2, 8), (8, 5), 4)]:
+
+    def refused(x: jax.Array, kernel: jax.Array, *scales: jax.Array, transposed: bool = False) -> str:
         call = jax.ffi.ffi_call(kernels.LINEAR, [jax.ShapeDtypeStruct((2, 5), jnp.float32)])
-        with pytest.raises(jax.errors.JaxRuntimeError, match="expected input"):
-            call(jnp.ones(x), jnp.ones(kernel, jnp.int8), jnp.ones(scale), transposed=False)[0].block_until_ready()
-    call = jax.ffi.ffi_call(kernels.LINEAR, [jax.ShapeDtypeStruct((2, 5), jnp.float32)])
-    with pytest.raises(jax.errors.JaxRuntimeError, match="expected float32 or bfloat16"):
-        call(jnp.ones((2, 8), jnp.float16), jnp.ones((8, 5), jnp.int8), jnp.ones(5), transposed=False)[
-            0
-        ].block_until_ready()
+        with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+            call(x, kernel, *scales, transposed=transposed)[0].block_until_ready()
+        return str(caught.value)
+
+    x, kernel, scale = jnp.ones((2, 8)), jnp.ones((8, 5), jnp.int8), jnp.ones((1, 5))
+    assert "expected input" in refused(x, kernel[:7], scale)
+    assert "expected float32 or bfloat16" in refused(x.astype(jnp.float16), kernel, scale)
+    assert "expected scales [groups" in refused(x, kernel, scale[:, :4])
+    assert "expected scales [groups" in refused(x, kernel, jnp.ones((3, 5)))
+    assert "a multiple of 8" in refused(x, kernel, jnp.ones((2, 5)))
+    assert "and no others" in refused(x, kernel, scale, scale)
+    assert "no int8" in refused(x, kernel.T, scale, transposed=True)

@@ -1,4 +1,4 @@
-"""int8 weights: the rounding, the layer, and which layers of a model take it."""
+"""Rounded weights: the rounding, the layer, and which layers of a model take it."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from iceformer import kernels
 from iceformer.model.modules import Embedding, GatedMLP, Linear, RMSNorm
-from iceformer.model.rounding import quantize_kernel, round_weights
+from iceformer.model.rounding import GROUP, quantize_kernel, round_weights
 
 
 @pytest.fixture(autouse=True, scope="module", params=["xla", "kernels"])
@@ -43,7 +43,7 @@ def form(request: pytest.FixtureRequest) -> Iterator[None]:
 )
 def test_every_weight_is_within_half_a_step(kernel: np.ndarray) -> None:
     rounded, scale = quantize_kernel(kernel)
-    assert (rounded.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, kernel.shape[1:])
+    assert (rounded.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (1, kernel.shape[1]))
     exact, step = kernel.astype(np.float64), scale.astype(np.float64)
     assert (np.abs(exact - rounded * step) <= step * (0.5 + 1e-5)).all()
     assert (scale > 0).all()
@@ -54,15 +54,32 @@ def test_every_weight_is_within_half_a_step(kernel: np.ndarray) -> None:
     assert (np.abs(rounded.astype(int)).max(axis=0)[largest > 1e-30] == 127).all()
 
 
+def test_every_group_of_inputs_has_a_scale_of_its_own() -> None:
+    kernel = np.random.default_rng(0).standard_normal((3 * GROUP, 5)).astype(np.float32)
+    kernel[:GROUP] *= 100
+    rounded, scale = quantize_kernel(kernel)
+    assert scale.shape == (3, 5)
+    for group, of_group in enumerate(np.split(kernel, 3)):
+        alone, its_scale = quantize_kernel(of_group)
+        np.testing.assert_array_equal(rounded[group * GROUP : (group + 1) * GROUP], alone)
+        np.testing.assert_array_equal(scale[group : group + 1], its_scale)
+    # There are no whole groups of 65 inputs.
+    assert quantize_kernel(kernel[: GROUP + 1])[1].shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape", "use_bias"),
     [
         ("float32", (24,), False),
         ("float32", (1, 1, 24), True),
         ("float32", (3, 7, 24), False),
+        ("float32", (128,), False),
+        ("float32", (3, 7, 128), True),
         ("bfloat16", (24,), True),
         ("bfloat16", (1, 1, 24), False),
         ("bfloat16", (3, 7, 24), True),
+        ("bfloat16", (1, 128), True),
+        ("bfloat16", (3, 7, 128), False),
         ("float16", (24,), False),
         ("float16", (1, 1, 24), True),
         ("float16", (3, 7, 24), True),
@@ -71,11 +88,13 @@ def test_every_weight_is_within_half_a_step(kernel: np.ndarray) -> None:
 )
 def test_layer_is_a_linear_layer_with_the_rounded_weights(dtype: str, shape: tuple[int, ...], use_bias: bool) -> None:
     rng = np.random.default_rng(0)
-    linear = Linear(24, 600, use_bias=use_bias, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
+    features = shape[-1]
+    linear = Linear(features, 600, use_bias=use_bias, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
     if linear.bias is not None:
         linear.bias[...] = jnp.asarray(rng.standard_normal(600), dtype)
     layer = round_weights(linear, "int8")
-    weights = np.asarray(layer.kernel[...], np.float64) * np.asarray(layer.scale[...], np.float64)
+    scale = np.asarray(layer.scale[...], np.float64)
+    weights = np.asarray(layer.kernel[...], np.float64) * np.repeat(scale, features // len(scale), axis=0)
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     expected = np.asarray(x, np.float64) @ weights
     expected += np.asarray(linear.bias[...], np.float64) if linear.bias is not None else 0.0
@@ -84,8 +103,8 @@ def test_layer_is_a_linear_layer_with_the_rounded_weights(dtype: str, shape: tup
     np.testing.assert_allclose(product, expected, atol=1e-5)
     assert layer(x).dtype == x.dtype
     np.testing.assert_array_equal(layer(x), product.astype(dtype))
-    # Near to the layer before: 24 steps of half a 127th of the largest weight, 0.1.
-    np.testing.assert_allclose(linear.in_float32(x), product, atol=24 * 0.1 / 254 * float(jnp.abs(x).max()))
+    # Near to the layer before: steps of half a 127th of the largest weight, 0.1.
+    np.testing.assert_allclose(linear.in_float32(x), product, atol=features * 0.1 / 254 * float(jnp.abs(x).max()))
 
 
 class Model(nnx.Module):
@@ -101,10 +120,11 @@ class Model(nnx.Module):
         sizes: Any = SimpleNamespace(hidden_size=8, intermediate_size=16)
         made: dict[str, Any] = {"use_bias": False, "rngs": rngs, "param_dtype": jnp.float32}
         mlps = [GatedMLP(sizes, hidden_act="silu", **made) for _ in range(2)]
+        self.v_proj = Linear(8, 8, use_bias=False, rngs=rngs, param_dtype=jnp.float32)
         self.layers = nnx.List([*mlps, Linear(8, 4, use_bias=False, rngs=rngs, param_dtype=jnp.float32)])
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        hidden = self.again(self.first(self.norm(self.embed(ids))))
+        hidden = self.v_proj(self.again(self.first(self.norm(self.embed(ids)))))
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
@@ -115,13 +135,14 @@ def test_every_linear_layer_is_replaced_and_the_model_given_is_not() -> None:
     ids = jnp.arange(10)[None]
     before = model(ids)
     rounded = round_weights(model, "int8")
-    layers = [node for _, node in nnx.iter_graph(rounded) if isinstance(node, Linear)]
-    assert [layer.kernel.dtype for layer in layers] == [jnp.int8] * (1 + 2 * 3 + 1)
+    found = {path: node.kernel.dtype for path, node in nnx.iter_graph(rounded) if isinstance(node, Linear)}
+    assert found.pop(("v_proj",)) == jnp.bfloat16
+    assert list(found.values()) == [jnp.int8] * (1 + 2 * 3 + 1)
     assert isinstance(rounded, Model)
     assert rounded.first is rounded.again
     dtypes = {".".join(map(str, path)): leaf.dtype.name for path, leaf in nnx.to_flat_state(nnx.state(rounded))}
     assert {name for name, dtype in dtypes.items() if dtype == "int8"} == {
-        name for name in dtypes if name.endswith("kernel")
+        name for name in dtypes if name.endswith("kernel") and name != "v_proj.kernel"
     }
     assert rounded.embed.embedding[...] is model.embed.embedding[...]
     np.testing.assert_array_equal(model(ids), before)

@@ -130,7 +130,8 @@ class DecodePart {
     largest_ = arena.take<float>(call.group());
     weight_ = arena.take<float>(call.group());
     for (Tile& tile : tiles_)
-      tile = {arena.take<int32_t>(kTileKeys), arena.take<float>(kTileKeys), arena.take<float>(kTileKeys), 0};
+      tile = {arena.take<int32_t>(kTileKeys), arena.take<float>(kTileKeys + kLanes),
+              arena.take<float>(kTileKeys + kLanes), 0};
   }
 
   // Writes, for each query of the group, `value_dim` sums of values, the weight that they were summed with, and the
@@ -178,31 +179,47 @@ class DecodePart {
 
   // The keys from number `start` on; gives their number.
   int64_t place_tile(const DecodeTask& task, int64_t start, Tile& tile) {
-    int64_t count = smaller(task.last - start, kTileKeys);
-    if (task.blocks) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t number = start + i, block = task.blocks[number / task.key_block];
-        tile.place[i] = static_cast<int32_t>(memory_.place(block * task.key_block + number % task.key_block));
-      }
-    } else if (count > 0) {
-      count = smaller(count, memory_.left_in_page(start));
-      const int32_t place = static_cast<int32_t>(memory_.place(start));
-      for (int64_t i = 0; i < count; ++i) tile.place[i] = place + static_cast<int32_t>(i);
-    }
-    for (int64_t i = 0; Products::kScaled && i < round_up(count, kLanes); ++i) {
-      tile.key_scale[i] = i < count ? call_.key_scale[tile.place[i]] : 0.0f;
-      tile.value_scale[i] = i < count ? call_.value_scale[tile.place[i]] : 0.0f;
-    }
-    return tile.count = count;
+    tile.count = smaller(task.last - start, kTileKeys);
+    if (task.blocks)
+      place_blocks(task, start, tile);
+    else if (tile.count > 0)
+      place_run(start, tile);
+    return tile.count;
   }
 
-  // Asks the memory for some keys and values of the next tile: the order in which they are read, and where blocks lie, no
-  // hardware expects.
-  void prefetch(const Tile& tile, int64_t first) const {
-    for (int64_t i = first; i < smaller(first + kLanes, tile.count); ++i) {
-      prefetch_row(key_at(tile.place[i]), call_.head_dim);
-      prefetch_row(static_cast<const Stored*>(call_.value) + tile.place[i] * call_.value_dim, call_.value_dim);
+  void place_blocks(const DecodeTask& task, int64_t start, Tile& tile) {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const int64_t number = start + i, block = task.blocks[number / task.key_block];
+      tile.place[i] = static_cast<int32_t>(memory_.place(block * task.key_block + number % task.key_block));
     }
+    for (int64_t i = 0; Products::kScaled && i < round_up(tile.count, kLanes); ++i) {
+      tile.key_scale[i] = i < tile.count ? call_.key_scale[tile.place[i]] : 0.0f;
+      tile.value_scale[i] = i < tile.count ? call_.value_scale[tile.place[i]] : 0.0f;
+    }
+  }
+
+  // Up to the end of the page.
+  void place_run(int64_t start, Tile& tile) {
+    tile.count = smaller(tile.count, memory_.left_in_page(start));
+    const int64_t place = memory_.place(start), whole = tile.count / kLanes * kLanes;
+    for (int64_t i = 0; i < tile.count; i += kLanes)
+      store(tile.place + i, lane_numbers() + static_cast<int32_t>(place + i));
+    if (!Products::kScaled) return;
+    memset(tile.key_scale + whole, 0, sizeof(float) * kLanes);
+    memset(tile.value_scale + whole, 0, sizeof(float) * kLanes);
+    memcpy(tile.key_scale, call_.key_scale + place, sizeof(float) * tile.count);
+    memcpy(tile.value_scale, call_.value_scale + place, sizeof(float) * tile.count);
+  }
+
+  // Asks the memory for keys or values of a tile, [first, last) of them. A processor has room for a few dozen such requests
+  // and lets everything wait while it is full: so values are asked for while keys are multiplied, and the next tile's keys
+  // while exponentials are taken, a few at a time.
+  ICEFORMER_INLINE void prefetch_keys(const Tile& tile, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < smaller(last, tile.count); ++i) prefetch_row(key_at(tile.place[i]), call_.head_dim);
+  }
+  ICEFORMER_INLINE void prefetch_values(const Tile& tile, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < smaller(last, tile.count); ++i)
+      prefetch_row(static_cast<const Stored*>(call_.value) + tile.place[i] * call_.value_dim, call_.value_dim);
   }
   ICEFORMER_INLINE static void prefetch_row(const Stored* row, int64_t width) {
     const char* from = reinterpret_cast<const char*>(row);
@@ -224,7 +241,8 @@ class DecodePart {
   template <int Q>
   void attend(const Tile& tile, const Tile& next, int64_t query) {
     for (int64_t key = 0; key < tile.count; key += kLanes) {
-      if (query == 0) prefetch(next, key);
+      if (query == 0)
+        prefetch_values(tile, key, key + kLanes);
       // Behind the last key, that key again.
       const Stored* keys[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) keys[i] = key_at(tile.place[smaller(key + i, tile.count - 1)]);
@@ -232,26 +250,29 @@ class DecodePart {
       products_.template score<Q>(keys, query, products);
       for (int q = 0; q < Q; ++q) store(logits_ + q * kTileKeys + key, products[q]);
     }
-    for (int q = 0; q < Q; ++q) exponentiate(logits_ + q * kTileKeys, tile, query + q);
+    for (int q = 0; q < Q; ++q) exponentiate<Q>(logits_ + q * kTileKeys, tile, next, query, q);
     products_.template accumulate<Q>(tile.place, tile.count, query, logits_);
   }
 
   // Products of one query to softmax weights, relative to the largest logit so far, times the values' scales; what was
   // summed before follows. Behind the last key weights are 0.
-  void exponentiate(float* logits, const Tile& tile, int64_t query) {
+  template <int Q>
+  void exponentiate(float* logits, const Tile& tile, const Tile& next, int64_t first, int q) {
+    const int64_t query = first + q;
     const int64_t count = tile.count, end = round_up(count, kLanes);
     Floats best = fill(largest_[query]);
     for (int64_t key = 0; key < end; key += kLanes) {
       Floats logit = load<Floats>(logits + key) * call_.scale;
       if (Products::kScaled) logit *= load<Floats>(tile.key_scale + key);
       logit = cap(logit, call_.softcap);
-      for (int64_t i = count - key; i < kLanes; ++i) logit[i] = kMasked;
+      if (count - key < kLanes) logit = lane_numbers() < fill_ints(static_cast<int32_t>(count - key)) ? logit : fill(kMasked);
       store(logits + key, logit);
       best = larger(best, logit);
     }
     const float now = largest(best);
     Floats weights = {};
     for (int64_t key = 0; key < end; key += kLanes) {
+      if (first == 0) prefetch_keys(next, key + kLanes * q / Q, key + kLanes * (q + 1) / Q);
       Floats weight = exponential(load<Floats>(logits + key) - now);
       weights += weight;
       if (Products::kScaled) weight *= load<Floats>(tile.value_scale + key);

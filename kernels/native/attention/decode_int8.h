@@ -65,18 +65,12 @@ class Int8Products {
     float unit[Q];
     for (int q = 0; q < Q; ++q) unit[q] = round_weights(weights + q * kTileKeys, count, q);
     for (int64_t d = 0; d < call_.value_dim; d += kChunk) {
-      Ints sums[Q][kVectors];
-      for (int q = 0; q < Q; ++q)
-        for (int v = 0; v < kVectors; ++v) sums[q][v] = Ints{};
-      add_bytes<Q>(places, count, d, weights_[0], sums);
-      for (int q = 0; q < Q; ++q)
-        for (int v = 0; v < kVectors; ++v) sums[q][v] <<= 8;
-      add_bytes<Q>(places, count, d, weights_[1], sums);
-      for (int q = 0; q < Q; ++q)
-        for (int v = 0; v < kVectors; ++v) {
-          float* at = total_ + (query + q) * call_.value_dim + d + v * kLanes;
-          store(at, load<Floats>(at) + to_floats(sums[q][v]) * unit[q]);
-        }
+      if constexpr (Q < kMostQueries) {
+        add_values<Q>(places, count, query, 0, d, unit);
+      } else {  // the sums of so many do not fit into the registers
+        add_values<Q / 2>(places, count, query, 0, d, unit);
+        add_values<Q / 2>(places, count, query, Q / 2, d, unit);
+      }
     }
   }
 
@@ -144,10 +138,14 @@ class Int8Products {
     return unit;
   }
 
-  // Adds values times bytes of weights, four keys at a time, whose bytes are interleaved.
+  // Adds a chunk of values from element d on, times the weights of the tile's queries from `first` on, four keys at a
+  // time, whose bytes are interleaved.
   template <int Q>
-  ICEFORMER_INLINE void add_bytes(const int32_t* places, int64_t count, int64_t d, const uint8_t* weights,
-                                  Ints (&sums)[Q][kVectors]) const {
+  ICEFORMER_INLINE void add_values(const int32_t* places, int64_t count, int64_t query, int first, int64_t d,
+                                   const float* unit) {
+    Ints high[Q][kVectors], low[Q][kVectors];
+    for (int q = 0; q < Q; ++q)
+      for (int v = 0; v < kVectors; ++v) high[q][v] = low[q][v] = Ints{};
     const int8_t* values = static_cast<const int8_t*>(call_.value) + d;
     for (int64_t key = 0; key < count; key += 4) {
       __m512i rows[4];
@@ -158,11 +156,20 @@ class Int8Products {
       const __m512i words[kVectors] = {_mm512_unpacklo_epi16(ab_low, cd_low), _mm512_unpackhi_epi16(ab_low, cd_low),
                                        _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)};
       for (int q = 0; q < Q; ++q) {
-        const __m512i four = _mm512_set1_epi32(load<int32_t>(weights + q * kTileKeys + key));
-        for (int v = 0; v < kVectors; ++v)
-          sums[q][v] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[q][v], four, words[v]);
+        const int64_t at = (first + q) * kTileKeys + key;
+        const __m512i of_high = _mm512_set1_epi32(load<int32_t>(weights_[0] + at));
+        const __m512i of_low = _mm512_set1_epi32(load<int32_t>(weights_[1] + at));
+        for (int v = 0; v < kVectors; ++v) {
+          high[q][v] = (Ints)_mm512_dpbusd_epi32((__m512i)high[q][v], of_high, words[v]);
+          low[q][v] = (Ints)_mm512_dpbusd_epi32((__m512i)low[q][v], of_low, words[v]);
+        }
       }
     }
+    for (int q = 0; q < Q; ++q)
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = total_ + (query + first + q) * call_.value_dim + d + v * kLanes;
+        store(at, load<Floats>(at) + to_floats((high[q][v] << 8) + low[q][v]) * unit[first + q]);
+      }
   }
 
   const Attention& call_;

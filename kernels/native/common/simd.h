@@ -48,6 +48,13 @@ ICEFORMER_INLINE Vector larger(Vector a, Vector b) {
   return a > b ? a : b;
 }
 
+// 0, 1, 2, ...
+ICEFORMER_INLINE Ints lane_numbers() {
+  Ints numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers;
+}
+
 ICEFORMER_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // The next kLanes int8 as floats. GCC converts vectors of bytes one by one, hence the intrinsics.

@@ -11,7 +11,6 @@ namespace ffi = xla::ffi;
 namespace iceformer {
 namespace {
 
-using Scales = ffi::Buffer<ffi::DataType::F32, 1>;
 using Matrix = ffi::Buffer<ffi::DataType::F32, 2>;
 
 // Columns of a task of few rows at most, whose results stay in the nearest cache.
@@ -70,7 +69,7 @@ void cut_few_rows(Product& product) {
     }
 }
 
-// Adds up the parts and scales the sums.
+// Adds up the parts.
 void merge(const Product& product) {
   const Linear& call = product.call;
   if (product.count == 1) return;
@@ -84,68 +83,82 @@ void merge(const Product& product) {
         const float* more = from + part * call.rows * call.out_features;
         for (int64_t i = 0; i < task.columns; ++i) to[i] += more[i];
       }
-      for (int64_t i = 0; call.scale && i < task.columns; ++i) to[i] *= call.scale[task.column + i];
     }
   }
 }
 
 ffi::Error refused(const char* reason) { return ffi::Error::InvalidArgument(reason); }
 
-// Cuts a product of the input with a kernel into tasks.
-ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, const float* scale, int64_t scales, Matrix output,
-                    bool transposed, Product& product) {
+// The product of the input with a kernel, whose scales are not known yet.
+ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, bool transposed, Linear& call) {
   const auto in = input.dimensions(), weights = kernel.dimensions(), out = output.dimensions();
   if (in.size() != 2 || weights.size() != 2 || in[1] != weights[transposed] || out[0] != in[0] ||
-      out[1] != weights[!transposed] || (scale && scales != out[1]))
-    return refused("expected input [rows, in_features], kernel [in_features, out_features], scale [out_features]");
+      out[1] != weights[!transposed])
+    return refused("expected input [rows, in_features], kernel [in_features, out_features]");
   const auto type = input.element_type(), stored = kernel.element_type();
   if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
     return refused("input: expected float32 or bfloat16");
   if (stored != ffi::DataType::F32 && stored != ffi::DataType::BF16 && stored != ffi::DataType::S8)
     return refused("kernel: expected float32, bfloat16 or int8");
-  product.call = {type == ffi::DataType::BF16,
-                  stored == ffi::DataType::S8     ? WeightType::kInt8
-                  : stored == ffi::DataType::BF16 ? WeightType::kBfloat16
-                                                  : WeightType::kFloat32,
-                  transposed,
-                  input.untyped_data(),
-                  kernel.untyped_data(),
-                  scale,
-                  output.typed_data(),
-                  in[0],
-                  in[1],
-                  out[1]};
+  call = {type == ffi::DataType::BF16,
+          stored == ffi::DataType::S8     ? WeightType::kInt8
+          : stored == ffi::DataType::BF16 ? WeightType::kBfloat16
+                                          : WeightType::kFloat32,
+          transposed,
+          input.untyped_data(),
+          kernel.untyped_data(),
+          nullptr,
+          std::max<int64_t>(in[1], 1),
+          output.typed_data(),
+          in[0],
+          in[1],
+          out[1]};
   if (in[0] > kFewRows && (transposed || stored == ffi::DataType::F32))
     return refused("expected at most 4 rows with a kernel that is transposed or float32");
-  if (in[0] == 0) return ffi::Error::Success();
-  transposed ? cut_transposed(product) : in[0] <= kFewRows ? cut_few_rows(product) : cut_many_rows(product);
+  if (transposed && stored == ffi::DataType::S8) return refused("expected no int8 in a kernel that is transposed");
   return ffi::Error::Success();
 }
 
-// Products of one input with several kernels. Behind the input stand a kernel for each result, then, where the first is
-// int8, the scales of all.
+ffi::Error scale(Linear& call, Matrix scales) {
+  const auto size = scales.dimensions();
+  if (size[1] != call.out_features || size[0] < 1 || call.in_features % size[0])
+    return refused("expected scales [groups of input features, out_features]");
+  call.scale = scales.typed_data();
+  call.group = std::max<int64_t>(call.in_features / size[0], 1);
+  if (size[0] > 1 && call.group % kGroupUnit) return refused("expected groups of a multiple of 8 input features");
+  return ffi::Error::Success();
+}
+
+void cut(Product& product) {
+  const Linear& call = product.call;
+  if (call.rows == 0) return;
+  call.transposed ? cut_transposed(product) : call.rows <= kFewRows ? cut_few_rows(product) : cut_many_rows(product);
+}
+
+// Products of one input with several kernels. Behind the input stand a kernel for each result, then the scales of those
+// that are int8.
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs arrays, ffi::RemainingRets outputs,
                   bool transposed) {
   const size_t count = outputs.size();
-  const bool scaled = arrays.size() == 2 * count;
-  if (count < 1 || (arrays.size() != count && !scaled)) return refused("expected a kernel for each result, then scales");
+  if (count < 1 || arrays.size() < count) return refused("expected a kernel for each result");
   std::vector<Product> products(count);  // whose tasks point into them
+  size_t used = count;
   for (size_t i = 0; i < count; ++i) {
     auto kernel = arrays.get<ffi::AnyBuffer>(i);
     auto output = outputs.get<Matrix>(i);
     if (kernel.has_error()) return kernel.error();
     if (output.has_error()) return output.error();
-    const float* scale = nullptr;
-    int64_t scales = 0;
-    if (scaled) {
-      auto found = arrays.get<Scales>(count + i);
-      if (found.has_error()) return found.error();
-      scale = found->typed_data();
-      scales = found->dimensions()[0];
+    Linear& call = products[i].call;
+    ffi::Error error = describe(input, *kernel, **output, transposed, call);
+    if (error.success() && call.weights == WeightType::kInt8) {
+      auto scales = arrays.get<Matrix>(used++);
+      if (scales.has_error()) return scales.error();
+      error = scale(call, *scales);
     }
-    const ffi::Error found = describe(input, *kernel, scale, scales, **output, transposed, products[i]);
-    if (found.failure()) return found;
+    if (error.failure()) return error;
+    cut(products[i]);
   }
+  if (used != arrays.size()) return refused("expected scales for the kernels that are int8, and no others");
   std::vector<std::pair<const Linear*, const LinearTask*>> tasks;
   for (const Product& product : products)
     for (const LinearTask& task : product.tasks) tasks.push_back({&product.call, &task});

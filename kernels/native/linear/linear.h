@@ -14,6 +14,7 @@ namespace ICEFORMER_ISA {
 struct WideLinear {
   using Product = FloatProduct;
   static constexpr int64_t kPerWord = 1, kTerms = 1;
+  static constexpr bool kScalesLater = false;
 
   template <class Element>
   static void pack_row(const Element* from, int64_t count, uint32_t* to, int64_t) {
@@ -23,12 +24,19 @@ struct WideLinear {
     }
   }
 
+  // `columns` of the kernel from `column` on, of the input features [first, first + depth).
   template <class Weight>
-  static void pack_kernel(const Weight* from, int64_t stride, int64_t depth, int64_t columns, uint32_t* to,
-                          int64_t lanes) {
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t lane = 0; lane < lanes; lane += kLanes)
-        store(to + k * lanes + lane, widen(from + k * stride + lane, columns - lane));
+  static void pack_kernel(const Linear& call, int64_t first, int64_t depth, int64_t column, int64_t columns,
+                          uint32_t* to, int64_t lanes) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const Weight* from = static_cast<const Weight*>(call.kernel) + (first + k) * call.out_features + column;
+      const float* scale = call.scale ? call.scale + (first + k) / call.group * call.out_features + column : nullptr;
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        Floats weights = widen(from + lane, columns - lane);
+        if (scale) weights *= widen(scale + lane, columns - lane);
+        store(to + k * lanes + lane, weights);
+      }
+    }
   }
 };
 
@@ -38,6 +46,8 @@ struct WideLinear {
 struct PairLinear {
   using Product = Bfloat16TileProduct;
   static constexpr int64_t kPerWord = 2, kTerms = 1;
+  // An int8 is exact in bfloat16, times a scale it would not be.
+  static constexpr bool kScalesLater = true;
 
   static void pack_row(const Bfloat16Bits* from, int64_t count, uint32_t* to, int64_t) {
     memcpy(to, from, sizeof(Bfloat16Bits) * count);
@@ -45,8 +55,10 @@ struct PairLinear {
   }
 
   template <class Weight>
-  static void pack_kernel(const Weight* from, int64_t stride, int64_t depth, int64_t columns, uint32_t* to,
-                          int64_t lanes) {
+  static void pack_kernel(const Linear& call, int64_t first, int64_t depth, int64_t column, int64_t columns,
+                          uint32_t* to, int64_t lanes) {
+    const int64_t stride = call.out_features;
+    const Weight* from = static_cast<const Weight*>(call.kernel) + first * stride + column;
     for (int64_t k = 0; k < depth; k += 2)
       for (int64_t lane = 0; lane < lanes; lane += kLanes) {
         const Words low = (Words)widen(from + k * stride + lane, columns - lane);
@@ -95,25 +107,28 @@ class ManyRows {
     input_ = arena.take<uint32_t>(Format::kTerms * term_words());
     panel_ = arena.take<uint32_t>(kDepth / Format::kPerWord * kPanelLanes);
     result_ = arena.take<float>(padded_rows() * stride());
+    if (kScalesLater) product_ = arena.take<float>(padded_rows() * kPanelLanes);
   }
 
   void run() {
     [[maybe_unused]] const typename Product::Scope scope{};
-    for (int64_t first = 0; first < call_.in_features; first += kDepth) {
-      const int64_t left = call_.in_features - first;
-      add(first, left < kDepth ? left : kDepth);
+    // No piece has parts of two groups where its products are scaled.
+    const int64_t end = call_.in_features, most = kScalesLater && call_.scale ? call_.group : end;
+    for (int64_t first = 0; first < end;) {
+      const int64_t depth = smaller(smaller(end - first, most - first % most), kDepth);
+      add(first, depth);
+      first += depth;
     }
-    if (!call_.in_features) memset(result_, 0, sizeof(float) * padded_rows() * stride());
-    for (int64_t row = 0; row < task_.rows; ++row) {
-      float* to = call_.output + (task_.row + row) * call_.out_features + task_.column;
-      for (int64_t i = 0; i < task_.columns; ++i)
-        to[i] = result_[row * stride() + i] * (call_.scale ? call_.scale[task_.column + i] : 1.0f);
-    }
+    if (!end) memset(result_, 0, sizeof(float) * padded_rows() * stride());
+    for (int64_t row = 0; row < task_.rows; ++row)
+      memcpy(call_.output + (task_.row + row) * call_.out_features + task_.column, result_ + row * stride(),
+             sizeof(float) * task_.columns);
   }
 
  private:
   using Product = typename Format::Product;
   static constexpr int64_t kDepth = 256, kPanelLanes = 64;
+  static constexpr bool kScalesLater = Format::kScalesLater && sizeof(Weight) == 1;
   static_assert(kDepth / Format::kPerWord % Product::kDepth == 0 && kPanelLanes % (kTileVectors * kLanes) == 0, "");
 
   int64_t padded_rows() const { return round_up(task_.rows, Product::kRows); }
@@ -131,22 +146,44 @@ class ManyRows {
     for (int64_t row = 0; row < task_.rows; ++row)
       Format::pack_row(input + row * call_.in_features, depth, input_ + row * words, term_words());
     for (int64_t lane = 0; lane < task_.columns; lane += kPanelLanes) {
-      const Weight* kernel =
-          static_cast<const Weight*>(call_.kernel) + first * call_.out_features + task_.column + lane;
-      Format::pack_kernel(kernel, call_.out_features, depth, task_.columns - lane, panel_, kPanelLanes);
-      for (int64_t term = 0; term < Format::kTerms; ++term)
-        multiply<Product>(task_.rows, kPanelLanes, {input_ + term * term_words(), words, 1}, {panel_, kPanelLanes},
-                          words, result_ + lane, stride(), first + term > 0);
+      Format::template pack_kernel<Weight>(call_, first, depth, task_.column + lane, task_.columns - lane, panel_,
+                                           kPanelLanes);
+      if constexpr (kScalesLater) {
+        multiply_panel(words, product_, kPanelLanes, false);
+        add_scaled(first, lane);
+      } else {
+        multiply_panel(words, result_ + lane, stride(), first > 0);
+      }
+    }
+  }
+
+  // Products of the packed input with the packed panel, which are added to what is there or replace it.
+  void multiply_panel(int64_t words, float* to, int64_t stride, bool adds) {
+    for (int64_t term = 0; term < Format::kTerms; ++term)
+      multiply<Product>(task_.rows, kPanelLanes, {input_ + term * term_words(), words, 1}, {panel_, kPanelLanes}, words,
+                        to, stride, adds || term > 0);
+  }
+
+  // Adds a panel's products, of input features from `first` on, times their scales.
+  void add_scaled(int64_t first, int64_t lane) {
+    const float* scales = call_.scale + first / call_.group * call_.out_features + task_.column + lane;
+    for (int64_t v = 0; v < kPanelLanes; v += kLanes) {
+      const Floats scale = widen(scales + v, task_.columns - lane - v);
+      for (int64_t row = 0; row < task_.rows; ++row) {
+        float* to = result_ + row * stride() + lane + v;
+        const Floats product = load<Floats>(product_ + row * kPanelLanes + v) * scale;
+        store(to, first > 0 ? load<Floats>(to) + product : product);
+      }
     }
   }
 
   const Linear& call_;
   const LinearTask& task_;
   uint32_t *input_, *panel_;
-  float* result_;
+  float *result_, *product_ = nullptr;
 };
 
-// A task of at most kFewRows rows: adds `kDepth` rows of the kernel at a time to the results, which stay in the cache,
+// A task of at most kFewRows rows: adds some rows of the kernel at a time to the results, which stay in the cache,
 // so that memory is read in the order in which it lies.
 template <class Element, class Weight>
 class FewRows {
@@ -158,8 +195,11 @@ class FewRows {
   void run() { run_rows<kFewRows>(); }
 
  private:
-  static constexpr int64_t kDepth = 8;
+  static constexpr bool kScaled = sizeof(Weight) == 1;
   static constexpr int kVectors = 4;
+  // Vectors of a row that lie in four cache lines: processors fetch on their own what follows so long a run.
+  template <int R>
+  static constexpr int kRun = R == 1 ? kVectors * 4 / int{sizeof(Weight)} : kVectors;
 
   int64_t stride() const { return round_up(task_.columns, kLanes); }
 
@@ -170,7 +210,7 @@ class FewRows {
       memset(result_, 0, sizeof(float) * R * stride());
       const int64_t end = task_.first + task_.depth;
       int64_t k = task_.first;
-      for (; k + kDepth <= end; k += kDepth) add<R, kDepth>(k);
+      for (; k + kGroupUnit <= end; k += kGroupUnit) add<R, kGroupUnit>(k);
       for (; k < end; ++k) add<R, 1>(k);
       for (int64_t row = 0; row < R; ++row) write(row);
     }
@@ -182,9 +222,7 @@ class FewRows {
       memcpy(task_.part + row * task_.columns, from, sizeof(float) * task_.columns);
       return;
     }
-    float* to = call_.output + (task_.row + row) * call_.out_features + task_.column;
-    const float* scale = call_.scale ? call_.scale + task_.column : nullptr;
-    for (int64_t i = 0; i < task_.columns; ++i) to[i] = scale ? from[i] * scale[i] : from[i];
+    memcpy(call_.output + (task_.row + row) * call_.out_features + task_.column, from, sizeof(float) * task_.columns);
   }
 
   template <int R, int D>
@@ -194,27 +232,40 @@ class FewRows {
     float factor[R][D];
     for (int r = 0; r < R; ++r)
       for (int d = 0; d < D; ++d) factor[r][d] = to_float(input + r * call_.in_features + d);
+    const float* scale =
+        kScaled ? call_.scale + first / call_.group * call_.out_features + task_.column : nullptr;
     int64_t lane = 0;
+    for (; lane + kRun<R> * kLanes <= task_.columns; lane += kRun<R> * kLanes)
+      add_lanes<R, D, kRun<R>>(kernel, scale, lane, kLanes, factor);
     for (; lane + kVectors * kLanes <= task_.columns; lane += kVectors * kLanes)
-      add_lanes<R, D, kVectors>(kernel, lane, kLanes, factor);
-    for (; lane < task_.columns; lane += kLanes) add_lanes<R, D, 1>(kernel, lane, task_.columns - lane, factor);
+      add_lanes<R, D, kVectors>(kernel, scale, lane, kLanes, factor);
+    for (; lane < task_.columns; lane += kLanes) add_lanes<R, D, 1>(kernel, scale, lane, task_.columns - lane, factor);
   }
 
   template <int R, int D, int V>
-  ICEFORMER_INLINE void add_lanes(const Weight* kernel, int64_t lane, int64_t count, const float (&factor)[R][D]) {
+  ICEFORMER_INLINE void add_lanes(const Weight* kernel, const float* scale, int64_t lane, int64_t count,
+                                  const float (&factor)[R][D]) {
     Floats sum[R][V];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] = load<Floats>(result_ + r * stride() + lane + v * kLanes);
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = kScaled ? Floats{} : load<Floats>(result_ + r * stride() + lane + v * kLanes);
     for (int d = 0; d < D; ++d) {
       const Weight* from = kernel + d * call_.out_features + lane;
-      __builtin_prefetch(from + D * call_.out_features);
+      const char* ahead = reinterpret_cast<const char*>(from + D * call_.out_features);
+      for (int byte = 0; byte < V * kLanes * int{sizeof(Weight)}; byte += 64) __builtin_prefetch(ahead + byte);
       for (int v = 0; v < V; ++v) {
         const Floats weights = V == 1 ? widen(from, count) : widen(from + v * kLanes);
         for (int r = 0; r < R; ++r) sum[r][v] += factor[r][d] * weights;
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) store(result_ + r * stride() + lane + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      [[maybe_unused]] Floats scales;
+      if (kScaled) scales = V == 1 ? widen(scale + lane, count) : load<Floats>(scale + lane + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        float* to = result_ + r * stride() + lane + v * kLanes;
+        store(to, kScaled ? load<Floats>(to) + sum[r][v] * scales : sum[r][v]);
+      }
+    }
   }
 
   const Linear& call_;
@@ -262,7 +313,7 @@ class FewDots {
 
   void write(Floats products, int64_t row, int64_t column, int64_t count) {
     float* to = call_.output + (task_.row + row) * call_.out_features + column;
-    for (int64_t i = 0; i < count; ++i) to[i] = products[i] * (call_.scale ? call_.scale[column + i] : 1.0f);
+    for (int64_t i = 0; i < count; ++i) to[i] = products[i];
   }
 
   const Linear& call_;

@@ -8,14 +8,15 @@ namespace iceformer {
 
 enum class WeightType { kFloat32, kBfloat16, kInt8 };
 
-// output = (input . kernel) * scale. Arrays are dense and row-major.
+// output = input . (kernel * scale), each scale for a group of input features. Arrays are dense and row-major.
 struct Linear {
   bool bfloat16;       // of input; else float32
   WeightType weights;  // of kernel
   bool transposed;     // whether kernel is [out_features, in_features]
   const void* input;   // [rows, in_features]
   const void* kernel;  // [in_features, out_features]
-  const float* scale;  // [out_features]; null for 1
+  const float* scale;  // [in_features / group, out_features]; null for 1
+  int64_t group;       // input features: all, or a multiple of kGroupUnit
   float* output;       // [rows, out_features]
   int64_t rows, in_features, out_features;
 };
@@ -23,8 +24,11 @@ struct Linear {
 // A rectangle of the output, or what the input features [first, first + depth) add to it.
 struct LinearTask {
   int64_t row, rows, column, columns, first, depth;
-  float* part;  // [rows, columns], unscaled; null where the task is all there is to add
+  float* part;  // [rows, columns]; null where the task is all there is to add
 };
+
+// Input features that are multiplied at a time where there are few rows.
+constexpr int64_t kGroupUnit = 8;
 
 // Up to this many rows the kernel is read where it lies, and its reading is what takes the time. More rows multiply
 // with panels of it that were converted to floats.
