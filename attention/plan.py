@@ -66,15 +66,20 @@ class Auto:
 
     Attributes:
         two_stage: the two-stage attention to choose from. It must not have a crossover, because that is measured.
+        decode: a selection for new tokens, which attend exactly where `compile` measures that to be faster. One with a
+            crossover is taken as it is. None for exact attention everywhere.
     """
 
     two_stage: TwoStage = field(default_factory=TwoStage)
+    decode: DecodeSelection | None = None
 
     def __post_init__(self) -> None:
         if self.two_stage.crossover:
             raise ValueError(
                 f"crossover is {self.two_stage.crossover}, but Auto measures it: leave it out, or ask for the TwoStage"
             )
+        if self.decode is not None:
+            Plan(self.two_stage, self.decode)  # whether they go together
 
 
 def attention_to_dict(attention: Attention) -> dict[str, Any]:

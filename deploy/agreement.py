@@ -45,7 +45,7 @@ def _disagreements(manifest: Manifest) -> Iterator[str]:
     if manifest.kv_dtype not in (manifest.dtype, "int8"):
         yield f"has kv_dtype {manifest.kv_dtype!r}, expected int8 or its dtype, {manifest.dtype}"
     yield from _of_model(manifest.model)
-    if any(row.exact_seconds <= 0 for row in manifest.crossover):
+    if any(row.exact_seconds <= 0 for row in (*manifest.crossover, *manifest.decode_crossover)):
         yield "has a measurement of no seconds in crossover"
     for bucket in manifest.buckets:
         where = f"in bucket {bucket.capacity}"

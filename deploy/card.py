@@ -9,6 +9,7 @@ from .tables import (
     ATTENTION_OF,
     CROSSOVER_COLUMNS,
     MEASURED_CALL,
+    MEASURED_TOKEN,
     MEGABYTE,
     code_rows,
     crossover_rows,
@@ -110,14 +111,17 @@ def _attention_text(manifest: Manifest) -> str:
         ("bucket (tokens)", "attention", "why"),
         [(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason) for bucket in manifest.buckets],
     )
-    if not manifest.crossover:
-        return text
-    call = MEASURED_CALL[manifest.model.kind]
-    measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest))
-    return f"{text}\n\nMeasured at compile time: {call}, some heads of one layer:\n\n{measured}"
+    if manifest.crossover:
+        call = MEASURED_CALL[manifest.model.kind]
+        measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest.crossover))
+        text += f"\n\nMeasured at compile time: {call}, some heads of one layer:\n\n{measured}"
+    if manifest.decode_crossover:
+        measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest.decode_crossover))
+        text += f"\n\nMeasured at compile time: {MEASURED_TOKEN}:\n\n{measured}"
+    return text
 
 
-_SCALES = {"int8": " with one scale per output channel"}
+_SCALES = {"int8": " with a scale for every 64 inputs of each output"}
 
 
 def _weights_text(manifest: Manifest) -> str:

@@ -20,7 +20,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from .. import __version__, kernels
-from ..attention import Attention, Auto, Plan
+from ..attention import Attention, Auto, Exact, Plan
 from ..attention.keys import LEAST_PAGE
 from ..attention.shape import AttentionShape
 from ..convert.auxiliary_files import CHAT_TEMPLATES
@@ -40,6 +40,7 @@ from .calibration import calibrate, calibration_inputs
 from .card import card_text
 from .cpu import features_up_to
 from .crossover import Choice, TimedCall, decide, needs_measurement
+from .decode_crossover import decide_decode, needs_decode_measurement
 from .entries import entries_class
 from .lowering import compile_bucket
 from .manifest import (
@@ -93,12 +94,13 @@ def compile(
             images and sound have one bucket, for the input that they take.
         attention: for prompts, scoring and encoding. `TwoStage(...)` and `Exact()` apply to every bucket. `Auto(...)`
             measures from how many keys two-stage attention is faster on this machine, and chooses for each bucket.
-            None means `Auto()`. New tokens attend exactly, unless a `Plan(prompt, decode)` says otherwise.
+            None means `Auto()`. New tokens attend exactly, unless `Plan(prompt, decode)` or `Auto(decode=...)` says
+            otherwise.
         dtype: "float32" or "bfloat16", for weights, activations and KV cache.
         weights: "same" as dtype; "bfloat16": the kernels of linear layers, and an output layer tied to embeddings, are
-            rounded to it, activations are not; "int8": those kernels are quantised to int8 with one scale per output
-            channel, and a tied output layer is bfloat16. The loss of accuracy is measured on the calibration text and
-            recorded in the manifest and the card.
+            rounded to it, activations are not; "int8": those kernels are quantised to int8 with a scale for every 64
+            inputs of each output, but for the projections of values, which are bfloat16, like a tied output layer. The
+            loss of accuracy is measured on the calibration text and recorded in the manifest and the card.
         kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
             read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
         batch: for an encoder, rows per call; for a decoder, how many requests have a place in its KV cache and run
@@ -133,7 +135,8 @@ def compile(
     _check_page(page, config, buckets)
     kept = dtype if kv_dtype == "same" else kv_dtype
     timed = _timed_call(config, dtype, batch, chunk, kept)
-    measures = needs_measurement(asked, buckets, timed)
+    _check_decode(asked, config)
+    measures = needs_measurement(asked, buckets, timed) + needs_decode_measurement(asked, buckets, timed)
     rounds = weights not in ("same", dtype)
     steps = 2 + rounds + (kept == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
 
@@ -156,6 +159,7 @@ def compile(
                 model, calibration_inputs(model, calibration, checkpoint / layout.TOKENIZER)
             )
         choices, measured = decide(asked, buckets, timed, report)
+        choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")
         constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
         entries = entries_class(model).of(model, constants)
@@ -181,6 +185,7 @@ def compile(
             environment=_compile_environment(compiled),
             model=info,
             crossover=measured,
+            decode_crossover=measured_decode,
             dtype=dtype,
             kv_dtype=kept,
             kv_error=kv_error,
@@ -262,6 +267,11 @@ def _check_page(page: int | None, config: ModelConfig, buckets: Sequence[int]) -
             f"page is {page} and the buckets are {tuple(buckets)}, expected a power of two of at least {LEAST_PAGE} "
             "that divides every bucket"
         )
+
+
+def _check_decode(asked: Plan | Auto, config: ModelConfig) -> None:
+    if config.kind != "decoder" and asked.decode not in (None, Exact()):
+        raise ValueError(f"decode is {asked.decode}, but an encoder writes no tokens: leave it out")
 
 
 def _read_config(checkpoint: Path) -> dict[str, Any]:

@@ -164,12 +164,12 @@ def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTa
     arrays = tuple(jnp.asarray(array, timed.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(two_stage, crossover=0, exact_last_block=False)
-    keys = _stored(*arrays[1:], timed.kv_dtype)
+    keys = stored(*arrays[1:], timed.kv_dtype)
     calls = tuple(_timed(strategy, arrays[0], keys, constants, shape.causal) for strategy in (Exact(), two_stage))
     rows: list[CrossoverRow] = []
     for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
         offset = length - chunk if shape.causal else 0
-        seconds = _race(calls, offset, length)
+        seconds = race(calls, offset, length)
         # Query blocks within the budget are the same work both ways; this is what the others see on average.
         seen = (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
         rows.append(CrossoverRow(seen, *(round(value, 6) for value in seconds)))
@@ -202,7 +202,7 @@ def _constants(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Const
     return {name: jnp.asarray(array) for name, array in learned.items()}
 
 
-def _stored(key: Array, value: Array, kv_dtype: str) -> KeyView:
+def stored(key: Array, value: Array, kv_dtype: str) -> KeyView:
     """Keys and values as the cache holds them."""
     if kv_dtype != "int8":
         return KeyView(key, value)
@@ -231,7 +231,7 @@ def _timed(
     return seconds
 
 
-def _race(calls: tuple[Callable[[np.ndarray, np.ndarray], float], ...], offset: int, length: int) -> list[float]:
+def race(calls: tuple[Callable[[np.ndarray, np.ndarray], float], ...], offset: int, length: int) -> list[float]:
     """The median seconds of each call, in turn, after one that is not counted."""
     row = np.array([offset], np.int32), np.array([length], np.int32)
     for call in calls:

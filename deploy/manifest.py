@@ -19,7 +19,7 @@ import numpy as np
 
 from ..host import strict_json
 
-SCHEMA = 6
+SCHEMA = 7
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
 _TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -289,12 +289,12 @@ class BucketInfo:
 
 @dataclass(frozen=True)
 class CrossoverRow:
-    """The time of one call with exact and with two-stage attention, on the machine that compiled.
+    """The time of one call with exact and with two-stage attention, or with a selection, on the machine that compiled.
 
     Attributes:
         keys: that a query block sees, on average over the blocks that select among them.
         exact_seconds: with exact attention, for some of the model's heads.
-        two_stage_seconds: with two-stage attention, for as many.
+        two_stage_seconds: with two-stage attention, or with a selection, for as many.
     """
 
     keys: int
@@ -342,6 +342,7 @@ class Manifest:
         environment: where it was compiled.
         model: what was compiled.
         crossover: what was measured to choose each bucket's attention; empty where it was as asked.
+        decode_crossover: the same of new tokens, for one of them in one layer.
         dtype: of activations, and of the weights that are not rounded.
         kv_dtype: of keys and values in the cache: `dtype`, or "int8" with a scale for each token and head.
         kv_error: what rounding keys and values cost, beside the weights as they are; None if they are not rounded.
@@ -358,6 +359,7 @@ class Manifest:
     environment: Environment
     model: ModelInfo
     crossover: tuple[CrossoverRow, ...]
+    decode_crossover: tuple[CrossoverRow, ...]
     dtype: str
     kv_dtype: str
     kv_error: QuantizationError | None

@@ -1,16 +1,17 @@
 """What an artifact holds, as rich tables for `iceformer compile` and `iceformer inspect`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
 
-from .manifest import BucketInfo, Manifest, ModelInfo, QuantizationError
+from .manifest import BucketInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError
 
 MEGABYTE = 1e6
 ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
 MEASURED_CALL = {"decoder": "one chunk of a prompt", "encoder": "one whole row"}
+MEASURED_TOKEN = "one new token in one layer"
 
 
 def code_table(manifest: Manifest) -> Table:
@@ -54,7 +55,13 @@ def attention_tables(manifest: Manifest) -> list[Table]:
     for bucket in manifest.buckets:
         table.add_row(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason)
     tables = [table, _dispatch_table(manifest)]
-    return [*tables, _crossover_table(manifest)] if manifest.crossover else tables
+    if manifest.crossover:
+        caption = f"{MEASURED_CALL[manifest.model.kind]}, some heads of one layer"
+        tables.append(_crossover_table("the crossover, measured", caption, crossover_rows(manifest.crossover)))
+    if manifest.decode_crossover:
+        rows = crossover_rows(manifest.decode_crossover)
+        tables.append(_crossover_table("the crossover of decoding, measured", MEASURED_TOKEN, rows))
+    return tables
 
 
 def _dispatch_table(manifest: Manifest) -> Table:
@@ -71,27 +78,30 @@ def _dispatch_table(manifest: Manifest) -> Table:
     return table
 
 
-def _crossover_table(manifest: Manifest) -> Table:
-    table = Table(
-        title="the crossover, measured", caption=f"{MEASURED_CALL[manifest.model.kind]}, some heads of one layer"
-    )
+def _crossover_table(title: str, caption: str, rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=title, caption=caption)
     for name in CROSSOVER_COLUMNS:
         table.add_column(name, justify="right")
-    for row in crossover_rows(manifest):
+    for row in rows:
         table.add_row(*row)
     return table
 
 
 _LABELS_SHOWN = 8
-CROSSOVER_COLUMNS = ("keys", "exact ms", "two-stage ms", "ratio")
+CROSSOVER_COLUMNS = ("keys", "exact ms", "selecting ms", "ratio")
 
 
-def crossover_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """The cells of what was measured to find the crossover, for `CROSSOVER_COLUMNS`."""
+def crossover_rows(measured: Iterable[CrossoverRow]) -> list[tuple[str, ...]]:
+    """The cells of what was measured to find a crossover, for `CROSSOVER_COLUMNS`."""
     return [
-        (str(row.keys), f"{row.exact_seconds * 1e3:.1f}", f"{row.two_stage_seconds * 1e3:.1f}", f"{row.ratio:.2f}")
-        for row in manifest.crossover
+        (str(row.keys), _milliseconds(row.exact_seconds), _milliseconds(row.two_stage_seconds), f"{row.ratio:.2f}")
+        for row in measured
     ]
+
+
+def _milliseconds(seconds: float) -> str:
+    """With a decimal, or three where that would say little."""
+    return f"{seconds * 1e3:.{1 if seconds >= 1e-3 else 3}f}"
 
 
 def quantization_error_cells(error: QuantizationError) -> dict[str, str]:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ..attention import DecodeSelection
+from ..model.rounding import scale_groups
 
 _FORMS = ("llama", "qwen2", "qwen3", "granite")
 """Kinds of model that the formulas fit: four attention projections and a gated MLP in every layer."""
@@ -61,10 +62,17 @@ class DecoderSizes:
         return self.layers * (projections + 3 * self.hidden * self.mlp)
 
     @property
-    def channels(self) -> int:
-        """Output channels of the layers' matrices, each with a scale in int8."""
-        projections = self.head_dim * (self.heads + 2 * self.kv_heads) + self.hidden
-        return self.layers * (projections + 2 * self.mlp + self.hidden)
+    def value_projections(self) -> int:
+        """Weights of the matrices that make values."""
+        return self.layers * self.hidden * self.head_dim * self.kv_heads
+
+    @property
+    def scales(self) -> int:
+        """Scales of the layers' matrices in int8."""
+        queries, keys = self.head_dim * self.heads, self.head_dim * self.kv_heads
+        from_hidden = scale_groups(self.hidden) * (queries + keys + 2 * self.mlp)
+        to_hidden = (scale_groups(queries) + scale_groups(self.mlp)) * self.hidden
+        return self.layers * (from_hidden + to_hidden)
 
     @property
     def output(self) -> int:
@@ -86,11 +94,10 @@ def weight_bytes(sizes: DecoderSizes, dtype: str, weights: str) -> int:
         weights: "same", "bfloat16" or "int8", as `iceformer.compile` takes it.
     """
     form = dtype if weights == "same" else weights
-    linear = sizes.linear * _size(form) + (sizes.channels * _SCALE if form == "int8" else 0)
-    if sizes.tied:
-        output = sizes.output * _size("bfloat16" if form == "int8" else form)
-    else:
-        output = sizes.output * _size(form) + (sizes.vocab * _SCALE if form == "int8" else 0)
+    linear, output = sizes.linear * _size(form), sizes.output * _size(form)
+    if form == "int8":
+        linear += sizes.value_projections + sizes.scales * _SCALE
+        output = sizes.output * 2 if sizes.tied else output + scale_groups(sizes.hidden) * sizes.vocab * _SCALE
     return linear + output + sizes.norms * _size(dtype)
 
 

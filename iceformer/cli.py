@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -36,7 +36,7 @@ from .host.text import read_stdin, read_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .attention import Attention, Auto
+    from .attention import Attention, Auto, DecodeSelection, Plan
     from .deploy.session import Progress, Session
 
 app = typer.Typer(
@@ -75,6 +75,14 @@ class CacheFormat(StrEnum):
 
     SAME = "same"
     INT8 = "int8"
+
+
+class DecodeKind(StrEnum):
+    """Attention of new tokens."""
+
+    EXACT = "exact"
+    SELECTION = "selection"
+    AUTO = "auto"
 
 
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
@@ -195,15 +203,31 @@ def compile(
         AttentionKind,
         typer.Option(
             help="Attention for prompts, scoring and encoding. auto measures on this machine from which length "
-            "two-stage attention is faster, and chooses for each bucket. New tokens always attend exactly."
+            "two-stage attention is faster, and chooses for each bucket."
         ),
     ] = AttentionKind.AUTO,
+    decode: Annotated[
+        DecodeKind,
+        typer.Option(
+            help="Decoders: attention for new tokens. selection attends to the keys that a method ranks highest; auto, "
+            "which needs --attention auto, measures from which length that is faster.",
+            rich_help_panel=_DECODE,
+        ),
+    ] = DecodeKind.EXACT,
+    decode_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of the selection, such as budget=2048, mass=0.95 or method=sparq.",
+            rich_help_panel=_DECODE,
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of weights and KV cache.")] = Dtype.FLOAT32,
     weights: Annotated[
         WeightFormat,
         typer.Option(
-            help="Number format of linear layers: same as --dtype, bfloat16, or int8 with one scale per output "
-            "channel. The loss of accuracy is measured and reported."
+            help="Number format of linear layers: same as --dtype, bfloat16, or int8 with a scale for every 64 "
+            "inputs of each output. The loss of accuracy is measured and reported."
         ),
     ] = WeightFormat.SAME,
     kv_dtype: Annotated[
@@ -249,13 +273,13 @@ def compile(
     if method_option and not method:
         raise ValueError("--method-option needs --method: name the method that the option belongs to")
     if method:
-        two_stage["method"] = make_method(method, **_method_options(method_option or []))
+        two_stage["method"] = make_method(method, **_assigned("--method-option", method_option or []))
     given = {name: value for name, value in two_stage.items() if value is not None}
     path = compile_checkpoint(
         checkpoint,
         artifact,
         buckets=None if buckets is None else _integers(buckets, "--buckets"),
-        attention=_attention(attention, given),
+        attention=_plan(attention, given, decode, decode_option or []),
         dtype=dtype.value,
         weights=weights.value,
         kv_dtype=kv_dtype.value,
@@ -720,14 +744,61 @@ def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "Attention | A
     return Auto(asked) if kind is AttentionKind.AUTO else asked
 
 
-def _method_options(assignments: list[str]) -> dict[str, Any]:
-    """Options of a method from NAME=VALUE, values as JSON."""
+def _plan(
+    kind: AttentionKind, two_stage: dict[str, Any], decode: DecodeKind, options: list[str]
+) -> "Attention | Plan | Auto":
+    """What `compile` takes as attention, for prompts and for new tokens."""
+    from . import Auto, Plan
+
+    prompt = _attention(kind, two_stage)
+    if decode is DecodeKind.EXACT:
+        if options:
+            raise ValueError("--decode-option needs --decode selection or --decode auto, for exact has no options")
+        return prompt
+    selection = _selection(options)
+    if isinstance(prompt, Auto):
+        if decode is DecodeKind.SELECTION:  # from its budget on: nothing is measured
+            selection = replace(selection, crossover=selection.exact_keys)
+        return Auto(prompt.two_stage, selection)
+    if decode is DecodeKind.AUTO:
+        raise ValueError(f"--decode auto needs --attention auto, found --attention {kind.value}: measure both or none")
+    return Plan(prompt, selection)
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a name"}
+
+
+def _selection(options: list[str]) -> "DecodeSelection":
+    """The selection that options given as NAME=VALUE describe."""
+    from . import DecodeSelection
+
+    kinds = {field.name: field.type for field in fields(DecodeSelection)}
+    given = _assigned("--decode-option", options)
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f"--decode-option is {name}, expected one of: {', '.join(kinds)}")
+        kind = kinds[name] if isinstance(kinds[name], type) else str
+        if kind is float and type(value) is int:
+            given[name] = float(value)
+        elif type(value) is not kind:
+            raise ValueError(f"--decode-option {name} is {value!r}, expected {_KINDS[kind]}")
+    return DecodeSelection(**given)
+
+
+def _assigned(option: str, assignments: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as a dictionary; values are numbers, true, false, or names."""
+    pairs = [text.partition("=") for text in assignments]
+    if not all(name and value for name, _, value in pairs):
+        raise ValueError(f"{option} is {assignments}, expected NAME=VALUE")
+    return {name: _value(value) for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
     try:
-        return {name: json.loads(value) for name, _, value in (text.partition("=") for text in assignments)}
+        value = json.loads(text)
     except ValueError:
-        raise ValueError(
-            f"--method-option is {assignments}, expected NAME=VALUE, where the value is a number"
-        ) from None
+        return text
+    return value if isinstance(value, bool | int | float) else text
 
 
 @contextmanager

@@ -49,6 +49,11 @@ def _round(linear: Linear, form: str) -> None:
     linear.kernel, linear.scale = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(scale))
 
 
+def scale_groups(in_features: int) -> int:
+    """Groups of inputs that have a scale each for every output."""
+    return max(in_features // GROUP, 1) if in_features % GROUP == 0 else 1
+
+
 def quantize_kernel(
     kernel: Float32[np.ndarray, "in_features out_features"],
 ) -> tuple[Int8[np.ndarray, "in_features out_features"], Float32[np.ndarray, "groups out_features"]]:
@@ -57,7 +62,7 @@ def quantize_kernel(
     Symmetric: 0 stays 0. A group of zeros has scale 1.
     """
     features, outputs = kernel.shape
-    groups = max(features // GROUP, 1) if features % GROUP == 0 else 1
+    groups = scale_groups(features)
     grouped = kernel.reshape(groups, features // groups, outputs)
     # A denormal scale would be 0 where the product is computed.
     largest = np.abs(grouped).max(axis=1, initial=0.0)

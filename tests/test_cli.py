@@ -292,6 +292,31 @@ class TestEncode:
         (["compile", "{nowhere}", "{new}", "--method", "best"], "method is 'best', expected one of"),
         (["compile", "{nowhere}", "{new}", "--method-option", "rank=1"], "--method-option needs --method"),
         (["compile", "{nowhere}", "{new}", "--buckets", "4k"], "--buckets is '4k', expected integers"),
+        (["compile", "{nowhere}", "{new}", "--decode-option", "budget=64"], "--decode-option needs --decode selection"),
+        (
+            ["compile", "{nowhere}", "{new}", "--attention", "exact", "--decode", "auto"],
+            "--decode auto needs --attention auto, found --attention exact",
+        ),
+        (
+            ["compile", "{nowhere}", "{new}", "--decode", "selection", "--decode-option", "buget=64"],
+            "--decode-option is buget, expected one of: method, budget",
+        ),
+        (
+            ["compile", "{nowhere}", "{new}", "--decode", "selection", "--decode-option", "budget"],
+            "--decode-option is ['budget'], expected NAME=VALUE",
+        ),
+        (
+            ["compile", "{nowhere}", "{new}", "--decode", "selection", "--decode-option", "budget=many"],
+            "--decode-option budget is 'many', expected an integer",
+        ),
+        (
+            ["compile", "{nowhere}", "{new}", "--decode", "selection", "--decode-option", "method=best"],
+            "method is 'best', expected one of",
+        ),
+        (
+            ["compile", "{nowhere}", "{new}", "--decode", "selection", "--decode-option", "mass=2"],
+            "mass is 2.0, expected a share",
+        ),
         (["inspect", "{nowhere}"], "{nowhere} is not a folder: expected an artifact"),
         (["generate", "{artifact}"], "give the prompt either as an argument"),
         (["generate", "{artifact}", ""], "the prompt is empty"),
@@ -348,3 +373,32 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in out for command in ("convert", "compile", "generate", "score", "inspect"))
     for command in ("convert", "compile", "generate", "score", "inspect"):
         assert run(capsys, command, "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", iceformer.Auto()),
+        ("--decode auto", iceformer.Auto(decode=iceformer.DecodeSelection())),
+        (
+            "--decode selection --decode-option mass=0.9 --decode-option budget=2048",
+            iceformer.Auto(decode=iceformer.DecodeSelection(budget=2048, mass=0.9, crossover=2048)),
+        ),
+        (
+            "--attention exact --decode selection --decode-option method=sparq --decode-option reallocate=true",
+            iceformer.Plan(iceformer.Exact(), iceformer.DecodeSelection("sparq", reallocate=True)),
+        ),
+    ],
+)
+def test_attention_of_new_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: str, expected: object
+) -> None:
+    asked: list[object] = []
+
+    def compile_checkpoint(*_: object, attention: object, **__: object) -> Path:
+        asked.append(attention)
+        return tmp_path
+
+    monkeypatch.setattr(iceformer, "compile", compile_checkpoint)
+    assert run(capsys, "compile", tmp_path / "checkpoint", tmp_path / "artifact", *options.split())[0] == 0
+    assert asked == [expected]
