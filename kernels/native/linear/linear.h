@@ -197,7 +197,10 @@ class FewRows {
  private:
   static constexpr bool kScaled = sizeof(Weight) == 1;
   static constexpr int kVectors = 4;
-  // Vectors of a row that lie in four cache lines: processors fetch on their own what follows so long a run.
+  // Rows of the kernel at a time. One by one they are read in the very order of memory, which processors fetch ahead on
+  // their own. Rows of int8 are multiplied more slowly than they are read, and are asked for.
+  static constexpr int kRows = kScaled ? int{kGroupUnit} : 1;
+  // Vectors of a row that lie in four cache lines.
   template <int R>
   static constexpr int kRun = R == 1 ? kVectors * 4 / int{sizeof(Weight)} : kVectors;
 
@@ -210,7 +213,7 @@ class FewRows {
       memset(result_, 0, sizeof(float) * R * stride());
       const int64_t end = task_.first + task_.depth;
       int64_t k = task_.first;
-      for (; k + kGroupUnit <= end; k += kGroupUnit) add<R, kGroupUnit>(k);
+      for (; k + kRows <= end; k += kRows) add<R, kRows>(k);
       for (; k < end; ++k) add<R, 1>(k);
       for (int64_t row = 0; row < R; ++row) write(row);
     }
@@ -251,8 +254,7 @@ class FewRows {
         sum[r][v] = kScaled ? Floats{} : load<Floats>(result_ + r * stride() + lane + v * kLanes);
     for (int d = 0; d < D; ++d) {
       const Weight* from = kernel + d * call_.out_features + lane;
-      const char* ahead = reinterpret_cast<const char*>(from + D * call_.out_features);
-      for (int byte = 0; byte < V * kLanes * int{sizeof(Weight)}; byte += 64) __builtin_prefetch(ahead + byte);
+      if (kRows > 1) prefetch(from + D * call_.out_features, V * kLanes);
       for (int v = 0; v < V; ++v) {
         const Floats weights = V == 1 ? widen(from, count) : widen(from + v * kLanes);
         for (int r = 0; r < R; ++r) sum[r][v] += factor[r][d] * weights;
@@ -266,6 +268,11 @@ class FewRows {
         store(to, kScaled ? load<Floats>(to) + sum[r][v] * scales : sum[r][v]);
       }
     }
+  }
+
+  ICEFORMER_INLINE static void prefetch(const Weight* from, int64_t count) {
+    const char* bytes = reinterpret_cast<const char*>(from);
+    for (int64_t byte = 0; byte < count * int64_t{sizeof(Weight)}; byte += 64) __builtin_prefetch(bytes + byte);
   }
 
   const Linear& call_;
