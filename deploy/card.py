@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 
+from ..model.rounding import GROUP
 from .artifact import TOKENIZER
 from .inputs import COUNTS
 from .manifest import Manifest, QuantizationError
 from .tables import (
     ATTENTION_OF,
     CROSSOVER_COLUMNS,
-    MEASURED_CALL,
-    MEASURED_TOKEN,
     MEGABYTE,
     code_rows,
-    crossover_rows,
+    crossovers,
     describe_plan,
     describe_task,
     quantization_error_cells,
@@ -111,17 +110,12 @@ def _attention_text(manifest: Manifest) -> str:
         ("bucket (tokens)", "attention", "why"),
         [(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason) for bucket in manifest.buckets],
     )
-    if manifest.crossover:
-        call = MEASURED_CALL[manifest.model.kind]
-        measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest.crossover))
-        text += f"\n\nMeasured at compile time: {call}, some heads of one layer:\n\n{measured}"
-    if manifest.decode_crossover:
-        measured = _markdown_table(CROSSOVER_COLUMNS, crossover_rows(manifest.decode_crossover))
-        text += f"\n\nMeasured at compile time: {MEASURED_TOKEN}:\n\n{measured}"
+    for _, call, rows in crossovers(manifest):
+        text += f"\n\nMeasured at compile time: {call}:\n\n{_markdown_table(CROSSOVER_COLUMNS, rows)}"
     return text
 
 
-_SCALES = {"int8": " with a scale for every 64 inputs of each output"}
+_SCALES = {"int8": f" with a scale for every {GROUP} inputs of each output"}
 
 
 def _weights_text(manifest: Manifest) -> str:

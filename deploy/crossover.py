@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -29,6 +29,9 @@ _SECONDS = 0.5
 _CLEAR_WIN = 0.8
 """The ratio from which two-stage attention has won so clearly that longer prompts need no look, if it does so twice."""
 _CALIBRATION_TOKENS = 256
+Clocked = Callable[[np.ndarray, np.ndarray], float]
+"""The seconds of a call at an offset and lengths."""
+Calls = tuple[Clocked, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class CrossoverTable:
 
     rows: tuple[CrossoverRow, ...]
     crossover: int | None
+
+    def nearest(self, capacity: int) -> CrossoverRow:
+        """Of the measurements that exact attention lost, the one nearest to a capacity."""
+        return min(self.rows, key=lambda row: (row.ratio >= 1, abs(row.keys - capacity)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> 
         )
     if capacity <= crossover:
         return Choice(Plan(), f"exact: two-stage is faster only from {crossover} keys")
-    nearest = min(table.rows, key=lambda row: (row.ratio >= 1, abs(row.keys - capacity)))
+    nearest = table.nearest(capacity)
     took = f"at {nearest.keys} keys it took {nearest.ratio:.2f} of the time of exact attention"
     return Choice(Plan(replace(two_stage, crossover=crossover)), f"two-stage from {crossover} keys: {took}")
 
@@ -160,22 +167,37 @@ def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTa
         rng.standard_normal((1, count, tokens, shape.head_dim), np.float32)
         for count, tokens in ((heads * group, chunk), (heads, capacity), (heads, capacity))
     )
-    constants = _constants(two_stage, query[0], key[0])
+    constants = constants_of(two_stage, query[0], key[0])
     arrays = tuple(jnp.asarray(array, timed.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(two_stage, crossover=0, exact_last_block=False)
     keys = stored(*arrays[1:], timed.kv_dtype)
     calls = tuple(_timed(strategy, arrays[0], keys, constants, shape.causal) for strategy in (Exact(), two_stage))
+
+    def places() -> Iterator[tuple[int, int, int]]:
+        for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
+            offset = length - chunk if shape.causal else 0
+            # Query blocks within the budget are the same work both ways; this is what the others see on average.
+            yield offset, length, (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
+
+    return table_of(calls, places(), two_stage.query_block)
+
+
+def table_of(calls: Calls, places: Iterable[tuple[int, int, int]], multiple: int, layers: int = 1) -> CrossoverTable:
+    """The table of a race at several places, up to where exact attention has clearly lost twice.
+
+    Args:
+        calls: exact attention, and what it is compared with.
+        places: offset, length and number of keys of each measurement, by rising number of keys.
+        multiple: of the crossover, in tokens.
+        layers: that a call goes through, of which the table has one's time.
+    """
     rows: list[CrossoverRow] = []
-    for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
-        offset = length - chunk if shape.causal else 0
-        seconds = race(calls, offset, length)
-        # Query blocks within the budget are the same work both ways; this is what the others see on average.
-        seen = (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
-        rows.append(CrossoverRow(seen, *(round(value, 6) for value in seconds)))
+    for offset, length, keys in places:
+        rows.append(CrossoverRow(keys, *(round(value, 6) / layers for value in _race(calls, offset, length))))
         if len(rows) > 1 and max(row.ratio for row in rows[-2:]) < _CLEAR_WIN:
             break
-    return CrossoverTable(tuple(rows), crossover_of(rows, two_stage.query_block))
+    return CrossoverTable(tuple(rows), crossover_of(rows, multiple))
 
 
 def measured_lengths(budget: int, chunk: int, capacity: int) -> Iterator[int]:
@@ -196,9 +218,10 @@ def _heads(two_stage: TwoStage, timed: TimedCall, chunk: int) -> int:
     return min(timed.batch * timed.shape.kv_heads, -(-4 * len(os.sched_getaffinity(0)) // blocks))
 
 
-def _constants(two_stage: TwoStage, query: np.ndarray, key: np.ndarray) -> Constants:
+def constants_of(attention: Attention, query: np.ndarray, key: np.ndarray) -> Constants:
+    """What a strategy is calibrated to by the first of some queries and keys."""
     tokens = min(_CALIBRATION_TOKENS, query.shape[1])
-    learned = two_stage.calibrate(query[:, :tokens], key[:, :tokens])
+    learned = attention.calibrate(query[:, :tokens], key[:, :tokens])
     return {name: jnp.asarray(array) for name, array in learned.items()}
 
 
@@ -210,10 +233,7 @@ def stored(key: Array, value: Array, kv_dtype: str) -> KeyView:
     return KeyView(keys, values, {}, None, key_scale, value_scale)
 
 
-def _timed(
-    attention: Attention, query: Array, keys: KeyView, constants: Constants, causal: bool
-) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A function that gives the seconds of one call at an offset and lengths."""
+def _timed(attention: Attention, query: Array, keys: KeyView, constants: Constants, causal: bool) -> Clocked:
     # The cache of a compiled entry holds the index; an encoder has none and makes it in the call.
     if causal and isinstance(attention, TwoStage):
         keys = attention.indexed(keys, constants)
@@ -222,16 +242,22 @@ def _timed(
     def call(query: Array, keys: KeyView, rows: Rows, constants: Constants) -> Array:
         return attend(attention, query, keys, rows, Mask(causal), constants)
 
+    return clocked(lambda rows: call(query, keys, rows, constants))
+
+
+def clocked(call: Callable[[Rows], Array]) -> Clocked:
+    """A function that gives the seconds of a call of one row at an offset and lengths."""
+
     def seconds(offset: np.ndarray, lengths: np.ndarray) -> float:
         rows = Rows(np.zeros(1, np.int32), offset, lengths)  # type: ignore[arg-type]
         start = time.perf_counter()
-        call(query, keys, rows, constants).block_until_ready()
+        call(rows).block_until_ready()
         return time.perf_counter() - start
 
     return seconds
 
 
-def race(calls: tuple[Callable[[np.ndarray, np.ndarray], float], ...], offset: int, length: int) -> list[float]:
+def _race(calls: Calls, offset: int, length: int) -> list[float]:
     """The median seconds of each call, in turn, after one that is not counted."""
     row = np.array([offset], np.int32), np.array([length], np.int32)
     for call in calls:

@@ -6,7 +6,6 @@ layers as no processor's cache holds. In a model, too, they come from memory.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from time import perf_counter
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,24 @@ import numpy as np
 from jaxtyping import Array
 
 from ..attention import Attention, Auto, Constants, DecodeSelection, Exact, KeyView, Mask, Plan, Rows, attend
-from .crossover import Choice, CrossoverTable, TimedCall, crossover_of, measured_lengths, race, stored
+from .crossover import (
+    Choice,
+    Clocked,
+    CrossoverTable,
+    TimedCall,
+    clocked,
+    constants_of,
+    measured_lengths,
+    stored,
+    table_of,
+)
 from .manifest import CrossoverRow
 
-_CALIBRATION_TOKENS = 256
+_QUERIES = 256
+"""Tokens whose queries calibrate the selection, at most; one of them is timed."""
 _MEMORY = 64 * 2**20
 """Bytes of keys and values that a timed call reads, at least."""
 _MOST_LAYERS = 64
-_CLEAR_WIN = 0.8
-"""The ratio from which the selection has won so clearly that deeper rows need no look, if it does so twice."""
 
 
 def decide_decode(
@@ -68,11 +76,10 @@ def measure_decode(selection: DecodeSelection, timed: TimedCall, capacity: int) 
     """
     shape = timed.shape
     rng = np.random.default_rng(0)
-    tokens = min(_CALIBRATION_TOKENS, capacity)
+    tokens = min(_QUERIES, capacity)
     query = rng.standard_normal((1, shape.query_heads, tokens, shape.head_dim), np.float32)
     key, value = rng.standard_normal((2, 1, shape.kv_heads, capacity, shape.head_dim), np.float32)
-    learned = selection.calibrate(query[0], key[0, :, :tokens])
-    constants = {name: jnp.asarray(array) for name, array in learned.items()}
+    constants = constants_of(selection, query[0], key[0])
     keys = selection.indexed(
         stored(jnp.asarray(key, timed.dtype), jnp.asarray(value, timed.dtype), timed.kv_dtype), constants
     )
@@ -80,19 +87,12 @@ def measure_decode(selection: DecodeSelection, timed: TimedCall, capacity: int) 
     layers = [jax.tree.map(jnp.copy, keys) for _ in range(count)]
     one = jnp.asarray(query[:, :, :1], timed.dtype)
     calls = tuple(_timed(strategy, one, layers, constants) for strategy in (Exact(), selection))
-    rows: list[CrossoverRow] = []
-    for length in measured_lengths(selection.exact_keys, 0, capacity):
-        seconds = race(calls, length - 1, length)
-        rows.append(CrossoverRow(length, *(round(value / count, 9) for value in seconds)))
-        if len(rows) > 1 and max(row.ratio for row in rows[-2:]) < _CLEAR_WIN:
-            break
-    return CrossoverTable(tuple(rows), crossover_of(rows, 1))
+    lengths = measured_lengths(selection.exact_keys, 0, capacity)
+    return table_of(calls, ((length - 1, length, length) for length in lengths), 1, count)
 
 
-def _timed(
-    attention: Attention, query: Array, layers: Sequence[KeyView], constants: Constants
-) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A function that gives the seconds of a token, at an offset and lengths, through all layers."""
+def _timed(attention: Attention, query: Array, layers: Sequence[KeyView], constants: Constants) -> Clocked:
+    """A new token through all layers."""
 
     @jax.jit
     def call(query: Array, layers: Sequence[KeyView], rows: Rows, constants: Constants) -> Array:
@@ -100,13 +100,7 @@ def _timed(
             query = query + attend(attention, query, keys, rows, Mask(causal=True), constants)
         return query
 
-    def seconds(offset: np.ndarray, lengths: np.ndarray) -> float:
-        rows = Rows(np.zeros(1, np.int32), offset, lengths)  # type: ignore[arg-type]
-        start = perf_counter()
-        call(query, layers, rows, constants).block_until_ready()
-        return perf_counter() - start
-
-    return seconds
+    return clocked(lambda rows: call(query, layers, rows, constants))
 
 
 def _with_decode(choice: Choice, selection: DecodeSelection, table: CrossoverTable | None, capacity: int) -> Choice:
@@ -126,6 +120,6 @@ def _chosen(selection: DecodeSelection, table: CrossoverTable | None, capacity: 
         return Exact(), f"exact: at {last.keys} keys a selection took {last.ratio:.2f} of the time"
     if capacity <= crossover:
         return Exact(), f"exact: a selection is faster only from {crossover} keys"
-    nearest = min(table.rows, key=lambda row: (row.ratio >= 1, abs(row.keys - capacity)))
+    nearest = table.nearest(capacity)
     chosen = replace(selection, crossover=crossover)
     return chosen, f"select from {crossover} keys: at {nearest.keys} it took {nearest.ratio:.2f} of the time"

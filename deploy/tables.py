@@ -1,7 +1,7 @@
 """What an artifact holds, as rich tables for `iceformer compile` and `iceformer inspect`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -10,8 +10,7 @@ from .manifest import BucketInfo, CrossoverRow, Manifest, ModelInfo, Quantizatio
 
 MEGABYTE = 1e6
 ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
-MEASURED_CALL = {"decoder": "one chunk of a prompt", "encoder": "one whole row"}
-MEASURED_TOKEN = "one new token in one layer"
+_MEASURED_CALL = {"decoder": "one chunk of a prompt", "encoder": "one whole row"}
 
 
 def code_table(manifest: Manifest) -> Table:
@@ -55,13 +54,7 @@ def attention_tables(manifest: Manifest) -> list[Table]:
     for bucket in manifest.buckets:
         table.add_row(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason)
     tables = [table, _dispatch_table(manifest)]
-    if manifest.crossover:
-        caption = f"{MEASURED_CALL[manifest.model.kind]}, some heads of one layer"
-        tables.append(_crossover_table("the crossover, measured", caption, crossover_rows(manifest.crossover)))
-    if manifest.decode_crossover:
-        rows = crossover_rows(manifest.decode_crossover)
-        tables.append(_crossover_table("the crossover of decoding, measured", MEASURED_TOKEN, rows))
-    return tables
+    return [*tables, *(_crossover_table(*measured) for measured in crossovers(manifest))]
 
 
 def _dispatch_table(manifest: Manifest) -> Table:
@@ -78,10 +71,10 @@ def _dispatch_table(manifest: Manifest) -> Table:
     return table
 
 
-def _crossover_table(title: str, caption: str, rows: Iterable[tuple[str, ...]]) -> Table:
-    table = Table(title=title, caption=caption)
-    for name in CROSSOVER_COLUMNS:
-        table.add_column(name, justify="right")
+def _crossover_table(name: str, call: str, rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=f"{name}, measured", caption=call)
+    for column in CROSSOVER_COLUMNS:
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -91,8 +84,17 @@ _LABELS_SHOWN = 8
 CROSSOVER_COLUMNS = ("keys", "exact ms", "selecting ms", "ratio")
 
 
-def crossover_rows(measured: Iterable[CrossoverRow]) -> list[tuple[str, ...]]:
-    """The cells of what was measured to find a crossover, for `CROSSOVER_COLUMNS`."""
+def crossovers(manifest: Manifest) -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
+    """Of each crossover that was measured, of prompts and of new tokens: its name, what was timed, and the cells for
+    `CROSSOVER_COLUMNS`."""
+    if manifest.crossover:
+        call = f"{_MEASURED_CALL[manifest.model.kind]}, some heads of one layer"
+        yield "the crossover", call, _crossover_rows(manifest.crossover)
+    if manifest.decode_crossover:
+        yield "the crossover of decoding", "one new token in one layer", _crossover_rows(manifest.decode_crossover)
+
+
+def _crossover_rows(measured: Iterable[CrossoverRow]) -> list[tuple[str, ...]]:
     return [
         (str(row.keys), _milliseconds(row.exact_seconds), _milliseconds(row.two_stage_seconds), f"{row.ratio:.2f}")
         for row in measured

@@ -125,14 +125,14 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
 
 def test_measures_until_two_stage_has_clearly_won_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seconds are made up; everything else is as it is: the calls run, the table has a row for each length."""
-    race = crossover.race
+    race = crossover._race
 
     def made_up(calls: Any, offset: int, length: int) -> list[float]:
         assert length - offset == 32
         assert all(second > 0 for second in race(calls, offset, length))
         return [1.0, 100 / length]
 
-    monkeypatch.setattr(crossover, "race", made_up)
+    monkeypatch.setattr(crossover, "_race", made_up)
     table = crossover.measure(TWO_STAGE, TIMED, 1024)
     # Chunks of 32 that end at 64, 128, 256; 512 and 1024 are not looked at.
     assert [row.keys for row in table.rows] == [48, 112, 240]
@@ -220,14 +220,14 @@ def test_auto_measures_and_compiles(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_bidirectional_attention_is_measured_over_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every query sees every key: a call takes a row from its first token on, whatever the chunk, and has no cache."""
-    race, seen = crossover.race, []
+    race, seen = crossover._race, []
 
     def watched(calls: Any, offset: int, length: int) -> list[float]:
         assert all(second > 0 for second in race(calls, offset, length))
         seen.append((offset, length))
         return [1.0, 2.0]
 
-    monkeypatch.setattr(crossover, "race", watched)
+    monkeypatch.setattr(crossover, "_race", watched)
     timed = dataclasses.replace(TIMED, shape=dataclasses.replace(TIMED.shape, causal=False))
     table = crossover.measure(TWO_STAGE, timed, 300)
     assert seen == [(0, 64), (0, 128), (0, 256), (0, 300)]

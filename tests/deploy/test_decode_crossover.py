@@ -10,7 +10,7 @@ import pytest
 import iceformer
 from iceformer.attention import DecodeSelection, Exact, LowRank, Plan, TwoStage
 from iceformer.attention.shape import AttentionShape
-from iceformer.deploy import decode_crossover
+from iceformer.deploy import crossover, decode_crossover
 from iceformer.deploy.card import card_text
 from iceformer.deploy.crossover import Choice, CrossoverTable, TimedCall, crossover_of
 from iceformer.deploy.decode_crossover import decide_decode, measure_decode, needs_decode_measurement
@@ -77,13 +77,13 @@ def test_nothing_is_measured_without_a_question(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_both_are_timed_over_more_memory_than_a_cache_holds(monkeypatch: pytest.MonkeyPatch, kv_dtype: str) -> None:
     seen: list[tuple[int, int]] = []
-    race = decode_crossover.race
+    race = crossover._race
 
     def watched(calls: Any, offset: int, length: int) -> list[float]:
         seen.append((offset, length))
         return race(calls, offset, length)
 
-    monkeypatch.setattr(decode_crossover, "race", watched)
+    monkeypatch.setattr(crossover, "_race", watched)
     monkeypatch.setattr(decode_crossover, "_MEMORY", 2**16)
     table = measure_decode(SELECTION, dataclasses.replace(TIMED, kv_dtype=kv_dtype), 200)
     assert seen == [(63, 64), (127, 128), (199, 200)][: len(seen)]
