@@ -76,6 +76,8 @@ class TextTokenizer:
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
             self._cleans_up = _cleans_up(settings, type(self._tokenizer.model).__name__)
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            self._special = frozenset(token.content for token in added if token.special)
             if cut is not None:
                 # Of a pair, the longer text loses tokens first.
                 self._tokenizer.enable_truncation(cut.tokens, strategy="longest_first", direction=cut.side)
@@ -126,14 +128,40 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; ValueError if the tokenizer has none for them."""
+        return self.clean_up(self.decode_as_is(ids))
+
+    def decode_as_is(self, ids: list[int]) -> str:
+        """As `decode`, without what `clean_up_tokenization_spaces` replaces."""
         try:
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
         except BaseException as error:
             raise ValueError(f"tokenizer.json cannot decode {str(ids)[:_SHOWN]} ({_reason(error)})") from error
+
+    def clean_up(self, text: str) -> str:
+        """The text after what `clean_up_tokenization_spaces` replaces, if the tokenizer has it."""
         if self._cleans_up:
             for spaced, cleaned in _CLEANED:
                 text = text.replace(spaced, cleaned)
         return text
+
+    @property
+    def cleaned_characters(self) -> frozenset[str]:
+        """All characters of what `clean_up` replaces; empty if it replaces nothing."""
+        return frozenset().union(*(spaced for spaced, _ in _CLEANED)) if self._cleans_up else frozenset()
+
+    def token(self, id: int) -> str | None:
+        """The token of an id as the vocabulary has it; None for one that `decode` leaves out, ValueError as there."""
+        try:
+            token = self._tokenizer.id_to_token(id)
+        except BaseException as error:
+            raise ValueError(f"tokenizer.json cannot decode {str(id)[:_SHOWN]} ({_reason(error)})") from error
+        return None if token in self._special else token
+
+    @property
+    def decoder_steps(self) -> list[dict[str, Any]]:
+        """What makes text of tokens, step by step, as tokenizer.json describes it; empty if nothing does."""
+        decoder = self._tokenizer.decoder
+        return [] if decoder is None else _steps(json.loads(decoder.__getstate__()))  # pyright: ignore[reportAttributeAccessIssue]
 
     def decode_stable(self, ids: list[int]) -> str:
         """The text of token ids as far as ids that may follow leave it as it is: up to a character that is not whole,
@@ -155,6 +183,13 @@ def _cleans_up(settings: dict[str, Any], model: str) -> bool:
     """Whether spaces before punctuation go away in decoded text; of byte pairs, the model wrote them, and they stay."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
     return settings.get("clean_up_tokenization_spaces") is True and (model != "BPE" or forced)
+
+
+def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """A decoder and those inside of it, in order."""
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for inner in decoder["decoders"] for step in _steps(inner)]
 
 
 def _once(tokens: Tokens) -> Tokens:
