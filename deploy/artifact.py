@@ -25,6 +25,7 @@ MANIFEST_HASH = "manifest.sha256"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 
