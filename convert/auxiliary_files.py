@@ -12,7 +12,12 @@ from .tokenizer import check_vocabulary, tokenizer_json
 from .tokenizer_settings import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 
 CONFIG = "config.json"
-CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja")
+CHAT_TEMPLATES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "chat_templates/*.jinja",
+)
 """Files, and a pattern of files, that hold the templates of chats that tokenizer_config.json does not."""
 AUXILIARY_FILES = (
     TOKENIZER,

@@ -77,6 +77,22 @@ def eos_token_ids(folder: Path, config: Mapping[str, Any], vocab_size: int) -> t
     return tuple(eos for eos in _named_ids(folder, config) if 0 <= eos < vocab_size)
 
 
+def generation_settings(folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The file with a folder's settings, and those that change which tokens are generated, beside the ids that end a
+    text: by name, as far as they differ from what they are in transformers.
+
+    Args:
+        folder: a Hugging Face folder, or a checkpoint.
+        config: its config.json.
+    """
+    file, fields = _fields(folder, config)
+    return file, {
+        name: fields[name]
+        for name, default in _DEFAULTS.items()
+        if fields.get(name) is not None and fields[name] != default
+    }
+
+
 def unapplied(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[str]:
     """Sentences on what a folder asks for that generating text will not do.
 
@@ -89,14 +105,11 @@ def unapplied(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[
             f"{shown(folder)}: {_EOS} names {joined(strange)}, outside the vocabulary (vocab_size is {vocab_size}): "
             "generation does not stop there"
         )
-    file, fields = _fields(folder, config)
-    if settings := [
-        f"{name} {_brief(fields[name])}"
-        for name, default in _DEFAULTS.items()
-        if fields.get(name) is not None and fields[name] != default
-    ]:
+    file, settings = generation_settings(folder, config)
+    if settings:
+        named = ", ".join(f"{name} {_brief(value)}" for name, value in settings.items())
         sentences.append(
-            f"{shown(folder / file)} sets {', '.join(settings)}, which are not applied: max_new_tokens limits "
+            f"{shown(folder / file)} sets {named}, which are not applied: max_new_tokens limits "
             "the length, and decoding is greedy unless a temperature is given"
         )
     return sentences

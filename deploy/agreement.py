@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .encoding import OUTPUTS
+from .generation_defaults import disagreements
 from .manifest import ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo, kv_arrays
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -64,6 +65,10 @@ def _of_model(model: ModelInfo) -> Iterator[str]:
     types = model.config.get("type_vocab_size", 2)
     if types is not None and (type(types) is not int or types < 0):
         yield f"has type_vocab_size {types!r} in model.config, expected a number of token types"
+    if (model.generation is None) != (model.kind != "decoder"):
+        yield f"has generation {model.generation} in model.generation, expected it of decoders alone"
+    if model.generation is not None:
+        yield from disagreements(model.generation)
 
 
 def _of_bucket(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..model.rounding import GROUP
 from .artifact import TOKENIZER
+from .generation_defaults import generation_rows
 from .inputs import COUNTS
 from .manifest import Manifest, QuantizationError
 from .tables import (
@@ -41,7 +42,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 - Weights: {manifest.weights.file.size / MEGABYTE:.1f} MB, shared by all buckets. Rows per call: {manifest.batch}.
 
 {_bucket_table(manifest)}
-{_texts(manifest)}
+{_texts(manifest)}{_generation(manifest)}
 ## Attention
 
 {_attention_text(manifest)}
@@ -94,6 +95,12 @@ def _use_of_encoder(manifest: Manifest, name: str) -> tuple[str, str]:
 
 
 _USE = {"decoder": _use_of_decoder, "encoder": _use_of_encoder}
+
+
+def _generation(manifest: Manifest) -> str:
+    rows = generation_rows(manifest.model.generation)
+    lines = "".join(f"- {name}: {value}\n" for name, value in rows.items())
+    return f"\n## Generation, as the checkpoint asks\n\n{lines}" if rows else ""
 
 
 def _texts(manifest: Manifest) -> str:

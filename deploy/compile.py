@@ -25,7 +25,7 @@ from ..attention.keys import LEAST_PAGE
 from ..attention.shape import AttentionShape
 from ..convert.auxiliary_files import CHAT_TEMPLATES
 from ..convert.checkpoint import CONFIG, PROVENANCE, load_model
-from ..convert.generation_config import eos_token_ids
+from ..convert.generation_config import eos_token_ids, generation_settings
 from ..convert.json_file import read_json
 from ..convert.text import read_text_settings
 from ..host.files import check_absent, new_folder
@@ -42,6 +42,7 @@ from .cpu import features_up_to
 from .crossover import Choice, TimedCall, decide, needs_measurement
 from .decode_crossover import decide_decode, needs_decode_measurement
 from .entries import entries_class
+from .generation_defaults import GenerationDefaults, read_defaults
 from .lowering import compile_bucket
 from .manifest import (
     ENTRIES,
@@ -355,9 +356,17 @@ def _model_info(
         fixed_tokens=config.fixed_tokens,
         parameters=sum(array.size for array in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))),
         eos_token_ids=ends,
+        generation=_generation(checkpoint, raw_config, config),
         config=_finite(raw_config),
         text=_text_info(checkpoint),
     )
+
+
+def _generation(checkpoint: Path, raw_config: dict[str, Any], config: ModelConfig) -> GenerationDefaults | None:
+    if config.kind != "decoder":
+        return None
+    _, settings = generation_settings(checkpoint, raw_config)
+    return read_defaults(_finite(settings))
 
 
 def _text_info(checkpoint: Path) -> TextInfo | None:
@@ -379,7 +388,8 @@ def _finite(value: Any) -> Any:
 
 def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
     """Copies the tokenizer, templates of chats and the generation config where the checkpoint has them."""
-    patterns = (layout.TOKENIZER, layout.TOKENIZER_CONFIG, *CHAT_TEMPLATES, layout.GENERATION_CONFIG)
+    tokenizer = (layout.TOKENIZER, layout.TOKENIZER_CONFIG, layout.SPECIAL_TOKENS_MAP)
+    patterns = (*tokenizer, *CHAT_TEMPLATES, layout.GENERATION_CONFIG)
     files = [file for pattern in patterns for file in sorted(checkpoint.glob(pattern))]
     return tuple(layout.write_file(folder, str(file.relative_to(checkpoint)), file.read_bytes()) for file in files)
 

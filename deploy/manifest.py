@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ..host import strict_json
+from .generation_defaults import GenerationDefaults
 
 SCHEMA = 7
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
@@ -150,6 +151,7 @@ class ModelInfo:
         fixed_tokens: that every row has, in a model of images or sound; None for others.
         parameters: how many.
         eos_token_ids: ids that end a text.
+        generation: how its checkpoint wants texts generated; None for a model that writes none.
         config: the whole config.json.
         text: how it takes texts; None for a decoder, and for a model of images or sound.
     """
@@ -163,6 +165,7 @@ class ModelInfo:
     fixed_tokens: int | None
     parameters: int
     eos_token_ids: tuple[int, ...]
+    generation: GenerationDefaults | None
     config: dict[str, Any]
     text: TextInfo | None
 

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from .generation_defaults import generation_rows
 from .manifest import BucketInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError
 
 MEGABYTE = 1e6
@@ -148,6 +150,7 @@ def summary_table(manifest: Manifest) -> Table:
         "context": f"{_context(model)}; buckets {_join(b.capacity for b in manifest.buckets)}",
         **_vocabulary(model),
         **text_rows(manifest),
+        **generation_rows(model.generation),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
         f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
@@ -164,7 +167,7 @@ def summary_table(manifest: Manifest) -> Table:
     table.add_column(style="bold")
     table.add_column()
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value, "yellow") if name == "not applied" else value)
     return table
 
 

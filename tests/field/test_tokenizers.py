@@ -453,6 +453,7 @@ def test_templates_and_settings_travel_to_the_artifact(tiny_llama: Path, tmp_pat
     templates = {
         "chat_template.jinja": "{{ 'ä\u2028' }}\r\n",
         "chat_templates/tool use.jinja": "{% for message in messages %}",
+        "additional_chat_templates/rag.jinja": "{{ documents }}",
         "chat_template.json": '{"chat_template": "x"}',
     }
     for name, text in templates.items():
