@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...host.messages import listed
+from ..json_file import read_json
 from .config import read_config
 from .header import Header
 from .names import pieces_of
@@ -24,6 +25,7 @@ __all__ = ["GgufModel", "find_gguf", "open_gguf"]
 
 # Beside a file, these are the model's own, and a tokenizer that is built of the file's metadata only equals them.
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+_TEMPLATE = "chat_template.jinja"
 _SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -149,10 +151,17 @@ def open_gguf(path: Path) -> GgufModel:
 
 
 def copy_beside(file: Path, folder: Path) -> None:
-    """Copies the tokenizer files that lie beside a GGUF file over those that were built of its metadata."""
-    for name in _BESIDE:
+    """Copies the tokenizer files that lie beside a GGUF file over those that were built of its metadata.
+
+    The chat template of the metadata stays if no file beside it has one.
+    """
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    for name in (*_BESIDE, _TEMPLATE):
         if (file.parent / name).is_file():
             shutil.copyfile(file.parent / name, folder / name)
+    if template is not None and not (folder / _TEMPLATE).is_file():
+        _write(config, {"chat_template": template, **read_json(config)})
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:

@@ -419,6 +419,28 @@ def test_a_folder_with_one_file(tiny_gguf: Path, tmp_path: Path) -> None:
     assert "several GGUF files" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ({}, ("of the file", None)),
+        ({"tokenizer_config.json": '{"bos_token": "<s>"}'}, ("of the file", None)),
+        ({"tokenizer_config.json": '{"chat_template": "beside"}'}, ("beside", None)),
+        ({"tokenizer_config.json": "{}", "chat_template.jinja": "beside"}, (None, "beside")),
+    ],
+)
+def test_a_chat_template_beside_the_file(
+    tiny_source: Path, tmp_path: Path, beside: dict[str, str], expected: tuple[str | None, str | None]
+) -> None:
+    vocabulary = gguf_files.spm(**{"tokenizer.chat_template": "of the file"})
+    write_gguf(tmp_path / "model.gguf", tiny_source, vocabulary=vocabulary)
+    for name, text in beside.items():
+        (tmp_path / name).write_text(text)
+    checkpoint = iceformer.convert_checkpoint(tmp_path, tmp_path / "checkpoint")
+    file = checkpoint / "chat_template.jinja"
+    found = folders.read_json(checkpoint / "tokenizer_config.json").get("chat_template")
+    assert (found, file.read_text() if file.is_file() else None) == expected
+
+
 def test_a_split_model(tiny_source: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
     write_gguf(tmp_path / "whole.gguf", tiny_source, edit=tensors.update)
