@@ -31,6 +31,7 @@ _FILTERED = 64
 _ELEMENT = 16
 _BITS = 4096
 _WIDTH = 1000
+_SHOWN = 20
 _FILTERS = (
     *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape"),
     *("first", "float", "groupby", "int", "items", "last", "length", "list", "lower"),
@@ -39,7 +40,8 @@ _FILTERS = (
 )
 _UNBOUNDED = {"encode", "expandtabs", "from_bytes", "maketrans", "to_bytes", "translate"}
 _LONG_NUMBER = re.compile(r"\d{4,}")
-_NESTED_FIELD = re.compile(r"{[^{}]*{")
+_WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|\d{4,}|\d*\.(?:\*|\d{4,}))")
+_WIDE_BRACES = re.compile(r"{[^{}]*(?:{|:[^{}]*\d{4,})")
 
 
 class BudgetError(Exception):
@@ -74,6 +76,8 @@ class Budget:
 
     def checked(self, value: Any) -> Any:
         """A value; BudgetError if it is too large."""
+        if isinstance(value, int):
+            _check_bits(value.bit_length())
         self.allow(weigh(value, self.size))
         return value
 
@@ -178,6 +182,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         budget = _budget.get()
         budget.tick()
+        # A macro, for one, has them as a tuple and a dict.
+        budget.checked([args, kwargs])
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str) and name in _METHOD_CHECKS:
             _METHOD_CHECKS[name](text, *args, **kwargs)
@@ -420,23 +426,19 @@ def _check_bits(bits: int) -> None:
 
 def _check_percent(left: Any, right: Any) -> None:
     if isinstance(left, str):
-        if "*" in left:
-            raise BudgetError("writes a number with a width of its own choice")
-        _check_fields(left, "%", right)
+        _check_fields(left, left.count("%"), _WIDE_PERCENT.search(left), right)
 
 
 def _check_format(text: str, *given: Any) -> None:
-    if _NESTED_FIELD.search(text.replace("{{", "")):
-        raise BudgetError("writes a value with a width of its own choice")
-    _check_fields(text, "{", given)
+    _check_fields(text, text.count("{"), _WIDE_BRACES.search(text.replace("{{", "")), given)
 
 
-def _check_fields(text: str, mark: str, given: Any) -> None:
-    """A text with fields that begin with a mark, and what is written into them."""
-    if _LONG_NUMBER.search(text):
-        raise BudgetError("writes a value that is too wide")
+def _check_fields(text: str, fields: int, wide: re.Match[str] | None, given: Any) -> None:
+    """A text with so many fields at most, one that is wide or has a width of its own choice, and what they hold."""
+    if wide is not None:
+        raise BudgetError(f"writes a value that is too wide ({wide[0][:_SHOWN]!r})")
     budget = _budget.get()
-    budget.allow(len(text) + text.count(mark) * (_WIDTH + weigh(given, budget.size)))
+    budget.allow(len(text) + fields * (_WIDTH + weigh(given, budget.size)))
 
 
 _OPERATOR_CHECKS: dict[str, Callable[[Any, Any], None]] = {

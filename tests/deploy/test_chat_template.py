@@ -153,6 +153,9 @@ def test_the_time_is_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> No
         "{{ '{:999999999}'.format(1) }}",
         "{{ '{:{}}'.format(1, 999999999) }}",
         "{{ '{a:{b}}'.format_map({'a': 1, 'b': 999999999}) }}",
+        "{{ '%(a)+9999d' % {'a': 1} }}",
+        "{{ '{{{:9999}}}'.format(1) }}",
+        "{% set n = ('f' * 100000) | int(base=16) %}{{ n // 3 }}",
         "{{ 'a'.center(999999999) }}",
         "{{ 'a'.ljust(width=999999999) }}",
         "{{ '1'.zfill(999999999) }}",
@@ -174,6 +177,7 @@ def test_the_time_is_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> No
                 "(ns.x, ns.x)",
                 "{'a': ns.x, 'b': ns.x}",
                 "dict(a=ns.x, b=ns.x)",
+                "cycler(ns.x, ns.x).items",
                 "[ns.x, ns.x] | join",
                 "ns.x.join([ns.x, ns.x, ns.x])",
                 "ns.x.replace('a', ns.x)",
@@ -191,6 +195,8 @@ def test_the_time_is_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> No
         "{% set ns.x = x %}{% endfor %}",
         "{% macro f(x, n) %}{% if n %}{{ f(x, n - 1) }}{{ f(x, n - 1) }}{% else %}{{ x }}{% endif %}{% endmacro %}"
         "{{ f('a' * 100000, 20) }}",
+        "{% set ns = namespace(x='ab') %}{% macro f() %}{% set ns.x = varargs %}{% endmacro %}"
+        "{% for i in range(200) %}{{ f(ns.x, ns.x) }}{% endfor %}{{ ns.x }}",
         "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
         "{% for i in range(100000) %}{{ 'a' * 10000 }}{% endfor %}",
     ],
@@ -200,6 +206,12 @@ def test_sizes_are_bounded(source: str) -> None:
     with pytest.raises(ChatTemplateError, match=r"the chat template (?!fails \(TypeCheck)"):
         rendered(source)
     assert time.thread_time() - started < 5
+
+
+def test_numbers_beside_fields_are_no_widths() -> None:
+    assert rendered("{{ '%s in 20240 * 2, 100%%' % 1 }} {{ '{} in {{20240}} {:>3}'.format(1, 2) }}") == (
+        "1 in 20240 * 2, 100% 1 in {20240}   2"
+    )
 
 
 def test_written_out_namespaces_do_not_grow() -> None:

@@ -95,7 +95,7 @@ def chat_artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """As compiled from a checkpoint with templates in every place, and with settings."""
     folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("chat") / "checkpoint")
     named = [{"name": "default", "template": "config"}, {"name": "rag", "template": "{{ messages | length }} rag"}]
-    tokens = {"bos_token": {"content": "<s>"}, "eos_token": None}
+    tokens = {"bos_token": {"content": "<s>"}, "eos_token": None, "extra_special_tokens": {"image_token": "<img>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, **tokens}))
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<no>", "eos_token": "</s>"}))
     (folder / "chat_template.jinja").write_bytes(TEMPLATE.replace("\n", "\r\n").encode())
@@ -150,7 +150,7 @@ def test_the_template_file_comes_first(chat_artifact: Path, exact_artifact: Path
     template = read_chat_template(artifact)
     assert template is not None
     assert template.render([{"role": "user", "content": "Hi"}]) == "<s>[user] Hi\n"
-    assert template.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert template.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<img>"}
     assert read_chat_template(open_artifact(exact_artifact)) is None
 
 
