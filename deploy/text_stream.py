@@ -14,7 +14,7 @@ _SHOWN = 40
 _INCOMPLETE = "\ufffd"
 _BYTE_TOKENS = 4
 """Tokens of at least a byte each that hold every character of which bytes may be missing."""
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TOKEN_BY_TOKEN = {"Replace", "Metaspace", "WordPiece", "BPEDecoder", "CTC", "ByteFallback", "Strip"}
 _JOINING = {"ByteLevel", "Fuse"}
 
