@@ -20,7 +20,7 @@ import numpy as np
 from ..host import strict_json
 from .generation_defaults import GenerationDefaults
 
-SCHEMA = 7
+SCHEMA = 8
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
 _TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
