@@ -12,8 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache_copy import copy_in, copy_out, run_arrays
 from .encoding import bucket_for
 from .manifest import BucketInfo
+from .prefix_cache import KeptChunk, Key, PrefixCache, chunk_keys
 from .runner import Runner
 from .sampling import sample
 from .slots import Slots
@@ -40,11 +42,12 @@ class Request:
 
 @dataclass(frozen=True)
 class PromptRead:
-    """So many tokens of a request's prompt are in the cache, of so many."""
+    """So many tokens of a request's prompt are in the cache, of so many, and so many of them from earlier prompts."""
 
     handle: int
     done: int
     total: int
+    restored: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class _Running:
     """A request with a place in the cache.
 
     Attributes:
+        keys: of the prompt's chunks that may be kept for later prompts.
         read: tokens of the prompt that are in the cache.
+        restored: how many of them an earlier prompt had left.
         written: how many tokens the model wrote.
         last: the last of them, which is not in the cache yet.
     """
@@ -82,7 +87,9 @@ class _Running:
     bucket: BucketInfo
     slot: int
     generator: np.random.Generator
+    keys: Sequence[Key] = ()
     read: int = 0
+    restored: int = 0
     written: int = 0
     last: int = 0
 
@@ -106,10 +113,16 @@ class _Place:
 
 
 class Engine:
-    """Continues requests. Not safe for threads: one at a time calls it, except `cancel`, which any thread may."""
+    """Continues requests. Not safe for threads: one at a time calls it, except `cancel`, which any thread may.
 
-    def __init__(self, runner: Runner) -> None:
+    Args:
+        runner: of the artifact.
+        prefixes: where chunks of prompts are kept for later ones; None keeps none.
+    """
+
+    def __init__(self, runner: Runner, prefixes: PrefixCache | None = None) -> None:
         self._runner, self._info = runner, runner.info
+        self._prefixes = prefixes or PrefixCache(0)
         self._places = {bucket.capacity: _Place(Slots(bucket, self._info.batch)) for bucket in self._info.buckets}
         self._running: dict[int, _Running] = {}
         self._events: list[Event] = []
@@ -171,6 +184,27 @@ class Engine:
         *_, (_, logits) = self._chunks("prefill", ids)
         return logits[0]
 
+    def prefix(self, ids: NDArray[np.int32], room: int) -> Iterator[KeptChunk]:
+        """Chunk by chunk, what later prompts can start from that begin with these tokens.
+
+        There must be room for these and `room` more tokens, which decide on the bucket.
+        """
+        bucket = bucket_for(self._info, len(ids) + room)
+        slots = self._places[bucket.capacity].slots
+        slot = slots.take(len(ids))
+        try:
+            for number, key in enumerate(chunk_keys(bucket, ids)):
+                start = number * bucket.chunk
+                kept = next(iter(self._prefixes.find([key])), None)
+                if kept is not None:
+                    self._put(bucket, slot, start, kept)
+                else:
+                    self._call(bucket, "prefill", _piece(ids, start, bucket.chunk), *_row(slot, start, len(ids)))
+                    kept = self._taken(bucket, slot, start, key)
+                yield kept
+        finally:
+            slots.give_back(slot)
+
     def _chunks(self, entry: str, *rows: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
         """Runs an entry over a sequence in a slot of its own, and gives the end of each chunk and its results."""
         length = len(rows[0])
@@ -205,20 +239,52 @@ class Engine:
                 handle, request = place.waiting.popleft()
                 slot = place.slots.take(len(request.ids) + request.max_new_tokens)
                 generator = np.random.default_rng(request.seed)
-                self._running[handle] = _Running(handle, request, bucket, slot, generator)
+                keys = chunk_keys(bucket, request.ids)
+                self._running[handle] = _Running(handle, request, bucket, slot, generator, keys)
 
     def _release(self, running: _Running) -> None:
         self._places[running.bucket.capacity].slots.give_back(running.slot)
         del self._running[running.handle]
 
     def _read(self, running: _Running) -> None:
+        self._restore(running)
         bucket, ids, start = running.bucket, running.request.ids, running.read
         piece = _piece(ids, start, bucket.chunk)
         (logits,) = self._call(bucket, "prefill", piece, *_row(running.slot, start, len(ids)))
         running.read = min(start + bucket.chunk, len(ids))
-        self._events.append(PromptRead(running.handle, running.read, len(ids)))
+        self._keep(running, start)
+        self._events.append(PromptRead(running.handle, running.read, len(ids), running.restored))
         if running.writes:
             self._sample(running, np.asarray(logits)[0])
+
+    def _restore(self, running: _Running) -> None:
+        """Takes the next chunks of a prompt from earlier prompts, as far as they are kept."""
+        for chunk in self._prefixes.find(running.keys[running.read // running.bucket.chunk :]):
+            self._put(running.bucket, running.slot, running.read, chunk)
+            running.read += running.bucket.chunk
+            running.restored += running.bucket.chunk
+
+    def _keep(self, running: _Running, start: int) -> None:
+        """Keeps a chunk of a prompt that was read just now, if later prompts may use it and there is room."""
+        bucket, keys, number = running.bucket, running.keys, start // running.bucket.chunk
+        if number >= len(keys) or keys[number] in self._prefixes:
+            return
+        arrays = run_arrays(bucket.cache, start, start + bucket.chunk)
+        size = sum(array.size_in_bytes for layer in arrays for array in layer.values())
+        if self._prefixes.has_room(size, keys[:number]):
+            self._prefixes.keep(self._taken(bucket, running.slot, start, keys[number]), keys[:number])
+
+    def _taken(self, bucket: BucketInfo, slot: int, start: int, key: Key) -> KeptChunk:
+        """A copy of the chunk of a slot that begins at `start` and was read just now."""
+        pages = self._places[bucket.capacity].slots.pages(slot)
+        views = self._runner.cache_views(bucket)
+        return KeptChunk(key, copy_out(views, bucket.cache, slot, pages, start, start + bucket.chunk))
+
+    def _put(self, bucket: BucketInfo, slot: int, start: int, chunk: KeptChunk) -> None:
+        """Puts a chunk back into a slot."""
+        pages = self._places[bucket.capacity].slots.pages(slot)
+        views = self._runner.cache_views(bucket)
+        copy_in(views, bucket.cache, slot, pages, start, start + bucket.chunk, chunk.layers)
 
     def _write(self, bucket: BucketInfo, writing: Sequence[_Running]) -> None:
         """One more token of each request, all of them in one call."""

@@ -1,5 +1,6 @@
 """An artifact's machine code, weights and caches, ready to be called: what is below the engine."""
 
+import ctypes
 import gc
 import time
 import warnings
@@ -8,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import kernels
 from .artifact import Artifact, Tier
+from .cache_copy import Layers
 from .executables import Executable, MachineCodeError, PortableEntry, PortableTierWarning, load_native
 from .manifest import ArrayInfo, BucketInfo, Manifest
 from .weights import cpu_device, memory_map, put_weights, read_weights
@@ -55,6 +58,17 @@ class Runner:
         self._caches[bucket.capacity] = cache
         return tuple(results)
 
+    def cache_views(self, bucket: BucketInfo) -> Layers:
+        """The bucket's cache as arrays on the host that share its memory and may be written to.
+
+        Valid until the next call. Nobody else holds the cache, because every call donates it, so that writing to it
+        between two calls changes nothing that jax takes for constant.
+        """
+        if bucket.capacity not in self._caches:
+            self._caches[bucket.capacity] = _empty_cache(bucket)
+        cache = jax.block_until_ready(self._caches[bucket.capacity])
+        return tuple({name: _writable(array) for name, array in layer.items()} for layer in cache)
+
     def close(self) -> None:
         """Gives back the memory of weights, caches and machine code."""
         for array in jax.tree.leaves((self._weights, self._caches)):
@@ -96,6 +110,11 @@ def _load_entries(artifact: Artifact) -> tuple[dict[tuple[int, str], Executable]
         stacklevel=5,
     )
     return portable, "portable"
+
+
+def _writable(array: jax.Array) -> NDArray[Any]:
+    memory = (ctypes.c_char * array.nbytes).from_address(array.unsafe_buffer_pointer())
+    return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape)
 
 
 def _empty_cache(bucket: BucketInfo) -> Cache:

@@ -1,5 +1,7 @@
 """The places in a bucket's KV cache: slots, and the pages of each where the cache has pages."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +43,10 @@ class Slots:
             self.table[slot, :count] = pages
             self._pages[slot] = pages
         return slot
+
+    def pages(self, slot: int) -> Sequence[int]:
+        """The pages of a slot in the order of its tokens; where a slot is one page, that."""
+        return [slot] if self.table is None else self._pages[slot]
 
     def give_back(self, slot: int) -> None:
         """The slot and its pages are free again."""

@@ -1,0 +1,170 @@
+"""A prompt's chunks on disk: the folder that `iceformer cache` writes, with `prefix.json` and the arrays beside it.
+
+It fits the artifact that wrote it and no other, because only the same machine code gives the same bits. Its arrays are
+mapped into memory after their hash was checked.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..host import strict_json
+from ..host.files import new_folder
+from .artifact import Artifact, Tier, host_environment, write_file
+from .cache_copy import run_arrays
+from .manifest import ArrayInfo, BucketInfo
+from .prefix_cache import KeptChunk
+from .weights import read_weights, write_weights
+
+PREFIX, ARRAYS = "prefix.json", "prefix.safetensors"
+SCHEMA = 1
+
+
+class PrefixError(ValueError):
+    """A folder that holds no prefix, a changed one, or one of another artifact."""
+
+
+@dataclass(frozen=True)
+class PrefixInfo:
+    """The content of prefix.json.
+
+    Attributes:
+        schema: version of this format.
+        artifact: `fingerprint` of the artifact.
+        capacity: of the bucket.
+        tokens: of the prompt, those in whole chunks.
+        keys: of the chunks, as hex.
+        sha256: of the file with the arrays.
+    """
+
+    schema: int
+    artifact: str
+    capacity: int
+    tokens: int
+    keys: tuple[str, ...]
+    sha256: str
+
+
+def fingerprint(artifact: Artifact, tier: Tier) -> str:
+    """What the bits of a prefix depend on besides its tokens, as hex: the artifact, and this host where its code was
+    compiled here."""
+    host = str(host_environment()) if tier == "portable" else ""
+    return hashlib.sha256(f"{tier} {host} {artifact.manifest.to_json()}".encode()).hexdigest()
+
+
+def write_prefix(target: Path, artifact: str, bucket: BucketInfo, chunks: Sequence[KeptChunk]) -> None:
+    """Writes the chunks that a prompt begins with, whole or not at all.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    arrays = {
+        _name(number, layer, name): array
+        for number, chunk in enumerate(chunks)
+        for layer, named in enumerate(chunk.layers)
+        for name, array in named.items()
+    }
+    with new_folder(target) as folder:
+        file = write_weights(folder / ARRAYS, arrays)
+        keys = tuple(chunk.key.hex() for chunk in chunks)
+        info = PrefixInfo(SCHEMA, artifact, bucket.capacity, len(chunks) * bucket.chunk, keys, file.sha256)
+        write_file(folder, PREFIX, (json.dumps(dataclasses.asdict(info), indent=1) + "\n").encode())
+
+
+def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> list[KeptChunk]:
+    """The chunks of a folder, mapped into memory.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        PrefixError: it is no prefix, one of its files was cut or changed, or it was written with another artifact.
+    """
+    info = _read_info(folder)
+    if info.artifact != artifact:
+        raise PrefixError(
+            f"{folder} was written with another artifact, or with this one on another kind of machine: "
+            "write it again with `iceformer cache`"
+        )
+    bucket = next((bucket for bucket in buckets if bucket.capacity == info.capacity), None)
+    if bucket is None or len(info.keys) * bucket.chunk != info.tokens or info.tokens > bucket.capacity:
+        raise PrefixError(_changed(folder / PREFIX))
+    path = folder / ARRAYS
+    if not path.is_file():
+        raise PrefixError(f"{folder} lacks {ARRAYS}: copy the folder again, or write it again with `iceformer cache`")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+            raise PrefixError(_changed(path))
+    expected = _expected(bucket, len(info.keys))
+    views = read_weights(path, {name: array for chunk in expected for layer in chunk for name, array in layer.values()})
+    return [
+        KeptChunk(
+            bytes.fromhex(key),
+            tuple({name: views[stored] for name, (stored, _) in layer.items()} for layer in chunk),
+            mapped=True,
+        )
+        for key, chunk in zip(info.keys, expected, strict=True)
+    ]
+
+
+def _expected(bucket: BucketInfo, count: int) -> list[tuple[dict[str, tuple[str, ArrayInfo]], ...]]:
+    """Of each chunk and layer the arrays, and their names in the file."""
+    runs = [run_arrays(bucket.cache, number * bucket.chunk, (number + 1) * bucket.chunk) for number in range(count)]
+    return [
+        tuple(
+            {name: (_name(number, layer, name), array) for name, array in arrays.items()}
+            for layer, arrays in enumerate(run)
+        )
+        for number, run in enumerate(runs)
+    ]
+
+
+def _name(number: int, layer: int, name: str) -> str:
+    return f"{number}.{layer}.{name}"
+
+
+def _read_info(folder: Path) -> PrefixInfo:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: expected a cache written by `iceformer cache`")
+    path = folder / PREFIX
+    if not path.is_file():
+        raise PrefixError(f"{folder} lacks {PREFIX}: expected a cache written by `iceformer cache`")
+    try:
+        value: Any = strict_json.parse(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise PrefixError(f"{error}: write it again with `iceformer cache`") from None
+    fields = {field.name for field in dataclasses.fields(PrefixInfo)}
+    if not isinstance(value, dict) or value.keys() != fields or not _are_fields(value):
+        raise PrefixError(_changed(path))
+    if value["schema"] != SCHEMA:
+        raise PrefixError(
+            f"{path} has schema {value['schema']} and this iceformer reads schema {SCHEMA}: "
+            "write it again with `iceformer cache`"
+        )
+    return PrefixInfo(**{**value, "keys": tuple(value["keys"])})
+
+
+def _are_fields(value: dict[str, Any]) -> bool:
+    """Whether the values are of the right types."""
+    numbers = (value["schema"], value["capacity"], value["tokens"])
+    texts = (value["artifact"], value["sha256"])
+    keys = value["keys"]
+    return (
+        all(type(number) is int and number > 0 for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(keys, list)
+        and all(isinstance(key, str) and _is_hash(key) for key in keys)
+    )
+
+
+def _is_hash(text: str) -> bool:
+    try:
+        return len(bytes.fromhex(text)) == hashlib.sha256().digest_size
+    except ValueError:
+        return False
+
+
+def _changed(path: Path) -> str:
+    return f"{path} was cut or changed after it was written: copy it again, or write it again with `iceformer cache`"

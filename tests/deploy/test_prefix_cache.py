@@ -1,0 +1,159 @@
+"""A prompt that begins as an earlier one starts behind their common chunks, with the same bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import iceformer
+from iceformer.deploy.artifact import open_artifact
+from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
+from iceformer.deploy.prefix_cache import KeptChunk, PrefixCache, chunk_keys, tokens_behind
+from iceformer.deploy.runner import Runner
+
+from .conftest import TWO_STAGE, VOCABULARY
+
+CHUNK = 32
+LARGE = 1 << 30
+
+
+def prompt(seed: int, length: int) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(4, VOCABULARY, length).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def artifacts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("prefixes")
+    options = {
+        "whole slots": {"attention": TWO_STAGE},
+        "pages": {"attention": TWO_STAGE, "page": 128, "batch": 2},
+        "exact": {"attention": iceformer.Exact()},
+        "int8": {"attention": TWO_STAGE, "kv_dtype": "int8"},
+    }
+
+    def artifact(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            iceformer.compile(checkpoint, path, buckets=(256,), chunk=CHUNK, **options[name])
+        return path
+
+    return artifact
+
+
+def run(engine: Engine, *requests: Request) -> tuple[list[list[int]], list[int]]:
+    """What is written, and how much of each prompt was restored."""
+    handles = [engine.add(request) for request in requests]
+    written: dict[int, list[int]] = {handle: [] for handle in handles}
+    restored = dict.fromkeys(handles, 0)
+    while engine.busy:
+        for event in engine.step():
+            assert not isinstance(event, RequestLost)
+            if isinstance(event, TokenWritten):
+                written[event.handle].append(event.id)
+            elif isinstance(event, PromptRead):
+                restored[event.handle] = event.restored
+    return list(written.values()), list(restored.values())
+
+
+def cache_bits(engine: Engine, tokens: int) -> list[bytes]:
+    """The keys and values of the first tokens of the first slot."""
+    bucket = engine._info.buckets[0]
+    views = engine._runner.cache_views(bucket)
+    if bucket.cache.page:
+        return [view[: tokens // bucket.cache.page].tobytes() for layer in views for view in layer.values()]
+    return [layer[name][0, :, :tokens].tobytes() for layer in views for name in ("key", "value")]
+
+
+@pytest.mark.parametrize("memory", ["whole slots", "pages", "exact", "int8"])
+def test_a_restored_prefix_has_the_same_bits(artifacts: Callable[[str], Path], memory: str) -> None:
+    document = prompt(0, 160)
+    first, second = (np.concatenate([document, prompt(seed, 21)]) for seed in (1, 2))
+    artifact = open_artifact(artifacts(memory))
+    plain, caching = Engine(Runner(artifact)), Engine(Runner(artifact), PrefixCache(LARGE))
+    run(caching, Request(first, 8))
+    expected, none = run(plain, Request(second, 24))
+    written, restored = run(caching, Request(second, 24))
+    assert none == [0]
+    assert restored == [160], "every chunk of the document, none of which is computed again"
+    assert written == expected
+    assert cache_bits(caching, 128) == cache_bits(plain, 128)
+
+
+def test_the_whole_prompt_again_computes_its_last_tokens_only(artifacts: Callable[[str], Path]) -> None:
+    for name in ("exact", "whole slots"):
+        artifact = open_artifact(artifacts(name))
+        engine, ids = Engine(Runner(artifact), PrefixCache(LARGE)), prompt(3, 192)
+        (before,), _ = run(engine, Request(ids, 6))
+        (after,), (restored,) = run(engine, Request(ids, 6))
+        assert after == before
+        behind = tokens_behind(artifact.manifest.buckets[0])
+        assert restored == (192 - behind) // CHUNK * CHUNK >= 128
+
+
+def test_chunks_near_the_end_of_a_prompt_are_not_kept(artifacts: Callable[[str], Path]) -> None:
+    """With `exact_last_block` their bits depend on where the prompt ends."""
+    artifact = open_artifact(artifacts("whole slots"))
+    plain, caching = Engine(Runner(artifact)), Engine(Runner(artifact), PrefixCache(LARGE))
+    for length in range(160, 200, 3):
+        ids = prompt(4, length)
+        assert run(caching, Request(ids, 5))[0] == run(plain, Request(ids, 5))[0]
+
+
+def test_requests_at_once_share_what_the_first_read(artifacts: Callable[[str], Path]) -> None:
+    engine = Engine(Runner(open_artifact(artifacts("pages"))), PrefixCache(LARGE))
+    document = prompt(5, 128)
+    requests = [Request(np.concatenate([document, prompt(seed, 30)]), 5) for seed in (6, 7)]
+    written, restored = run(engine, *requests)
+    assert restored == [0, 128]
+    alone = Engine(Runner(open_artifact(artifacts("pages"))))
+    assert written == [run(alone, request)[0][0] for request in requests]
+
+
+def test_other_tokens_share_nothing(artifacts: Callable[[str], Path]) -> None:
+    bucket = open_artifact(artifacts("exact")).manifest.buckets[0]
+    ids = prompt(8, 100)
+    other = ids.copy()
+    other[40] += 1
+    keys, others = chunk_keys(bucket, ids), chunk_keys(bucket, other)
+    assert len(keys) == 3
+    assert keys[0] == others[0]
+    assert not set(keys[1:]) & set(others[1:])
+    assert chunk_keys(bucket, ids[:33])[0] == keys[0]
+    assert chunk_keys(bucket, ids[:32]) == []
+
+
+def chunk(name: str, size: int, *, mapped: bool = False) -> KeptChunk:
+    return KeptChunk(name.encode(), ({"key": np.zeros(size, np.int8)},), mapped)
+
+
+def test_what_was_used_longest_ago_leaves_first_and_ends_before_beginnings() -> None:
+    cache = PrefixCache(100)
+    for name in "abc":
+        cache.keep(chunk(name, 30), [other.encode() for other in "abc"[: "abc".index(name)]])
+    cache.keep(chunk("x", 30))
+    assert [name for name in "abcx" if name.encode() in cache] == ["a", "b", "x"]
+    cache.find([b"a", b"b"])
+    cache.keep(chunk("y", 30))
+    assert [name for name in "abcxy" if name.encode() in cache] == ["a", "b", "y"]
+    assert cache.size_in_bytes == 90
+
+
+def test_a_prompt_beyond_the_limit_keeps_its_beginning() -> None:
+    cache = PrefixCache(100)
+    cache.keep(chunk("a", 60))
+    assert not cache.has_room(60, [b"a"])
+    assert cache.has_room(60, [])
+    assert not PrefixCache(0).has_room(1, [])
+
+
+def test_mapped_chunks_take_nothing_of_the_limit() -> None:
+    cache = PrefixCache(10)
+    cache.keep(chunk("m", 1000, mapped=True))
+    cache.keep(chunk("a", 10))
+    cache.keep(chunk("b", 10))
+    assert [name for name in "mab" if name.encode() in cache] == ["m", "b"]
+    assert cache.size_in_bytes == 10
+    cache.clear()
+    assert b"m" not in cache
