@@ -153,7 +153,6 @@ class Sampler:
         """Logits after bias and penalties; the given array itself if there are none."""
         if not len(self._biased) and self._seen is None and self._counts is None:
             return logits
-        _check_largest(logits.max())
         options, scores = self._sampling, logits.copy()
         scores[self._biased] += self._bias
         if self._seen is not None:

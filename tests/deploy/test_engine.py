@@ -149,6 +149,19 @@ def test_logits_that_are_no_numbers_lose_one_request_and_no_other(
     assert written[kept] == alone(two_stage_session, 3)
 
 
+def test_what_was_written_counts_for_the_penalties(engines: dict[str, Callable[[], Engine]]) -> None:
+    """The bias makes one token the first, and the penalty makes it the last that is taken again."""
+    engine = engines["whole slots"]()
+    asked = request(1)
+    token = int(np.setdiff1d(np.arange(4, VOCABULARY), asked.ids)[0])
+    sampling = Sampling(logit_bias={token: 100.0}, repetition_penalty=1e6)
+    handle = engine.add(replace(asked, max_new_tokens=5, sampling=sampling))
+    written: dict[int, list[int]] = {}
+    finish(engine, written)
+    assert written[handle][0] == token
+    assert token not in written[handle][1:]
+
+
 def test_a_bias_of_an_unknown_token_is_refused_before_anything_runs(
     engines: dict[str, Callable[[], Engine]],
 ) -> None:
