@@ -17,10 +17,12 @@ from .encoding import bucket_for
 from .manifest import BucketInfo
 from .prefix_cache import KeptChunk, Key, PrefixCache, chunk_keys
 from .runner import Runner
-from .sampling import sample
+from .sampling import Sampler, Sampling
 from .slots import Slots
 
 FinishReason = Literal["stop", "length", "capacity"]
+
+_CALL_FAILED = "a call on the same cache failed or was interrupted: generate it again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +32,12 @@ class Request:
     Attributes:
         ids: int32 [n], the prompt, checked: not empty, in the vocabulary, not longer than the largest bucket.
         max_new_tokens: how many tokens to write at most, at least 1.
-        temperature: 0 takes the most likely token each time; above 0 draws from softmax(logits / temperature).
-        seed: of the draws.
+        sampling: how tokens are chosen.
     """
 
     ids: NDArray[np.int32]
     max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,15 @@ class TokenWritten:
 
 @dataclass(frozen=True)
 class RequestLost:
-    """A request ended because a call of its bucket failed, which cost it its place in the cache."""
+    """A request ended before its last token.
+
+    Attributes:
+        handle: of the request.
+        why: a call of its bucket failed, which cost it its place in the cache, or no token can be chosen.
+    """
 
     handle: int
+    why: str
 
 
 Event = PromptRead | TokenWritten | RequestLost
@@ -86,7 +92,7 @@ class _Running:
     request: Request
     bucket: BucketInfo
     slot: int
-    generator: np.random.Generator
+    sampler: Sampler
     keys: Sequence[Key] = ()
     read: int = 0
     restored: int = 0
@@ -123,6 +129,7 @@ class Engine:
     def __init__(self, runner: Runner, prefixes: PrefixCache | None = None) -> None:
         self._runner, self._info = runner, runner.info
         self._prefixes = prefixes or PrefixCache(0)
+        self._vocab_size = self._info.model.vocab_size or 0  # an encoder may have none, and is given no requests
         self._places = {bucket.capacity: _Place(Slots(bucket, self._info.batch)) for bucket in self._info.buckets}
         self._running: dict[int, _Running] = {}
         self._events: list[Event] = []
@@ -130,7 +137,8 @@ class Engine:
         self._next_handle = 0
 
     def add(self, request: Request) -> int:
-        """Takes a request, and gives the handle that its events have."""
+        """Takes a request, and gives the handle that its events have; ValueError for a bias of unknown tokens."""
+        request.sampling.check_vocabulary(self._vocab_size)
         handle = self._next_handle
         self._next_handle += 1
         self._places[self._bucket(request).capacity].waiting.append((handle, request))
@@ -238,9 +246,11 @@ class Engine:
             while place.waiting and place.slots.free:
                 handle, request = place.waiting.popleft()
                 slot = place.slots.take(len(request.ids) + request.max_new_tokens)
-                generator = np.random.default_rng(request.seed)
-                keys = chunk_keys(bucket, request.ids)
-                self._running[handle] = _Running(handle, request, bucket, slot, generator, keys)
+                sampler, keys = (
+                    Sampler(request.sampling, request.ids, self._vocab_size),
+                    chunk_keys(bucket, request.ids),
+                )
+                self._running[handle] = _Running(handle, request, bucket, slot, sampler, keys)
 
     def _release(self, running: _Running) -> None:
         self._places[running.bucket.capacity].slots.give_back(running.slot)
@@ -302,13 +312,18 @@ class Engine:
             self._sample(running, logits[running.slot])
 
     def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
-        request = running.request
-        running.last = sample(logits, request.temperature, running.generator)
+        try:
+            running.last = running.sampler.choose(logits)
+        except RuntimeError as error:  # its own logits are wrong, and the others go on
+            self._events.append(RequestLost(running.handle, str(error)))
+            self._release(running)
+            return
+        running.sampler.accept(running.last)
         running.written += 1
         reason: FinishReason | None = None
         if running.last in self._info.model.eos_token_ids:
             reason = "stop"
-        elif running.written == request.max_new_tokens:
+        elif running.written == running.request.max_new_tokens:
             reason = "length"
         elif running.position == running.bucket.capacity:
             reason = "capacity"
@@ -323,7 +338,7 @@ class Engine:
         except BaseException:
             # The cache is gone, and with it what the others had in it.
             for running in [running for running in self._running.values() if running.bucket is bucket]:
-                self._events.append(RequestLost(running.handle))
+                self._events.append(RequestLost(running.handle, _CALL_FAILED))
                 self._release(running)
             raise
 

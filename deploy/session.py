@@ -24,7 +24,7 @@ from .engine import Engine, Event, FinishReason, Request, RequestLost, TokenWrit
 from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_nested, read_rows
 from .manifest import ENTRIES, FileInfo, Manifest
 from .runner import Runner
-from .sampling import check_temperature
+from .sampling import Sampling
 from .tokenization import Cut, TextTokenizer
 
 Progress = Callable[[int, int], None]
@@ -271,9 +271,8 @@ class Session:
                 than the largest bucket has, a temperature or max_new_tokens that makes no sense, or an encoder.
         """
         self._check_entry("decode")
-        check_temperature(temperature)
+        sampling = Sampling(temperature=temperature, seed=seed)
         max_new_tokens = check_count(max_new_tokens, "max_new_tokens", 1)
-        seed = check_count(seed, "seed", 0)
         if is_nested(prompt):
             raise ValueError(
                 f"the prompt is a {type(prompt).__name__} of {len(prompt)}, and generate continues one prompt: call it "
@@ -281,7 +280,7 @@ class Session:
             )
         ids = self._read_ids(prompt, "the prompt", add_special_tokens)
         with self._turn():
-            handle = self._engine.add(Request(ids, max_new_tokens, float(temperature), seed))
+            handle = self._engine.add(Request(ids, max_new_tokens, sampling))
             self._events[handle] = deque()
         written = Stream(self, handle, len(ids), progress)
         return written if stream else written.wait()
@@ -482,10 +481,7 @@ class Session:
                     if isinstance(event, TokenWritten):
                         return event
                     if isinstance(event, RequestLost):
-                        raise RuntimeError(
-                            "the text cannot be continued, because a call on the same cache failed or was interrupted: "
-                            "generate it again"
-                        )
+                        raise RuntimeError(f"the text cannot be continued, because {event.why}")
                     if progress:
                         progress(event.done, event.total)
 

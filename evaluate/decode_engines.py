@@ -69,7 +69,7 @@ def ours(job: DecodeJob) -> Engine:
     """An artifact of ours. All rows write in the steps that count."""
     from ..deploy.artifact import open_artifact
     from ..deploy.engine import Engine as Requests
-    from ..deploy.engine import Request, TokenWritten
+    from ..deploy.engine import Request, RequestLost, TokenWritten
     from ..deploy.runner import Runner
 
     artifact = open_artifact(Path(job.form))
@@ -81,7 +81,11 @@ def ours(job: DecodeJob) -> Engine:
         reading = {requests.add(Request(ids, most)) for ids in prompts(job)}
         handles = tuple(reading)
         while reading:
-            reading -= {event.handle for event in requests.step() if isinstance(event, TokenWritten)}
+            for event in requests.step():
+                if isinstance(event, RequestLost):
+                    raise RuntimeError(event.why)
+                if isinstance(event, TokenWritten):
+                    reading.discard(event.handle)
         # The step that ends a prompt also writes its second token.
         start = time.perf_counter()
         steps = job.new_tokens - 2

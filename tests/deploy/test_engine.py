@@ -14,6 +14,7 @@ from iceformer.deploy.artifact import open_artifact
 from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
 from iceformer.deploy.manifest import ENTRIES, BucketInfo, CacheInfo
 from iceformer.deploy.runner import Runner
+from iceformer.deploy.sampling import Sampling
 from iceformer.deploy.session import Session
 from iceformer.deploy.slots import Slots
 
@@ -25,7 +26,7 @@ LENGTHS, NEW = (100, 5, 70, 33), (9, 20, 12, 7)
 def request(index: int) -> Request:
     ids = np.random.default_rng(index).integers(4, VOCABULARY, LENGTHS[index]).astype(np.int32)
     # Every other one draws: its draws are its own, whoever runs beside it.
-    return Request(ids, NEW[index], float(index % 2), seed=index)
+    return Request(ids, NEW[index], Sampling(temperature=float(index % 2), seed=index))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,8 @@ def finish(engine: Engine, written: dict[int, list[int]], read: dict[int, list[i
 
 def alone(session: Session, index: int) -> list[int]:
     asked = request(index)
-    return session.generate(asked.ids, asked.max_new_tokens, asked.temperature, asked.seed).ids.tolist()
+    sampling = asked.sampling
+    return session.generate(asked.ids, asked.max_new_tokens, sampling.temperature, sampling.seed).ids.tolist()
 
 
 @pytest.mark.parametrize("memory", ["whole slots", "pages"])
@@ -116,6 +118,57 @@ def test_a_cancelled_request_makes_room_and_changes_nobody(
     assert written.pop(handles[0], []) == before
     for index in (1, 2, 3):
         assert written[handles[index]] == alone(two_stage_session, index)
+
+
+def test_logits_that_are_no_numbers_lose_one_request_and_no_other(
+    engines: dict[str, Callable[[], Engine]], two_stage_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines["whole slots"]()
+    lost, kept = engine.add(request(1)), engine.add(request(3))
+    call: Any = engine._runner.call
+    written: dict[int, list[int]] = {}
+
+    def spoil(bucket: BucketInfo, name: str, *arguments: Any) -> Any:
+        results = call(bucket, name, *arguments)
+        if name != "decode":
+            return results
+        logits = np.array(results[0])
+        logits[engine._running[lost].slot] = np.nan
+        return (logits,)
+
+    while not written:
+        written.update({event.handle: [event.id] for event in engine.step() if isinstance(event, TokenWritten)})
+    assert set(written) == {lost}
+    monkeypatch.setattr(engine._runner, "call", spoil)
+    (event,) = [event for event in engine.step() if isinstance(event, RequestLost)]
+    monkeypatch.undo()
+    assert event.handle == lost
+    assert "the largest logit is nan" in event.why
+    finish(engine, written)
+    assert len(written[lost]) <= 2
+    assert written[kept] == alone(two_stage_session, 3)
+
+
+def test_what_was_written_counts_for_the_penalties(engines: dict[str, Callable[[], Engine]]) -> None:
+    """The bias makes one token the first, and the penalty makes it the last that is taken again."""
+    engine = engines["whole slots"]()
+    asked = request(1)
+    token = int(np.setdiff1d(np.arange(4, VOCABULARY), asked.ids)[0])
+    sampling = Sampling(logit_bias={token: 100.0}, repetition_penalty=1e6)
+    handle = engine.add(replace(asked, max_new_tokens=5, sampling=sampling))
+    written: dict[int, list[int]] = {}
+    finish(engine, written)
+    assert written[handle][0] == token
+    assert token not in written[handle][1:]
+
+
+def test_a_bias_of_an_unknown_token_is_refused_before_anything_runs(
+    engines: dict[str, Callable[[], Engine]],
+) -> None:
+    engine = engines["whole slots"]()
+    with pytest.raises(ValueError, match=f"token id {VOCABULARY}, expected ids below {VOCABULARY}"):
+        engine.add(replace(request(0), sampling=Sampling(logit_bias={VOCABULARY: 1.0})))
+    assert not engine.busy
 
 
 def test_a_failed_call_loses_its_buckets_requests_and_no_other(
