@@ -2,7 +2,7 @@
 
 from .cache import Field, KVCache, LayerCache, extend
 from .decode_selection import DecodeSelection
-from .dispatch import attend, listening
+from .dispatch import attend, attend_and_keep, listening
 from .exact import Exact
 from .keys import KeyView
 from .methods import METHODS, Constants, LowRank, MeanPool, Method, PageBound, Sparq, make_method
@@ -35,6 +35,7 @@ __all__ = [
     "TwoStage",
     "Values",
     "attend",
+    "attend_and_keep",
     "attention_to_dict",
     "extend",
     "listening",

@@ -1,11 +1,11 @@
 """The KV cache: the arrays of each layer by name, explicit in every call and donated by the caller.
 
-A layer holds keys and values, and whatever the attention keeps of its keys (`Field`). A layer with a sliding window
-holds a ring: the last tokens of each row, the one at position p in place p % ring. Keys and values may be int8, with a
-scale for each token and head beside them.
+A layer holds keys and values, and whatever the attention keeps of its keys (`Field`) and of each slot (`State`). A
+layer with a sliding window holds a ring: the last tokens of each row, the one at position p in place p % ring. Keys and
+values may be int8, with a scale for each token and head beside them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .rows import Mask, Rows
 
 LayerCache = dict[str, Array]
 """`key` and `value` [pages, kv_heads, page, width], where they are int8 also `key_scale` and `value_scale` [pages,
-kv_heads, page], and fields [pages, kv_heads, entries, ...] by their names."""
+kv_heads, page], fields [pages, kv_heads, entries, ...] and state [slots, ...] by their names."""
 KVCache = tuple[LayerCache, ...]
 
 
@@ -44,6 +44,10 @@ Entries = Callable[[str, Float[Array, "heads runs tokens head_dim"]], Shaped[Arr
 """Makes the entries of a field, by its name, from runs of as many tokens as an entry stands for."""
 
 
+State = Mapping[str, Shaped[Array, "slots ..."]]
+"""What an attention keeps of each slot from one call to the next, by name. Zeros stand for nothing."""
+
+
 class Extended(NamedTuple):
     """A layer's cache with the tokens of a call in it, and how these attend to it."""
 
@@ -62,6 +66,7 @@ def extend(
     fields: Fields,
     entries: Entries,
     table: Int[Array, "slots slot_pages"] | None = None,
+    state: Collection[str] = (),
 ) -> Extended:
     """Puts the tokens of a call at positions `offset .. offset + tokens` of their slots. Idle rows write nothing.
 
@@ -75,14 +80,16 @@ def extend(
         fields: what is kept besides, in a layer without a window.
         entries: makes it.
         table: the pages of each slot; None where a slot is one page. Rings have none.
+        state: names of what is kept of each slot, in a layer without a window. It stays as it is.
 
     Raises:
-        ValueError: the cache has other fields, or arrays of another dtype than what is written to them.
+        ValueError: the cache has other arrays, or arrays of another dtype than what is written to them.
     """
     new = _stored(cache, key, value)
-    _check(cache, new, {} if mask.window is not None else fields)
     if mask.window is not None:
+        _check(cache, new, {}, ())
         return _extend_ring(cache, new, rows, mask)
+    _check(cache, new, fields, state)
     cache = dict(cache)
     for name, update in new.items():
         cache[name] = _put(cache[name], update, rows.slot, rows.offset, table)
@@ -93,6 +100,17 @@ def extend(
     return Extended(cache, keys._replace(fields={name: cache[name] for name in fields}), rows, mask)
 
 
+def put_state(state: State, slot: Int[Array, " rows"], new: Mapping[str, Shaped[Array, "rows ..."]]) -> State:
+    """The state with what is new of each row's slot. Rows of slot -1 write nothing."""
+    # An index past the end, which a negative one would not be, is dropped.
+    return {name: x.at[jnp.where(slot < 0, x.shape[0], slot)].set(new[name], mode="drop") for name, x in state.items()}
+
+
+def emptied(state: State, slot: Int[Array, " rows"]) -> State:
+    """The state with nothing of each row's slot."""
+    return put_state(state, slot, {name: jnp.zeros((*slot.shape, *x.shape[1:]), x.dtype) for name, x in state.items()})
+
+
 def _stored(cache: LayerCache, key: Array, value: Array) -> dict[str, Array]:
     """New keys and values as the cache holds them."""
     if "key_scale" not in cache:
@@ -101,9 +119,9 @@ def _stored(cache: LayerCache, key: Array, value: Array) -> dict[str, Array]:
     return {"key": keys, "value": values, "key_scale": key_scale, "value_scale": value_scale}
 
 
-def _check(cache: LayerCache, new: Mapping[str, Array], fields: Fields) -> None:
-    if cache.keys() != {*new, *fields}:
-        raise ValueError(f"the cache has {', '.join(cache)}, expected {', '.join((*new, *fields))}")
+def _check(cache: LayerCache, new: Mapping[str, Array], fields: Fields, state: Collection[str]) -> None:
+    if cache.keys() != {*new, *fields, *state}:
+        raise ValueError(f"the cache has {', '.join(cache)}, expected {', '.join((*new, *fields, *state))}")
     written = {name: x.dtype for name, x in new.items()} | {name: field.dtype for name, field in fields.items()}
     for name, dtype in written.items():
         if cache[name].dtype != dtype:

@@ -43,7 +43,7 @@ def objection(call: Call) -> str | None:
 
 def exact(call: Call) -> WithLogSumExp:
     """Exact attention, to the keys of a sliding window if there is one."""
-    query, keys, rows, mask, _ = call
+    query, keys, rows, mask, *_ = call
     group, queries = query.shape[1] // keys.kv_heads, query.shape[2]
     block = max(16, 1 << max(0, (_LANES // group).bit_length() - 1))
     return _call(
@@ -64,7 +64,7 @@ def two_stage(
     selecting: "SelectingBlocks",
 ) -> WithLogSumExp:
     """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions."""
-    query, keys, rows, mask, _ = call
+    query, keys, rows, mask, *_ = call
     method = config.ranking
     assert isinstance(method, LowRank)
     return _call(
@@ -103,7 +103,7 @@ def choose(
         scale=np.float32(scale_of(call.mask, call.query.shape[3])),
         softcap=np.float32(call.mask.softcap or 0.0),
         key_block=np.int64(config.key_block),
-        budget=np.int64(config.budget),
+        budget=np.int64(config.choosing_budget),
         sink=np.int64(config.sink),
         local=np.int64(config.local),
         exact_keys=np.int64(config.exact_keys),
@@ -116,7 +116,7 @@ def attend_chosen(
     config: "DecodeSelection", call: Call, blocks: Int32[Array, "heads most"], counts: Int32[Array, " heads"]
 ) -> WithLogSumExp:
     """Attention of a new token to chosen key blocks and its neighbourhood, or to all keys where they are few."""
-    query, keys, rows, mask, _ = call
+    query, keys, rows, mask, *_ = call
     return _call(
         kernels.ATTEND_CHOSEN,
         (query, *_stored(keys), blocks, counts, *_places(rows, keys)),

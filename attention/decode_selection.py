@@ -1,21 +1,22 @@
 """Decoding over a selection: the new token's queries of a KV head share the key blocks that a method ranks highest, and
 attend to these, to the sink and to their neighbourhood, by an exact softmax.
 
-`choose` finds the blocks and `attend_chosen` attends to them. Rows of few keys attend exactly.
+`choose` finds the blocks and `attend_chosen` attends to them. Rows of few keys attend exactly. With `refresh`,
+`renewed` chooses for the rows that are due, and the others attend to what the cache keeps of their last choice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from . import custom_calls
 from .blocks import EXACT_KEY_BLOCK, Visibility, join_queries, seen_lengths, split_queries
-from .cache import Field, Fields
+from .cache import Field, Fields, State, put_state
 from .chosen_keys import VALUE_SUM, ChosenKeys, Lane, mean_value, reallocated
 from .compensation import MEAN_BLOCK
 from .exact import Exact, Partial, exact_block, merge
@@ -27,6 +28,9 @@ from .sampling import Sample, draw, seed_of, standard_error
 from .selection import IndexTiles, block_logits, select, stage_1_keys
 from .strategy import Attended, Attention, Call, Selective, check_power_of_two
 
+CHOSEN_BLOCKS, CHOSEN_COUNTS, CHOSEN_SEEN = "chosen_blocks", "chosen_counts", "chosen_seen"
+"""The state: `blocks` and `counts` as `Chosen` has them, for each KV head of a slot, and how many keys the slot's token
+saw that chose them; 0 where nothing is chosen."""
 _T = TypeVar("_T")
 
 
@@ -69,6 +73,10 @@ class DecodeSelection(Selective):
             arXiv 2510.05688; see `attention.sampling`); 0 for none.
         reallocate: give the weight that is estimated to be left out to the mean of all values (SparQ, arXiv 2312.04985,
             algorithm 1): alpha * output + (1 - alpha) * mean.
+        refresh: tokens that a row's selection serves, where the cache has room for it (`state`): it is made anew at the
+            positions that are multiples of this number, and where there is none of this sequence, as after its prompt;
+            1 for every token. Key blocks that leave the neighbourhood in between join the selection, within the budget,
+            so that no key is attended to twice and none is left out because the selection is older than it.
     """
 
     kind: ClassVar[str] = "decode_selection"
@@ -83,6 +91,7 @@ class DecodeSelection(Selective):
     crossover: int = 0
     sample: int = 0
     reallocate: bool = False
+    refresh: int = 1
 
     def __post_init__(self) -> None:
         method = make_method(self.method) if isinstance(self.method, str) else self.method
@@ -109,11 +118,23 @@ class DecodeSelection(Selective):
                 f"sample is {self.sample} and reallocate is True, which both stand in for the keys left out: "
                 "expected one of them"
             )
+        if self.refresh < 1:
+            raise ValueError(f"refresh is {self.refresh}, expected a number of tokens >= 1")
+        if self.refresh > 1 and self.reallocate:
+            raise ValueError(
+                f"refresh is {self.refresh} and reallocate is True, which needs each token's own estimates: "
+                "expected refresh 1, or sample instead of reallocate"
+            )
         forced = (self.sink_blocks + self.local_blocks) * self.key_block
         if self.budget < forced:
             raise ValueError(
                 f"budget is {self.budget}, but sink and local may force {forced} keys: "
                 "raise budget, or lower sink, local or key_block"
+            )
+        if self.choosing_budget < forced:
+            raise ValueError(
+                f"budget is {self.budget}, but sink and local may force {forced} keys, and refresh {self.refresh} may "
+                f"add {self.budget - self.choosing_budget}: raise budget, or lower refresh"
             )
 
     @property
@@ -127,9 +148,19 @@ class DecodeSelection(Selective):
         return -(-self.local // self.key_block) + 1
 
     @property
+    def joining_blocks(self) -> int:
+        """Key blocks that may leave the neighbourhood and join a selection while it is kept."""
+        return -(-(self.refresh - 1) // self.key_block)
+
+    @property
+    def choosing_budget(self) -> int:
+        """Keys to choose, the neighbourhood included: the budget without what may join later."""
+        return self.budget - self.joining_blocks * self.key_block
+
+    @property
     def most_blocks(self) -> int:
-        """Places for chosen key blocks: the budget besides a neighbourhood that reaches into the fewest, at least 1."""
-        return max(1, self.budget // self.key_block - self.local // self.key_block - 1)
+        """Places for key blocks to choose: besides a neighbourhood that reaches into the fewest, at least 1."""
+        return max(1, self.choosing_budget // self.key_block - self.local // self.key_block - 1)
 
     @property
     def exact_keys(self) -> int:
@@ -140,6 +171,30 @@ class DecodeSelection(Selective):
         """The index of the method, and sums of the values for `reallocate`."""
         sums = {VALUE_SUM: Field((head_dim,), "float32", MEAN_BLOCK, of_values=True)} if self.reallocate else {}
         return {**super().fields(head_dim), **sums}
+
+    def state(self, kv_heads: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """The selection of each slot, and where it was made; nothing where each token makes its own."""
+        if self.refresh == 1:
+            return {}
+        shapes = {CHOSEN_BLOCKS: (kv_heads, self.most_blocks), CHOSEN_COUNTS: (kv_heads,), CHOSEN_SEEN: ()}
+        return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+
+    def renewed(self, call: Call, *, in_kernel: bool) -> State:
+        """The state with a new selection of the rows that are due for one. Only these rank anything."""
+        if not call.state:
+            return call.state
+        _check_one_query(call)
+        due = self._due(call)
+        rows = call.rows._replace(slot=jnp.where(due, call.rows.slot, -1))
+
+        def chosen() -> State:
+            choose = self._chosen_in_kernel if in_kernel else self._chosen_in_xla
+            blocks, counts = choose(call._replace(rows=rows))
+            heads = (due.shape[0], call.keys.kv_heads)
+            new = {CHOSEN_BLOCKS: blocks.reshape(*heads, -1), CHOSEN_COUNTS: counts.reshape(heads)}
+            return put_state(call.state, rows.slot, {**new, CHOSEN_SEEN: _seen(call)})
+
+        return lax.cond(jnp.any(due), chosen, lambda: dict(call.state))
 
     def entries(
         self, field: str, key: Float[Array, "heads runs tokens width"], constants: Constants
@@ -165,7 +220,7 @@ class DecodeSelection(Selective):
 
         def select() -> Attended:
             prepared = self.prepared(call)
-            return self.attend_chosen(prepared, self.choose(prepared))
+            return self.attend_chosen(prepared, self._kept(prepared) if call.state else self.choose(prepared))
 
         return lax.cond(jnp.any(_seen(call) > self.exact_keys), select, lambda: Exact().attend(call))
 
@@ -180,16 +235,47 @@ class DecodeSelection(Selective):
     def attend_in_kernel(self, call: Call) -> Attended:
         """The choice is the kernel's for `low_rank`, XLA's for other methods."""
         _check_one_query(call)
-        method, (query, keys, rows, _, constants) = self.ranking, call
-        if isinstance(method, LowRank):
-            call = call._replace(keys=self.indexed(keys, constants))
-            projected = method.projected_queries(split_queries(query, keys.kv_heads, 1), constants)
-            blocks, counts = custom_calls.choose(self, call, projected[:, 0])
-        else:
-            blocks, counts = self._chosen_in_xla(call._replace(rows=rows.settled()))
+        blocks, counts, *_ = self._kept(call) if call.state else self._chosen_in_kernel(call)
         return custom_calls.attend_chosen(self, call, blocks, counts)[0]
 
+    def _due(self, call: Call) -> Bool[Array, " rows"]:
+        """The rows that choose: those that select, at every `refresh`-th position or without a selection of their own
+        sequence that is recent enough."""
+        call = _settled(call)
+        seen, then = _seen(call), call.state[CHOSEN_SEEN][call.rows.slot]
+        lasts = (then > 0) & (then <= seen) & (seen < then + self.refresh) & ((seen - 1) % self.refresh > 0)
+        return (seen > self.exact_keys) & ~lasts
+
+    def _kept(self, call: Call) -> Chosen:
+        """The selection that the state holds, with the key blocks that have left the neighbourhood since."""
+        call = _settled(call)
+        seen, slot, group = _seen(call), call.rows.slot, call.query.shape[1] // call.keys.kv_heads
+        blocks, counts, then = (call.state[name][slot] for name in (CHOSEN_BLOCKS, CHOSEN_COUNTS, CHOSEN_SEEN))
+        # Of all heads, as `Chosen` counts them; nothing of rows that attend exactly.
+        seen, then = (jnp.repeat(x, call.keys.kv_heads) for x in (seen, then))
+        selects, first = seen > self.exact_keys, self._start(then) // self.key_block
+        joined = jnp.where(selects, self._start(seen) // self.key_block - first, 0)
+        counts = jnp.where(selects, counts.reshape(-1), 0)
+        blocks = jnp.pad(blocks.reshape(seen.size, -1), ((0, 0), (0, self.joining_blocks)))
+        behind = jnp.arange(blocks.shape[1]) - counts[:, None]
+        blocks = jnp.where(behind < 0, blocks, first[:, None] + behind)
+        blocks = jnp.where(behind < joined[:, None], blocks, 0)
+        return Chosen(blocks, counts + joined, jnp.zeros((seen.size, group)))
+
+    def _start(self, seen: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
+        """Where the neighbourhood of a token that sees so many keys begins."""
+        return jnp.maximum(seen - 1 - self.local, 0) // self.key_block * self.key_block
+
+    def _chosen_in_kernel(self, call: Call) -> tuple[Int[Array, "heads most"], Int[Array, " heads"]]:
+        method, (query, keys, _, _, constants, _) = self.ranking, call
+        if not isinstance(method, LowRank):
+            return self._chosen_in_xla(call)
+        call = call._replace(keys=self.indexed(keys, constants))
+        projected = method.projected_queries(split_queries(query, keys.kv_heads, 1), constants)
+        return custom_calls.choose(self, call, projected[:, 0])
+
     def _chosen_in_xla(self, call: Call) -> tuple[Int[Array, "heads most"], Int[Array, " heads"]]:
+        call = _settled(call)
         heads = call.query.shape[0] * call.keys.kv_heads
         nothing = jnp.zeros((heads, self.most_blocks), jnp.int32), jnp.zeros(heads, jnp.int32)
         select = jnp.any(_seen(call) > self.exact_keys)
@@ -209,7 +295,7 @@ class DecodeSelection(Selective):
         Args:
             call: prepared; none of its rows is idle.
         """
-        query, keys, _, mask, constants = call
+        query, keys, _, mask, constants, _ = call
         blocked = split_queries(query, keys.kv_heads, 1)
         method = self.ranking
         ranking = method.ranking_queries(blocked, jnp.ones(blocked.shape[:3], bool), constants)
@@ -220,7 +306,7 @@ class DecodeSelection(Selective):
             ranked = lane.start // self.key_block
             index = IndexTiles(keys, lane.head, self.key_block)
             local = (lane.seen - 1) // self.key_block + 1 - ranked
-            most = jnp.minimum(self.budget // self.key_block - local, ranked)
+            most = jnp.minimum(self.choosing_budget // self.key_block - local, ranked)
             return self._best(block_logits(method, queries, index, ranked, mask.softcap), ranked, most)
 
         nothing = Chosen(jnp.zeros(self.most_blocks, jnp.int32), jnp.int32(0), jnp.zeros(blocked.shape[2]))
@@ -233,7 +319,7 @@ class DecodeSelection(Selective):
             call: as `choose` took it.
             chosen: what it gave.
         """
-        query, keys, _, mask, _ = call
+        query, keys, _, mask, *_ = call
         logits = Logits.of(mask, query.shape[3], keys.kv_heads)
 
         def selected(number: Int[Array, ""], lane: Lane) -> Array:
@@ -276,7 +362,7 @@ class DecodeSelection(Selective):
 
         def lane_of(number: Int[Array, ""]) -> Lane:
             row = number // kv_heads
-            start = jnp.maximum(seen[row] - 1 - self.local, 0) // self.key_block * self.key_block
+            start = self._start(seen[row])
             return Lane(blocked[number, 0], (call.rows.slot[row], number % kv_heads), seen[row], start)
 
         def one(number: Int[Array, ""]) -> _T:
@@ -303,7 +389,7 @@ class DecodeSelection(Selective):
     def _parts(self, call: Call, lane: Lane, chosen: Chosen) -> tuple[Partial, Partial]:
         """Attention of one head to all that counts for it, and to the chosen blocks only."""
         keys, size = _keys_of(call, lane), self.key_block
-        place = jnp.arange(self.most_blocks)
+        place = jnp.arange(chosen.blocks.shape[0])
         of_chosen = keys.attend(chosen.blocks * size, size, place < chosen.counts)
         local = lane.start + jnp.arange(self.local_blocks, dtype=jnp.int32) * size
         whole = merge(of_chosen, keys.attend(local, size, local < lane.seen))
@@ -323,6 +409,10 @@ def _check_one_query(call: Call) -> None:
             f"the call has {call.query.shape[2]} queries a head, but decode_selection is for new tokens, one at a "
             "time: give it as the decode of a Plan(prompt, decode)"
         )
+
+
+def _settled(call: Call) -> Call:
+    return call._replace(rows=call.rows.settled())
 
 
 def _seen(call: Call) -> Int[Array, " rows"]:

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 from jaxtyping import Array, Float
 
+from .cache import State
 from .keys import KeyView
 from .methods import Constants
 from .ops import check_logit_options
@@ -46,13 +47,20 @@ def attend(
     Raises:
         ValueError: a mask with a number that makes no sense, or options that do not go together.
     """
-    _check(mask)
-    attention = attention.within(keys.capacity, mask)
-    call = Call(query, keys, rows, mask, constants or {})
+    return attend_and_keep(attention, Call(query, keys, rows, mask, constants or {}))[0]
+
+
+def attend_and_keep(attention: Attention, call: Call) -> tuple[Attended, State]:
+    """The same, and what the attention keeps of each slot for the next call."""
+    _check(call.mask)
+    attention = attention.within(call.keys.capacity, call.mask)
     objection = attention.objection(call)
     if (counter := _listener.get()) is not None:
         counter[f"{attention.kind}, " + ("in a kernel" if objection is None else f"in XLA: {objection}")] += 1
-    return attention.attend(call._replace(rows=rows.settled())) if objection else attention.attend_in_kernel(call)
+    call = call._replace(state=attention.renewed(call, in_kernel=objection is None))
+    if objection is None:
+        return attention.attend_in_kernel(call), call.state
+    return attention.attend(call._replace(rows=call.rows.settled())), call.state
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Exact(Attention):
         return custom_calls.exact(call)[0]
 
     def attend(self, call: Call) -> Attended:
-        query, keys, rows, mask, _ = call
+        query, keys, rows, mask, *_ = call
         kv_heads, queries = keys.kv_heads, query.shape[2]
         query_block = min(self.query_block, next_power_of_two(queries))
         key_block = min(self.key_block, next_power_of_two(keys.capacity))

@@ -2,9 +2,11 @@
 strategies and their JSON form.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Shaped
 
 from .cache import Fields
@@ -51,6 +53,10 @@ class Plan:
     def fields(self, head_dim: int) -> Fields:
         """What both ask the cache to keep."""
         return {name: kept for strategy in self.strategies for name, kept in strategy.fields(head_dim).items()}
+
+    def state(self, layer: int, kv_heads: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What decoding asks the cache to keep of each slot in a layer, counted from 0."""
+        return self.decode.of_layer(layer).state(kv_heads)
 
     def entries(
         self, name: str, key: Float[Array, "heads runs tokens head_dim"], constants: Constants

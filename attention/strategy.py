@@ -4,14 +4,16 @@ A strategy is a frozen dataclass: hashable, so that jit can take it as static, a
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from .cache import Fields
+from .cache import Fields, State, emptied
 from .keys import KeyView, as_floats, as_index, runs_of
 from .methods import Constants, Method
 from .rows import Mask, Rows
@@ -29,6 +31,7 @@ class Call(NamedTuple):
         rows: which slot each row attends to, and where its queries and its end lie.
         mask: which keys a query sees, and how logits are made.
         constants: what the attention was calibrated to in this layer.
+        state: what the attention keeps of each slot; empty where there is no cache.
     """
 
     query: Float[Array, "rows query_heads queries head_dim"]
@@ -36,6 +39,7 @@ class Call(NamedTuple):
     rows: Rows
     mask: Mask = Mask()
     constants: Constants = {}  # noqa: RUF012 - read, never written
+    state: State = {}  # noqa: RUF012 - likewise
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class Attention(ABC):
     def fields(self, head_dim: int) -> Fields:
         """What it asks the cache to keep of the keys, by name: its index."""
         return {}
+
+    def state(self, kv_heads: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What it asks the cache to keep of each slot from one call to the next, by name."""
+        return {}
+
+    def renewed(self, call: Call, *, in_kernel: bool) -> State:
+        """The state that a call attends with and leaves, by a native kernel or in XLA. Rows may be idle.
+
+        Nothing is left of a call's rows, if not said otherwise: what was kept belongs to the tokens before.
+        """
+        return emptied(call.state, call.rows.slot)
 
     @property
     def rule(self) -> object:

@@ -149,7 +149,7 @@ class TwoStage(Selective):
     def attend_in_kernel(self, call: Call) -> Attended:
         method = self.ranking
         assert isinstance(method, LowRank)
-        query, keys, rows, mask, constants = call
+        query, keys, rows, mask, constants, _ = call
         rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
         keys = self.indexed(keys.padded(self.key_block), constants)
         projected = method.projected_queries(split_queries(query, keys.kv_heads, self.query_block), constants)
@@ -177,7 +177,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
     Raises:
         ValueError: a relative position bias with compensation, whose mean keys have no distance.
     """
-    query, keys, rows, mask, constants = call
+    query, keys, rows, mask, constants, _ = call
     if mask.relative_bias is not None and config.compensation != "none":
         raise ValueError(
             f"compensation is {config.compensation!r}, which cannot go with a relative position bias, expected 'none'"

@@ -15,7 +15,7 @@ class Values(Attention):
     kind: ClassVar[str] = "values"
 
     def attend(self, call: Call) -> Attended:
-        query, keys, rows, _, _ = call
+        query, keys, rows, _, *_ = call
         queries, group = query.shape[2], query.shape[1] // keys.kv_heads
         position = rows.offset[:, None] + jnp.arange(queries)
         gathered = [

@@ -5,6 +5,7 @@ is donated, the one that comes out takes its place. An encoder's cache is empty.
 """
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ class DecoderEntries(Entries):
     """Prefill and score, of one row at a time, and decode, of all slots."""
 
     def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
-        """Keys and values of each layer, and what the plan keeps of the keys: of the last tokens of a row in a layer
-        with a sliding window, of all of them in the others."""
+        """Keys and values of each layer: of the last tokens of a row in a layer with a sliding window, of all of them
+        in the others, which also have what the plan keeps of the keys and of each slot."""
         model, _ = self._model(self.weights)
         config = model.config
         fields = self.plan.fields(config.head_dim)
@@ -118,7 +119,7 @@ class DecoderEntries(Entries):
             widths = {"key": (config.head_dim,), "value": (config.head_dim,)}
             return {name: ArrayInfo((*shape, *widths.get(name, ())), kind) for name, kind in kv_arrays(dtype).items()}
 
-        def layer(window: int) -> dict[str, ArrayInfo]:
+        def layer(number: int, window: int) -> dict[str, ArrayInfo]:
             if window:
                 return tokens(batch, window)
             heads = (pages, config.num_key_value_heads)
@@ -126,10 +127,14 @@ class DecoderEntries(Entries):
                 name: ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
                 for name, kept in fields.items()
             }
-            return tokens(pages, length) | index
+            state = {
+                name: ArrayInfo((batch, *kept.shape), kept.dtype.name)
+                for name, kept in self.plan.state(number, config.num_key_value_heads).items()
+            }
+            return tokens(pages, length) | index | state
 
         windows = tuple(min(window or 0, capacity) for window in config.windows)
-        return CacheInfo(tuple(layer(window) for window in windows), windows, page)
+        return CacheInfo(tuple(itertools.starmap(layer, enumerate(windows))), windows, page)
 
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         arguments = decoder_arguments(capacity, chunk, batch, page)

@@ -247,7 +247,7 @@ class CacheInfo:
 
     Attributes:
         layers: the arrays of each layer by name: `key` and `value`, their scales where they are int8, and what the
-            attention keeps of the keys.
+            attention keeps of the keys and of each slot.
         windows: of each layer, the tokens that it sees and keeps, each in the place of one that nobody sees any more;
             0 for a layer that keeps whole rows.
         page: tokens of a page, whose places a table gives; 0 where each slot is one page.

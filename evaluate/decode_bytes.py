@@ -123,7 +123,8 @@ def cache_bytes(sizes: DecoderSizes, depth: int, kv: str, scale_bytes: int = 0) 
 
 
 def our_cache_bytes(sizes: DecoderSizes, depth: int, kv: str, selection: DecodeSelection | None = None) -> int:
-    """The same in our engines, where int8 has a float32 scale; with a selection, its index and the chosen keys."""
+    """The same in our engines, where int8 has a float32 scale; with a selection, its index and the chosen keys,
+    on average over the tokens that share a choice."""
     scale = _SCALE if kv == "int8" else 0
     if selection is None or depth <= selection.exact_keys:
         return cache_bytes(sizes, depth, kv, scale)
@@ -132,7 +133,8 @@ def our_cache_bytes(sizes: DecoderSizes, depth: int, kv: str, selection: DecodeS
         math.prod(field.shape) * _size(field.dtype) / field.tokens
         for field in selection.fields(sizes.head_dim).values()
     )
-    chosen = _layer_bytes(sizes, selection.budget, kv, scale) + round(depth * sizes.kv_heads * index)
+    ranked = round(depth * sizes.kv_heads * index / selection.refresh)
+    chosen = _layer_bytes(sizes, selection.budget, kv, scale) + ranked
     return exact * _layer_bytes(sizes, depth, kv, scale) + (sizes.layers - exact) * chosen
 
 

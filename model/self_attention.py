@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..attention import Attention, Constants, KeyView, LayerCache, Mask, Plan, Rows, attend, extend
+from ..attention import Attention, Call, Constants, KeyView, LayerCache, Mask, Plan, Rows, attend_and_keep, extend
 from .modules import Linear, project
 from .rope import RotaryTables, apply_rotary
 
@@ -131,11 +131,15 @@ class SelfAttention(nnx.Module):
             self.softcap,
             None if self.relative_bias is None else self.relative_bias(),
         )
-        keys, rows, cache = KeyView(key, value), call.rows, call.cache
+        keys, rows, cache, state = KeyView(key, value), call.rows, call.cache, {}
         if cache is not None:
             fields, entries = call.plan.fields(self.head_dim), partial(call.plan.entries, constants=call.constants)
-            cache, keys, rows, mask = extend(cache, key, value, rows, mask, fields, entries, call.table)
-        context = attend(call.attention, query, keys, rows, mask, call.constants)
+            names = call.plan.state(call.layer, key.shape[1])
+            cache, keys, rows, mask = extend(cache, key, value, rows, mask, fields, entries, call.table, names)
+            state = {name: cache[name] for name in names if name in cache}
+        context, state = attend_and_keep(call.attention, Call(query, keys, rows, mask, call.constants, state))
+        if cache is not None:
+            cache = {**cache, **state}
         batch, tokens, _ = hidden.shape
         return self.o_proj(context.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)), cache
 

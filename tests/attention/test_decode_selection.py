@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from iceformer.attention import (
     Sparq,
     TwoStage,
     attend,
+    attend_and_keep,
     attention_to_dict,
     extend,
 )
@@ -387,6 +389,188 @@ def test_the_index_follows_the_cache_from_call_to_call(method: Method, options: 
         assert not np.asarray(cache[name][0], np.float32).any()
 
 
+STEPS, REFRESH = 20, 6
+# Keys that each row sees at first; the third row is idle, the fourth attends exactly for some steps.
+FIRST_SEEN = (200, 131, 0, 45)
+
+
+class Steps:
+    """Rows that grow by a token a step, in slots of another order, and a state for these and one more slot."""
+
+    def __init__(self, seed: int, config: DecodeSelection, page: int = 0, first_seen: Any = FIRST_SEEN) -> None:
+        self.config, self.first_seen = config, np.array(first_seen)
+        query, key, value = random_inputs(seed, len(first_seen), 4, 2, STEPS, KEYS, HEAD_DIM)
+        key[..., :3] *= 3
+        self.query, self.key, self.value = 1.5 * query, key, value
+        self.keys, self.slot = scattered(jnp.asarray(key), jnp.asarray(value), page, seed)
+        basis = np.random.default_rng(seed).standard_normal((2, 2, HEAD_DIM, RANK)).astype(np.float32)
+        self.basis = basis * np.array([0.1, 10], np.float32).reshape(2, 1, 1) / np.sqrt(RANK, dtype=np.float32)
+        self.nothing = {
+            name: jnp.zeros((len(first_seen) + 1, *x.shape), x.dtype) for name, x in config.state(2).items()
+        }
+        self._step = jax.jit(
+            lambda query, rows, state: attend_and_keep(config, self.call(query, rows, state)), donate_argnums=2
+        )
+
+    def call(self, query: Any, rows: Rows, state: Any) -> Call:
+        # What is in memory beside the rows is never looked at, but may be indexed.
+        keys = self.keys._replace(key=jnp.nan_to_num(self.keys.key))
+        return Call(query, keys, rows, Mask(), constants_of(jnp.asarray(self.basis)), state)
+
+    def rows(self, step: int) -> Rows:
+        idle = self.first_seen == 0
+        offset = jnp.asarray(np.where(idle, 7, self.first_seen - 1 + step), jnp.int32)
+        return Rows(jnp.where(idle, -1, self.slot).astype(jnp.int32), offset, offset + 1)
+
+    def run(self, state: Any, steps: range = range(STEPS)) -> tuple[np.ndarray, Any]:
+        """The outputs [steps, rows, query_heads, value_dim], and the state after the last step."""
+        outputs, state = [], jax.tree.map(jnp.copy, state)
+        for step in steps:
+            output, state = self._step(jnp.asarray(self.query[:, :, step : step + 1]), self.rows(step), state)
+            outputs.append(np.asarray(output)[:, :, 0])
+        return np.stack(outputs), state
+
+    def expected(self, estimate: Estimate) -> np.ndarray:
+        """By loops: what was chosen, and all keys from where the neighbourhood began then."""
+        config, size = self.config, self.config.key_block
+        room = -(-(config.refresh - 1) // size) * size
+        choosing = replace(config, budget=config.budget - room, crossover=config.exact_keys, refresh=1)
+        outputs = np.zeros((STEPS, *self.query.shape[:2], HEAD_DIM), np.float32)
+        for row, head in np.ndindex(len(self.first_seen), 2):
+            group, attended = slice(head * 2, head * 2 + 2), None
+            for step in range(STEPS if self.first_seen[row] else 0):
+                seen, query = int(self.first_seen[row]) + step, self.query[row, group, step]
+                allowed = np.zeros((1, 2, 1, KEYS), bool)
+                if seen <= config.exact_keys:
+                    allowed[:] = True
+                else:
+                    if attended is None or (seen - 1) % config.refresh == 0:
+                        arrays = query, self.key[row, head], seen, self.basis[head]
+                        blocks = naive_selection(choosing, estimate, *arrays, Mask())
+                        start = max(seen - 1 - config.local, 0) // size * size
+                        attended = [*(b * size + i for b in blocks for i in range(size)), *range(start, KEYS)]
+                    allowed[..., attended] = True
+                    assert allowed[..., :seen].sum() <= 2 * config.budget
+                one = np.s_[row : row + 1, head : head + 1]
+                place: dict[str, Any] = {"offset": np.array([seen - 1]), "lengths": np.array([seen])}
+                output = naive_attention(
+                    query[None, :, None], self.key[one], self.value[one], causal=True, chosen=allowed, **place
+                )
+                outputs[step, row, group] = output[0, :, 0]
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "page", "options"),
+    [
+        ("low_rank", 0, {}),
+        ("low_rank", 128, {"mass": 0.8, "key_block": 8, "budget": 56}),
+        ("sparq", 128, {"key_block": 1, "sink": 0, "local": 0}),
+    ],
+)
+def test_a_selection_serves_some_tokens(name: str, page: int, options: dict[str, Any]) -> None:
+    """Rows choose at different steps, and one begins to choose when it outgrows the budget."""
+    method, estimate = METHODS[name]
+    steps = Steps(20, DecodeSelection(method, **{**SMALL, **options}, refresh=REFRESH), page)
+    found, state = steps.run(steps.nothing)
+    np.testing.assert_allclose(found, steps.expected(estimate), atol=3e-6)
+    every_token = Steps(20, replace(steps.config, refresh=1), page)
+    assert not every_token.nothing
+    fresh, _ = every_token.run({})
+    assert np.abs(fresh - found).max() > 1e-3, "another selection"
+    np.testing.assert_allclose(fresh, every_token.expected(estimate), atol=3e-6)
+    chosen_at = np.asarray(state["chosen_seen"])
+    busy = np.asarray(steps.slot)[steps.first_seen > 0]
+    assert not np.delete(chosen_at, busy).any(), "idle rows write nothing"
+    assert ((chosen_at[busy] - 1) % REFRESH == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": 16}])
+def test_only_rows_that_are_due_choose(options: dict[str, Any]) -> None:
+    config = DecodeSelection(METHODS["low_rank"][0], **SMALL, **options, refresh=REFRESH)
+    steps = Steps(21, config, first_seen=(200, 131, 0, 47))
+    states, outputs = [steps.nothing], []
+    for step in range(8):
+        output, state = steps.run(states[-1], range(step, step + 1))
+        states.append(state)
+        outputs.append(output)
+    for row in (0, 1, 3):
+        slot = int(steps.slot[row])
+        for step in range(8):
+            seen = int(steps.first_seen[row]) + step
+            before, after = (int(states[step + i]["chosen_seen"][slot]) for i in range(2))
+            first = before == 0 and seen > config.exact_keys
+            assert after == (seen if first or (before and (seen - 1) % REFRESH == 0) else before)
+    assert np.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize("prompt", [Exact(), TwoStage(METHODS["low_rank"][0], budget=64, query_block=16)])
+def test_a_prompt_leaves_no_selection_in_its_slot(prompt: Any) -> None:
+    """Another sequence takes over the slot, at a position where the old one's selection would still serve."""
+    config = DecodeSelection(METHODS["low_rank"][0], **SMALL, refresh=REFRESH)
+    steps = Steps(22, config)
+    before = steps.run(steps.nothing, range(3))[1]
+    stale, fresh = (steps.run(state, range(3, 5))[0] for state in (before, steps.nothing))
+    assert np.abs(stale - fresh)[:, 1].max() > 1e-3
+    rows = Rows(steps.slot[1:2].astype(jnp.int32), jnp.array([96], jnp.int32), jnp.array([133], jnp.int32))
+    queries = jnp.asarray(steps.query[1:2])
+    _, state = jax.jit(lambda state: attend_and_keep(prompt, steps.call(queries, rows, state)))(before)
+    slot = int(steps.slot[1])
+    for name, x in state.items():
+        assert not np.asarray(x[slot]).any()
+        kept = np.arange(x.shape[0]) != slot
+        np.testing.assert_array_equal(np.asarray(x)[kept], np.asarray(before[name])[kept])
+    np.testing.assert_array_equal(steps.run(state, range(3, 5))[0][:, 1], fresh[:, 1])
+
+
+def test_a_selection_of_another_position_is_not_taken() -> None:
+    config = DecodeSelection(METHODS["low_rank"][0], **SMALL, refresh=REFRESH)
+    steps = Steps(24, config)
+    at_10 = steps.run(steps.nothing, range(10, 11))[1]
+    expected = steps.run(steps.nothing, range(2, 3))[0]
+    np.testing.assert_array_equal(steps.run(at_10, range(2, 3))[0], expected)
+
+
+def test_both_forms_keep_and_give_the_same(form: str) -> None:
+    if form == "xla":
+        pytest.skip("compares with the native kernels")
+    config = DecodeSelection(METHODS["low_rank"][0], **SMALL, refresh=REFRESH)
+    steps = Steps(25, config, page=128)
+
+    @jax.jit
+    def both(query: jax.Array, rows: Rows, state: Any) -> Any:
+        call = steps.call(query, rows, state)
+        states = [config.renewed(call, in_kernel=in_kernel) for in_kernel in (False, True)]
+        in_xla = config.attend(call._replace(rows=rows.settled(), state=states[0]))
+        return states, in_xla, config.attend_in_kernel(call._replace(state=states[1]))
+
+    state = steps.nothing
+    for step in range(2 * REFRESH):
+        query = jnp.asarray(steps.query[:, :, step : step + 1])
+        (of_xla, state), in_xla, in_kernel = both(query, steps.rows(step), state)
+        for name, x in of_xla.items():
+            np.testing.assert_array_equal(state[name], x, err_msg=name)
+        np.testing.assert_allclose(in_kernel, in_xla, atol=3e-6)
+
+
+def test_a_budget_for_every_key_keeps_nothing() -> None:
+    config = DecodeSelection(METHODS["low_rank"][0], **{**SMALL, "budget": KEYS}, refresh=REFRESH)
+    steps = Steps(26, config)
+    found, state = steps.run(steps.nothing, range(3))
+    exact = replace(steps.config, crossover=KEYS)
+    np.testing.assert_allclose(found, Steps(26, exact).expected(low_rank)[:3], atol=3e-6)
+    assert not any(np.asarray(x).any() for x in state.values())
+
+
+def test_a_layer_keeps_state_where_it_selects() -> None:
+    config = DecodeSelection("low_rank", exact_layers=2, refresh=8)
+    plan = Plan(decode=config)
+    assert [set(plan.state(layer, 3)) for layer in (1, 2)] == [set(), {"chosen_blocks", "chosen_counts", "chosen_seen"}]
+    assert plan.state(2, 3)["chosen_blocks"].shape == (3, config.most_blocks)
+    assert not Plan(decode=replace(config, refresh=1)).state(2, 3)
+    assert not Plan(TwoStage()).state(2, 3)
+
+
 def test_sums_of_values_are_those_of_the_values() -> None:
     config = DecodeSelection("sparq", reallocate=True)
     runs = np.random.default_rng(14).standard_normal((2, 3, 64, HEAD_DIM)).astype(np.float32)
@@ -442,6 +626,9 @@ def test_prompts_may_rank_by_the_new_methods_too() -> None:
         ({"sample": 1}, "sample is 1, expected 0, or at least 2"),
         ({"sample": -2}, "sample is -2"),
         ({"sample": 8, "reallocate": True}, "both stand in for the keys left out"),
+        ({"refresh": 0}, "refresh is 0, expected a number of tokens >= 1"),
+        ({"refresh": 2, "reallocate": True}, "refresh is 2 and reallocate is True"),
+        ({"budget": 80, "refresh": 9}, "may force 80 keys, and refresh 9 may add 8: raise budget, or lower refresh"),
     ],
 )
 def test_configuration_refuses(options: dict[str, Any], message: str) -> None:
@@ -514,5 +701,6 @@ def test_it_has_a_json_form() -> None:
         "crossover": 0,
         "sample": 0,
         "reallocate": False,
+        "refresh": 1,
     }
     assert hash(DecodeSelection("sparq")) == hash(DecodeSelection(Sparq()))

@@ -112,7 +112,7 @@ def test_decoding_by_the_method_of_the_prompt(
     bucket = session.info.buckets[0]
     assert describe_plan(bucket.plan).endswith(
         "; of new tokens decode-selection, low_rank: budget 16, mass 0.0, key_block 2, sink 4, local 4, "
-        "exact_layers 1, crossover 0, sample 0, reallocate False, rank 4, query_share 1.0"
+        "exact_layers 1, crossover 0, sample 0, reallocate False, refresh 1, rank 4, query_share 1.0"
     )
     assert bucket.cache.layers[0].keys() == {"key", "value", "projected_key"}
     ids = list(range(4, 44))

@@ -122,7 +122,8 @@ def test_pages_give_what_whole_slots_give(entries: DecoderEntries, name: str) ->
 
 
 def test_an_idle_row_writes_nothing(entries: DecoderEntries) -> None:
-    compiled = Compiled(of_plan(entries, ATTENTIONS["low_rank"]))
+    decode = DecodeSelection(LowRank(rank=8), exact_layers=0, refresh=4, **{**SELECTION, "budget": 40})
+    compiled = Compiled(of_plan(entries, ATTENTIONS["low_rank"], decode))
     before = compiled.cache(3.0)
     after, _ = compiled.decode(before)
     for was, now in zip(before, after, strict=True):
