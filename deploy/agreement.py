@@ -136,11 +136,11 @@ def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayI
         fits = (pages, length) == (slots * bucket.capacity // page, page)
     else:
         fits = pages == slots and length >= bucket.capacity
-    # Besides what is kept of the keys, there may be a state of each slot.
     known = all(
         array.shape[:1] == (slots,)
-        or (array.shape[:2] == (pages, heads) and len(array.shape) > 2 and array.shape[2] <= length)
-        for array in layer.values()
+        if name in bucket.cache.state
+        else array.shape[:2] == (pages, heads) and len(array.shape) > 2 and 0 < array.shape[2] <= length
+        for name, array in layer.items()
     )
     if not (known and fits) or any(0 in array.shape for array in layer.values()):
         yield f"has {_shown(layer)} as a layer of the cache, expected {slots} slots of {bucket.capacity} tokens"

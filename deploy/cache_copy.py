@@ -1,7 +1,8 @@
 """Copying a run of a slot's tokens out of a bucket's KV cache, and back, on the host.
 
 The arrays of a layer are [pages, heads, entries, ...]; an entry stands for one token or for a run of them. A layer with
-a sliding window keeps a ring of its last tokens, which is copied whole.
+a sliding window keeps a ring of its last tokens, which is copied whole. What is kept of each slot besides its tokens is
+not copied: a prompt begins without.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ def copy_out(cache: Layers, info: CacheInfo, slot: int, pages: Sequence[int], st
         return {
             name: np.concatenate([array[part] for part in _parts(arrays, name, pages, start, end)], axis=1)
             for name, array in arrays.items()
+            if name not in info.state
         }
 
     return tuple(layer(arrays, window) for arrays, window in zip(cache, info.windows, strict=True))
@@ -46,14 +48,14 @@ def copy_in(
 ) -> None:
     """Puts back what `copy_out` gave, into any slot. Runs of one sequence are put back in their order."""
     for arrays, window, saved in zip(cache, info.windows, kept, strict=True):
-        for name, array in arrays.items():
+        for name, entries in saved.items():
             if window:
-                array[slot] = saved[name]
+                arrays[name][slot] = entries
                 continue
             taken = 0
             for part in _parts(arrays, name, pages, start, end):
-                count = array[part].shape[1]
-                array[part] = saved[name][:, taken : taken + count]
+                count = arrays[name][part].shape[1]
+                arrays[name][part] = entries[:, taken : taken + count]
                 taken += count
 
 
@@ -67,7 +69,7 @@ def run_arrays(info: CacheInfo, start: int, end: int) -> tuple[dict[str, ArrayIn
         return ArrayInfo((heads, count, *rest), whole.dtype)
 
     return tuple(
-        {name: array(whole, arrays["key"].shape[2], window) for name, whole in arrays.items()}
+        {name: array(whole, arrays["key"].shape[2], window) for name, whole in arrays.items() if name not in info.state}
         for arrays, window in zip(info.layers, info.windows, strict=True)
     )
 

@@ -17,7 +17,7 @@ from .encoding import bucket_for
 from .manifest import BucketInfo
 from .prefix_cache import KeptChunk, Key, PrefixCache, chunk_keys
 from .runner import Runner
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, TokenLogprobs, top_logprobs
 from .slots import Slots
 
 FinishReason = Literal["stop", "length", "capacity"]
@@ -33,11 +33,14 @@ class Request:
         ids: int32 [n], the prompt, checked: not empty, in the vocabulary, not longer than the largest bucket.
         max_new_tokens: how many tokens to write at most, at least 1.
         sampling: how tokens are chosen.
+        logprobs: of how many of the most likely tokens the log-probability is told beside each token; None for none,
+            not even its own.
     """
 
     ids: NDArray[np.int32]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class TokenWritten:
     handle: int
     id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -263,16 +267,23 @@ class Engine:
         (logits,) = self._call(bucket, "prefill", piece, *_row(running.slot, start, len(ids)))
         running.read = min(start + bucket.chunk, len(ids))
         self._keep(running, start)
-        self._events.append(PromptRead(running.handle, running.read, len(ids), running.restored))
+        self._tell_read(running)
         if running.writes:
             self._sample(running, np.asarray(logits)[0])
 
+    def _tell_read(self, running: _Running) -> None:
+        total = len(running.request.ids)
+        self._events.append(PromptRead(running.handle, running.read, total, running.restored))
+
     def _restore(self, running: _Running) -> None:
         """Takes the next chunks of a prompt from earlier prompts, as far as they are kept."""
-        for chunk in self._prefixes.find(running.keys[running.read // running.bucket.chunk :]):
+        found = self._prefixes.find(running.keys[running.read // running.bucket.chunk :])
+        for chunk in found:
             self._put(running.bucket, running.slot, running.read, chunk)
             running.read += running.bucket.chunk
             running.restored += running.bucket.chunk
+        if found:
+            self._tell_read(running)
 
     def _keep(self, running: _Running, start: int) -> None:
         """Keeps a chunk of a prompt that was read just now, if later prompts may use it and there is room."""
@@ -329,7 +340,9 @@ class Engine:
             reason = "capacity"
         if reason is not None:
             self._release(running)
-        self._events.append(TokenWritten(running.handle, running.last, reason))
+        asked = running.request.logprobs
+        logprobs = None if asked is None else top_logprobs(logits, running.last, asked)
+        self._events.append(TokenWritten(running.handle, running.last, reason, logprobs))
 
     def _call(self, bucket: BucketInfo, entry: str, *arguments: NDArray[np.int32]) -> tuple[Any, ...]:
         table = self._places[bucket.capacity].slots.table

@@ -134,7 +134,8 @@ class DecoderEntries(Entries):
             return tokens(pages, length) | index | state
 
         windows = tuple(min(window or 0, capacity) for window in config.windows)
-        return CacheInfo(tuple(itertools.starmap(layer, enumerate(windows))), windows, page)
+        names = {name for number in range(len(windows)) for name in self.plan.state(number, config.num_key_value_heads)}
+        return CacheInfo(tuple(itertools.starmap(layer, enumerate(windows))), windows, page, tuple(sorted(names)))
 
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         arguments = decoder_arguments(capacity, chunk, batch, page)

@@ -251,11 +251,13 @@ class CacheInfo:
         windows: of each layer, the tokens that it sees and keeps, each in the place of one that nobody sees any more;
             0 for a layer that keeps whole rows.
         page: tokens of a page, whose places a table gives; 0 where each slot is one page.
+        state: names of the arrays that hold what is kept of each slot, [slots, ...]; all others hold tokens.
     """
 
     layers: tuple[dict[str, ArrayInfo], ...]
     windows: tuple[int, ...]
     page: int
+    state: tuple[str, ...] = ()
 
     @property
     def size_in_bytes(self) -> int:

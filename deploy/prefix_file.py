@@ -16,7 +16,7 @@ from ..host import strict_json
 from ..host.files import new_folder
 from .artifact import Artifact, Tier, host_environment, write_file
 from .cache_copy import run_arrays
-from .manifest import ArrayInfo, BucketInfo
+from .manifest import ArrayInfo, ArtifactError, BucketInfo
 from .prefix_cache import KeptChunk
 from .weights import read_weights, write_weights
 
@@ -75,8 +75,8 @@ def write_prefix(target: Path, artifact: str, bucket: BucketInfo, chunks: Sequen
         write_file(folder, PREFIX, (json.dumps(dataclasses.asdict(info), indent=1) + "\n").encode())
 
 
-def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> list[KeptChunk]:
-    """The chunks of a folder, mapped into memory.
+def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> tuple[int, list[KeptChunk]]:
+    """The number of tokens in a folder, and their chunks, mapped into memory.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -89,7 +89,7 @@ def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> l
             "write it again with `iceformer cache`"
         )
     bucket = next((bucket for bucket in buckets if bucket.capacity == info.capacity), None)
-    if bucket is None or len(info.keys) * bucket.chunk != info.tokens or info.tokens > bucket.capacity:
+    if bucket is None or len(info.keys) * bucket.chunk != info.tokens or not 0 < info.tokens < bucket.capacity:
         raise PrefixError(_changed(folder / PREFIX))
     path = folder / ARRAYS
     if not path.is_file():
@@ -98,8 +98,12 @@ def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> l
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             raise PrefixError(_changed(path))
     expected = _expected(bucket, len(info.keys))
-    views = read_weights(path, {name: array for chunk in expected for layer in chunk for name, array in layer.values()})
-    return [
+    arrays = {name: array for chunk in expected for layer in chunk for name, array in layer.values()}
+    try:
+        views = read_weights(path, arrays)
+    except ArtifactError:
+        raise PrefixError(_changed(path)) from None
+    return info.tokens, [
         KeptChunk(
             bytes.fromhex(key),
             tuple({name: views[stored] for name, (stored, _) in layer.items()} for layer in chunk),

@@ -39,6 +39,7 @@ class Runner:
 
     def __init__(self, artifact: Artifact) -> None:
         self.info: Manifest = artifact.manifest
+        self.tier: Tier
         weights = self.info.weights
         views = read_weights(artifact.path / weights.file.path, weights.tensors)
         self._weight_map = weakref.ref(memory_map(views))
@@ -113,8 +114,8 @@ def _load_entries(artifact: Artifact) -> tuple[dict[tuple[int, str], Executable]
 
 
 def _writable(array: jax.Array) -> NDArray[Any]:
-    memory = (ctypes.c_char * array.nbytes).from_address(array.unsafe_buffer_pointer())
-    return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape)
+    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.unsafe_buffer_pointer())
+    return np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape)
 
 
 def _empty_cache(bucket: BucketInfo) -> Cache:

@@ -7,9 +7,10 @@ under XLA are the artifact's own entries.
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -18,17 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..host.environment import check_platforms
-from .artifact import TOKENIZER, TOKENIZER_CONFIG, Artifact, open_artifact
-from .encoding import Encoding, check_outputs, check_truncate_dim, encode_rows
-from .engine import Engine, Event, FinishReason, Request, RequestLost, TokenWritten
+from ..host.files import check_absent
+from .artifact import TOKENIZER, TOKENIZER_CONFIG, Artifact, Tier, open_artifact
+from .chat_template import ChatTemplate, read_chat_template
+from .encoding import Encoding, bucket_for, check_outputs, check_truncate_dim, encode_rows
+from .engine import Engine, Event, PromptRead, Request, RequestLost, TokenWritten
+from .generation_options import SamplingOptions, choices
 from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_nested, read_rows
 from .manifest import ENTRIES, FileInfo, Manifest
+from .prefix_cache import KeptChunk, PrefixCache
+from .prefix_file import fingerprint, read_prefix, write_prefix
 from .runner import Runner
-from .sampling import Sampling
+from .stream import Generation, Progress, Stream
+from .text_stream import TextStream
 from .tokenization import Cut, TextTokenizer
 
-Progress = Callable[[int, int], None]
 Ids = NDArray[np.integer[Any]] | Sequence[int]
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,24 +65,6 @@ class Scores(list[Score]):
         return [score.argmax for score in self]
 
 
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """What the model wrote.
-
-    Attributes:
-        text: the new tokens as text, without special tokens; None for a model without a tokenizer.
-        ids: int32, the new tokens only, including an end-of-sequence token.
-        finish_reason: "stop" after an end-of-sequence token, "length" after max_new_tokens, "capacity" when the largest
-            bucket was full.
-        prompt_tokens: length of the prompt in tokens.
-    """
-
-    text: str | None
-    ids: NDArray[np.int32]
-    finish_reason: FinishReason
-    prompt_tokens: int
-
-
 class EncodeOptions(TypedDict, total=False):
     """The options of `Session.encode`, which describes them."""
 
@@ -88,25 +77,13 @@ class EncodeOptions(TypedDict, total=False):
     progress: Progress | None
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One new token of a stream.
-
-    Attributes:
-        id: the token.
-        text: the text that it adds, "" while a character is incomplete; None for a model without a tokenizer. The texts
-            of all pieces together are the text of the `Generation`.
-    """
-
-    id: int
-    text: str | None
-
-
+CACHE_RAM = 1 << 30
+"""Bytes of memory for prefixes of prompts, if `load` is told nothing else."""
 _NO_FORK = 'start it with the method "spawn" or "forkserver" of multiprocessing instead, and load the artifact there'
 _process_of_jax: int | None = None
 
 
-def load(artifact: str | Path) -> "Session":
+def load(artifact: str | Path, *, cache_ram: int = CACHE_RAM) -> "Session":
     """Opens an artifact written by `iceformer.compile`.
 
     Every file is checked against the manifest first, and the manifest against the entries and the weights. The folder
@@ -116,6 +93,11 @@ def load(artifact: str | Path) -> "Session":
     The weights stay in their file, which is mapped into memory. While a session is open, never overwrite or truncate
     the artifact's files in place: results would change, or the process would die (SIGBUS). It is safe to write a new
     folder and rename it, or to remove the old one.
+
+    Args:
+        artifact: the folder.
+        cache_ram: bytes of memory for what prompts leave in the KV cache, in whole chunks, so that later prompts that
+            begin alike need not compute it again; 0 for none.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -128,7 +110,7 @@ def load(artifact: str | Path) -> "Session":
         PortableTierWarning: the machine code does not fit this host; its StableHLO is compiled here on first use.
     """
     check_platforms()
-    return Session(open_artifact(artifact))
+    return Session(open_artifact(artifact), check_count(cache_ram, "cache_ram", 0))
 
 
 class Session:
@@ -143,16 +125,18 @@ class Session:
         tier: "native" if the artifact's machine code runs, "portable" if its StableHLO is compiled here on first use.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, cache_ram: int) -> None:
         self.info: Manifest = artifact.manifest
         self._artifact = artifact
         self._process = _first_process()
         self._runner = Runner(artifact)
-        self.tier = self._runner.tier
-        self._engine = Engine(self._runner)
+        self.tier: Tier = self._runner.tier
+        self._prefixes = PrefixCache(cache_ram)
+        self._engine = Engine(self._runner, self._prefixes)
         self._events: dict[int, deque[Event]] = {}
         self._text_tokenizer: TextTokenizer | None = None
         self._text_cutter: TextTokenizer | None = None
+        self._template: ChatTemplate | None = None
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._closed = False
@@ -167,6 +151,7 @@ class Session:
         with self._turn():
             self._closed = True
             self._text_tokenizer, self._text_cutter = None, None
+            self._prefixes.clear()
             self._runner.close()
 
     def __enter__(self) -> "Session":
@@ -221,69 +206,210 @@ class Session:
     def generate(
         self,
         prompt: str | Ids,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         seed: int = 0,
         *,
         stream: Literal[False] = False,
         add_special_tokens: bool | None = None,
         progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Generation: ...
 
     @overload
     def generate(
         self,
         prompt: str | Ids,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         seed: int = 0,
         *,
         stream: Literal[True],
         add_special_tokens: bool | None = None,
         progress: Progress | None = None,
-    ) -> "Stream": ...
+        **options: Unpack[SamplingOptions],
+    ) -> Stream: ...
 
     def generate(
         self,
         prompt: str | Ids,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         seed: int = 0,
         *,
         stream: bool = False,
         add_special_tokens: bool | None = None,
         progress: Progress | None = None,
-    ) -> "Generation | Stream":
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | Stream:
         """Continues a prompt.
+
+        What the prompt has in common with an earlier one, in whole chunks, is not computed again, and the text is the
+        same to the bit as if it were.
 
         Args:
             prompt: text, or token ids as a 1-D integer array or list.
-            max_new_tokens: maximum number of new tokens.
-            temperature: 0 takes the most likely token each time; above 0 samples from softmax(logits / temperature).
+            max_new_tokens: maximum number of new tokens; None for what the checkpoint's generation_config.json says,
+                or 64.
+            temperature: 0 takes the most likely token each time; above 0 samples from softmax(logits / temperature);
+                None for what generation_config.json says, or 0.
             seed: random seed for sampling.
             stream: return an iterator over the new tokens, each as soon as it is written, instead of waiting for all.
             add_special_tokens: for a text, as in `tokenize`. By default a prompt from a chat template that begins with
                 the beginning-of-sequence token gets no second one.
             progress: called after each chunk with the number of prompt tokens done and the total.
+            options: as `SamplingOptions` describes them.
 
         Raises:
             ValueError: an empty prompt, text for a model without tokenizer, an id outside the vocabulary, more tokens
-                than the largest bucket has, a temperature or max_new_tokens that makes no sense, or an encoder.
+                than the largest bucket has, an option that makes no sense, or an encoder.
         """
         self._check_entry("decode")
-        sampling = Sampling(temperature=temperature, seed=seed)
-        max_new_tokens = check_count(max_new_tokens, "max_new_tokens", 1)
+        chosen = choices(self.info.model.generation, max_new_tokens, temperature, seed, options)
+        if chosen.stop and not self.has_tokenizer:
+            raise ValueError("stop has strings, but this model has no tokenizer: leave it out")
         if is_nested(prompt):
             raise ValueError(
                 f"the prompt is a {type(prompt).__name__} of {len(prompt)}, and generate continues one prompt: call it "
                 "once for each"
             )
         ids = self._read_ids(prompt, "the prompt", add_special_tokens)
+        text = TextStream(self._tokenizer(), chosen.stop) if self.has_tokenizer else None
         with self._turn():
-            handle = self._engine.add(Request(ids, max_new_tokens, sampling))
+            handle = self._engine.add(Request(ids, chosen.max_new_tokens, chosen.sampling, chosen.logprobs))
             self._events[handle] = deque()
-        written = Stream(self, handle, len(ids), progress)
+        written = Stream(partial(self._next_token, handle), partial(self._end, handle), len(ids), text, progress)
         return written if stream else written.wait()
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        *,
+        stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Any:
+        """Answers the last message of a conversation, which the model's chat template turns into a prompt.
+
+        Args:
+            messages: dicts with `role` ("system", "user", "assistant", ...) and `content`, in their order.
+            tools: JSON schemas of functions, for models whose template knows of them.
+            max_new_tokens, temperature, seed, stream, progress, options: as in `generate`.
+
+        Raises:
+            ValueError: as `generate`; an artifact without a chat template; messages that are none.
+            ChatTemplateError: a ValueError: the template refuses the messages, or is not fit to be run.
+        """
+        self._check_entry("decode")
+        ids = self.tokenize(self.chat_prompt(messages, tools=tools), add_special_tokens=False)
+        return self.generate(ids, max_new_tokens, temperature, seed, stream=stream, progress=progress, **options)
+
+    def chat_prompt(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The prompt that `chat` continues, special tokens included.
+
+        Raises:
+            ValueError: as `chat`.
+        """
+        template = read_chat_template(self._artifact, "tool_use") if tools else None
+        template = template or self._chat_template()
+        return template.render(messages, tools=tools)
+
+    def save_prefix(
+        self,
+        prompt: str | Ids,
+        folder: str | Path,
+        *,
+        room: int = 1024,
+        add_special_tokens: bool | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Writes what prefill makes of a prompt's whole chunks, for `load_prefix` of this or a later session.
+
+        Args:
+            prompt: text, or token ids.
+            folder: the folder to write, which must not exist.
+            room: tokens that will follow it, question and answer together. They decide on the bucket.
+            add_special_tokens: for a text, as in `tokenize`.
+            progress: called after each chunk with the number of tokens done and the total.
+
+        Returns:
+            The number of tokens in whole chunks.
+
+        Raises:
+            FileExistsError: the folder exists.
+            ValueError: as `generate`; a prompt of less than a chunk.
+        """
+        self._check_entry("decode")
+        check_absent(Path(folder))
+        room = check_count(room, "room", 0)
+        ids = self._read_ids(prompt, "the prompt", add_special_tokens)
+        bucket = bucket_for(self.info, len(ids) + room)
+        chunks: list[KeptChunk] = []
+        with self._turn():
+            while not self._engine.has_room(len(ids) + room):
+                self._step()
+            for chunk in self._engine.prefix(ids, room):
+                chunks.append(chunk)
+                if progress:
+                    progress(len(chunks) * bucket.chunk, len(ids))
+        if not chunks:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, expected more than a chunk, {bucket.chunk}: "
+                "only whole chunks are kept"
+            )
+        write_prefix(Path(folder), self._fingerprint(), bucket, chunks)
+        return len(chunks) * bucket.chunk
+
+    def load_prefix(self, folder: str | Path) -> int:
+        """Maps what `save_prefix` wrote, so that prompts that begin with it start behind it.
+
+        While the session is open, never overwrite or truncate the folder's files in place.
+
+        Returns:
+            The number of tokens.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            PrefixError: a ValueError: no prefix, a changed one, or one of another artifact.
+        """
+        self._check_entry("decode")
+        with self._turn():
+            tokens, chunks = read_prefix(Path(folder), self._fingerprint(), self.info.buckets)
+            for chunk in chunks:
+                self._prefixes.keep(chunk)
+        return tokens
 
     @overload
     def encode(
@@ -384,18 +510,20 @@ class Session:
         """
         return self._tokenizer().decode(np.asarray(ids, np.int64).tolist())
 
-    def stable_text(self, ids: Ids) -> str:
-        """The part of the text of token ids that later tokens cannot change.
-
-        Raises:
-            ValueError: the artifact has no tokenizer.
-        """
-        return self._tokenizer().decode_stable(np.asarray(ids, np.int64).tolist())
-
     @property
     def has_tokenizer(self) -> bool:
         """Whether the artifact has a tokenizer, so that prompts may be text."""
         return self._file(TOKENIZER) is not None
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = read_chat_template(self._artifact)
+        if self._template is None:
+            raise ValueError("this artifact has no chat template: use generate, with a prompt as the model expects it")
+        return self._template
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self._artifact, self.tier)
 
     def _file(self, path: str) -> FileInfo | None:
         return next((file for file in self.info.files if file.path == path), None)
@@ -469,8 +597,8 @@ class Session:
         self._engine.cancel(handle)
         self._events.pop(handle, None)
 
-    def _next_token(self, handle: int, progress: Progress | None) -> TokenWritten:
-        """The next token of a request that has not ended."""
+    def _next_token(self, handle: int, told: Callable[[PromptRead], None]) -> TokenWritten:
+        """The next token of a request that has not ended; `told` hears of what is read of the prompt before it."""
         events = self._events[handle]
         while True:
             with self._turn():
@@ -482,8 +610,7 @@ class Session:
                         return event
                     if isinstance(event, RequestLost):
                         raise RuntimeError(f"the text cannot be continued, because {event.why}")
-                    if progress:
-                        progress(event.done, event.total)
+                    told(event)
 
     def _step(self) -> None:
         """One step of the engine, whose events are kept for those who follow a request."""
@@ -506,78 +633,6 @@ class Session:
             done += len(row)
             scores.append(Score(np.concatenate(logprobs)[: len(row) - 1], np.concatenate(argmax)[: len(row)]))
         return scores
-
-
-class Stream(Iterator[Piece]):
-    """The new tokens of a prompt, each as soon as it is written.
-
-    Between two tokens the session may do other things. `close`, the end of a `with` block, or dropping the stream ends
-    the request early.
-
-    Attributes:
-        generation: the complete result after the last token; None before.
-    """
-
-    def __init__(self, session: Session, handle: int, prompt_tokens: int, progress: Progress | None) -> None:
-        self._session, self._handle, self._prompt_tokens, self._progress = session, handle, prompt_tokens, progress
-        self._ended = False
-        self._ids: list[int] = []
-        self._text = ""
-        self.generation: Generation | None = None
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> Piece:
-        written = self._take()
-        if not self._session.has_tokenizer:
-            return Piece(written.id, None)
-        text = self._session.stable_text(self._ids) if self.generation is None else self.generation.text or ""
-        # A tokenizer may take back what its text ended with; what was given stays.
-        new = text[len(self._text) :] if text.startswith(self._text) else ""
-        self._text += new
-        return Piece(written.id, new)
-
-    def wait(self) -> Generation:
-        """Writes the remaining tokens and returns the complete result."""
-        while self.generation is None and not self._ended:
-            self._take()
-        if self.generation is None:
-            raise RuntimeError("the stream was closed before its end: the text is incomplete")
-        return self.generation
-
-    def close(self) -> None:
-        """Ends the request, if it has not ended."""
-        if not self._ended:
-            self._ended = True
-            self._session._end(self._handle)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _take(self) -> TokenWritten:
-        if self._ended:
-            raise StopIteration
-        try:
-            written = self._session._next_token(self._handle, self._progress)
-        except BaseException:
-            self.close()
-            raise
-        self._ids.append(written.id)
-        if written.finish_reason is not None:
-            self.close()
-            text = self._session.detokenize(self._ids) if self._session.has_tokenizer else None
-            ids = np.asarray(self._ids, np.int32)
-            self.generation = Generation(text, ids, written.finish_reason, self._prompt_tokens)
-        return written
 
 
 def _first_process() -> int:

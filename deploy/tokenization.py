@@ -15,7 +15,6 @@ _CLEANED = (
     *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
 )
 """What `clean_up_tokenization_spaces` replaces, in transformers' order."""
-_LONGEST_CLEANED = max(len(spaced) for spaced, _ in _CLEANED)
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,6 @@ class TextTokenizer:
         """What makes text of tokens, step by step, as tokenizer.json describes it; empty if nothing does."""
         decoder = self._tokenizer.decoder
         return [] if decoder is None else _steps(json.loads(decoder.__getstate__()))  # pyright: ignore[reportAttributeAccessIssue]
-
-    def decode_stable(self, ids: list[int]) -> str:
-        """The text of token ids as far as ids that may follow leave it as it is: up to a character that is not whole,
-        or to what `clean_up_tokenization_spaces` may still replace. ValueError as `decode`."""
-        text = self.decode(ids).rstrip("\ufffd")
-        return text[: len(text) - _LONGEST_CLEANED] if self._cleans_up else text
 
     def _check_ids(self, ids: NDArray[np.int32]) -> None:
         limit = self._vocab_size

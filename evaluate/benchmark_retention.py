@@ -193,7 +193,7 @@ class _Bench:
             compile_checkpoint(
                 checkpoint, artifact, buckets=(bucket,), attention=config, dtype=self._dtype, chunk=chunk
             )
-        return load(artifact)
+        return load(artifact, cache_ram=0)
 
     def _task(self, name: str, seed: int) -> Task:
         """A record of nearly as many tokens as are wanted, and never more."""

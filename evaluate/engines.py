@@ -39,7 +39,7 @@ def ours(job: PrefillJob, ids: NDArray[np.int32]) -> Engine:
     """An artifact of ours, whatever its attention is."""
     from ..deploy.session import load
 
-    session = load(job.form)
+    session = load(job.form, cache_ram=0)
     # What `generate` computes for its first token, before it draws; the session keeps logits to itself.
     return Engine(lambda: session.generate(ids, max_new_tokens=1), lambda: session._engine.logits(ids))
 

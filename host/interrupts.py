@@ -59,6 +59,11 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+def settle() -> None:
+    """Forgets that Ctrl-C was pressed, after what it was meant for has ended."""
+    _wish.pressed = False
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Inside, Ctrl-C raises KeyboardInterrupt as ever, and where that gets lost, `check` and the block's end raise it.

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -22,13 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import __version__
+from .conversation import CHAT_TOKENS, Conversation, Written, system_messages, write_out
 from .fields import add_options, takes_options
 from .host import strict_json
 from .host.environment import check_environment
-from .host.files import check_parent
+from .host.files import check_absent, check_parent
 from .host.interrupts import check as check_interrupt
 from .host.interrupts import interruptible
-from .host.messages import printable_lines, printable_message
+from .host.messages import printable_message
 from .host.terminal import Description, progress_bar, stderr, stdout
 from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
@@ -86,6 +88,7 @@ class DecodeKind(StrEnum):
 
 
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
+_SAMPLING = "Sampling (where nothing is given, as the model's generation_config.json asks)"
 _TWO_STAGE, _DECODE = "Two-stage attention", "Decoding"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -99,11 +102,27 @@ SpecialTokens = Annotated[
 ]
 
 
+PromptFile = Annotated[
+    Path | None, typer.Option(help="Read the prompt from this UTF-8 file, without its final line end.")
+]
+System = Annotated[str | None, typer.Option(help="System message of the conversation.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option(help="Folder written by `iceformer cache`, whose tokens are not read again.")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Maximum number of new tokens.", show_default="the model's, or 64; chat 512")
+]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text at which the answer ends; may be repeated.")]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line (that of the process if `arguments` is None) and exits."""
     warnings.showwarning = _print_warning
-    if "compile" in (sys.argv if arguments is None else arguments):
+    words = sys.argv if arguments is None else arguments
+    if "compile" in words:
         add_two_stage_options()
+    if "generate" in words or "chat" in words:
+        add_sampling_options()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
@@ -124,6 +143,14 @@ def add_two_stage_options() -> None:
     from .attention.two_stage import TwoStage
 
     add_options(compile, TwoStage, _TWO_STAGE, skip=("method", "crossover"))
+
+
+def add_sampling_options() -> None:
+    """The options of `generate` and `chat` that follow Sampling, whose import takes a moment."""
+    from .deploy.sampling import Sampling
+
+    for command in (generate, chat):
+        add_options(command, Sampling, _SAMPLING, skip=("logit_bias",))
 
 
 @contextmanager
@@ -293,38 +320,99 @@ def compile(
 
 
 @app.command()
+@takes_options
 def generate(
     artifact: ArtifactPath,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT]", help="The prompt; - reads stdin. Token ids if there is no tokenizer."),
     ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="Read the prompt from this UTF-8 file, without its final line end.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 samples.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    prompt_file: PromptFile = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, which the model's chat template wraps.")
+    ] = False,
+    system: System = None,
+    cache: CacheFolder = None,
+    max_new_tokens: MaxNewTokens = None,
+    stop: Stop = None,
     special_tokens: SpecialTokens = None,
+    **sampling: Any,
 ) -> None:
-    """Continue a prompt. The new text goes to stdout."""
+    """Continue a prompt. The new text goes to stdout as it is written."""
     from . import load
 
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("give the prompt either as an argument (- for stdin) or with --prompt-file")
-    given = str(prompt) if prompt_file is None else read_text(prompt_file)
-    text = read_stdin() if prompt == "-" else given
-    with load(artifact) as session, _progress("prompt") as progress:
-        result = session.generate(
-            _ids(session, text),
-            max_new_tokens,
-            temperature,
-            seed,
-            add_special_tokens=special_tokens,
-            progress=progress,
-        )
-    written = " ".join(map(str, result.ids)) if result.text is None else result.text
-    typer.echo(printable_lines(written) if stdout.is_terminal else written)
+    text = _prompt_text(prompt, prompt_file)
+    options = _writing_options(max_new_tokens, stop, sampling)
+    with load(artifact, cache_ram=0) as session:
+        if cache is not None:
+            session.load_prefix(cache)
+        start = time.perf_counter()
+        with _progress("prompt") as progress:
+            if chat or system is not None:
+                messages = [*system_messages(system), {"role": "user", "content": text}]
+                stream = session.chat(messages, stream=True, progress=progress, **options)
+            else:
+                stream = session.generate(
+                    _ids(session, text), stream=True, add_special_tokens=special_tokens, progress=progress, **options
+                )
+            first = next(stream)
+        until_first = time.perf_counter() - start
+        _show_speed(write_out(stream, first, []), until_first)
+
+
+@app.command()
+@takes_options
+def chat(
+    artifact: ArtifactPath,
+    file: Annotated[
+        Path | None, typer.Option(help="A document to talk about: UTF-8, put before the first message.")
+    ] = None,
+    system: System = None,
+    cache: CacheFolder = None,
+    cache_ram: Annotated[
+        str, typer.Option(help="Memory for what was read already, such as 500M or 2G; 0 for none.")
+    ] = "1G",
+    max_new_tokens: MaxNewTokens = None,
+    stop: Stop = None,
+    **sampling: Any,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, /new begins again, /exit or Ctrl-D ends."""
+    from . import load
+
+    document = None if file is None else read_text(file)
+    options = _writing_options(max_new_tokens or CHAT_TOKENS, stop, sampling)
+    with load(artifact, cache_ram=_bytes(cache_ram, "--cache-ram")) as session:
+        if cache is not None:
+            session.load_prefix(cache)
+        Conversation(session, system, document, options, lambda: _progress("reading")).run()
+
+
+@app.command()
+def cache(
+    artifact: ArtifactPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must not exist.")],
+    prompt_file: Annotated[Path, typer.Option(help="Document to prefill: UTF-8, read without its final line end.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="For `chat --file` and `generate --chat`: as the chat template begins it.")
+    ] = False,
+    system: System = None,
+    room: Annotated[
+        int, typer.Option(help="Tokens that will follow: questions and answers. They decide on the bucket.")
+    ] = 1024,
+    special_tokens: SpecialTokens = None,
+) -> None:
+    """Prefill a document once and keep the result on disk, for `generate --cache` and `chat --cache`."""
+    from . import load
+
+    check_absent(out)
+    text = read_text(prompt_file)
+    with load(artifact, cache_ram=0) as session, _progress("prompt") as progress:
+        prompt = _ids(session, text)
+        if chat or system is not None:
+            messages = [*system_messages(system), {"role": "user", "content": text}]
+            prompt, special_tokens = session.chat_prompt(messages), False
+        tokens = session.save_prefix(prompt, out, room=room, add_special_tokens=special_tokens, progress=progress)
+    stdout.print(f"cache: {out} ({tokens} tokens)", soft_wrap=True)
 
 
 @app.command()
@@ -677,6 +765,43 @@ def _print_benchmark(work: Path, table: "Table", lines: list[str]) -> None:
     stdout.print(f"result: {work / 'benchmark.json'}, plot: {work / 'benchmark.png'}", soft_wrap=True)
 
 
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt of an argument, of stdin or of a file."""
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give the prompt either as an argument (- for stdin) or with --prompt-file")
+    if prompt_file is not None:
+        return read_text(prompt_file)
+    return read_stdin() if prompt == "-" else str(prompt)
+
+
+def _writing_options(max_new_tokens: int | None, stop: list[str] | None, sampling: dict[str, Any]) -> dict[str, Any]:
+    """What a session takes, of the options that were given."""
+    given = {"max_new_tokens": max_new_tokens, "stop": stop or None, **sampling}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _show_speed(written: Written, until_first: float) -> None:
+    """How long it took, on a terminal."""
+    if stderr.is_terminal:
+        generation = written.generation
+        kept = f", {generation.cached_tokens} of them from the cache" if generation.cached_tokens else ""
+        rate = f", {written.tokens_per_second:.1f} tokens/s" if written.tokens_per_second else ""
+        stderr.print(
+            f"prompt: {generation.prompt_tokens} tokens{kept}, first token after {until_first:.1f} s; "
+            f"answer: {len(generation.ids)} tokens{rate}",
+            style="dim",
+            soft_wrap=True,
+        )
+
+
+def _bytes(text: str, what: str) -> int:
+    """A number of bytes, with K, M or G for powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{what} is {text!r}, expected a number of bytes such as 500M or 2G")
+    return int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
+
+
 def _ids(session: "Session", text: str) -> Any:
     """The text itself for a model with tokenizer, else the token ids written in it."""
     return text if session.has_tokenizer else _integers(text, "the text (the model has no tokenizer)")
@@ -804,9 +929,9 @@ def _value(text: str) -> Any:
 @contextmanager
 def _progress(what: str) -> "Iterator[Progress]":
     """A progress bar on stderr, if that is a terminal, as the callback that a session takes."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with progress_bar(*columns, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 
