@@ -117,11 +117,13 @@ def run_decode_benchmark(
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: an engine's file or package is not there.
-        ValueError: an unknown engine, fewer than 3 rounds, or a folder that holds another run.
+        ValueError: an unknown engine, a depth of no tokens, fewer than 3 rounds, or a folder that holds another run.
     """
     options, peers = options or DecodeOptions(), peers or Peers()
     threads = threads or len(os.sched_getaffinity(0))
     check_engines(engines, DECODE_ENGINES, rounds)
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"depths are {list(lengths)}, expected some of at least 1 token")
     peers.check(engines)
     settings = {
         "mode": "decode",
