@@ -1,4 +1,4 @@
-"""What a folder says of generating text: the ids that end a text, and the settings that are not applied here.
+"""What a folder says of generating text: the ids that end a text, and the settings that are not applied.
 
 As in transformers, generation_config.json says it, or without that config.json, or a language model's config in it.
 """
@@ -58,6 +58,13 @@ _DEFAULTS: dict[str, object] = {
     "watermarking_config": None,
 }
 """Settings that change which tokens are generated, and what they are in transformers where a folder says nothing."""
+_APPLIED = frozenset(
+    {
+        *("do_sample", "max_new_tokens", "min_p", "repetition_penalty"),
+        *("stop_strings", "temperature", "top_k", "top_p"),
+    }
+)
+"""Those of them that a session applies where its caller gives nothing else."""
 
 
 def eos_token_ids(folder: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
@@ -106,12 +113,9 @@ def unapplied(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[
             "generation does not stop there"
         )
     file, settings = generation_settings(folder, config)
-    if settings:
-        named = ", ".join(f"{name} {_brief(value)}" for name, value in settings.items())
-        sentences.append(
-            f"{shown(folder / file)} sets {named}, which are not applied: max_new_tokens limits "
-            "the length, and decoding is greedy unless a temperature is given"
-        )
+    if others := {name: value for name, value in settings.items() if name not in _APPLIED}:
+        named = ", ".join(f"{name} {_brief(value)}" for name, value in others.items())
+        sentences.append(f"{shown(folder / file)} sets {named}, which texts are generated without")
     return sentences
 
 

@@ -102,6 +102,75 @@ def test_generate(
     assert (code, out) == (0, f"{expected}\n")
 
 
+def test_generate_stops_and_samples(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with iceformer.load(artifact) as session:
+        whole = session.generate("the line", 12).text or ""
+        drawn = session.generate("the line", 12, 1.5, 4, top_k=9).text
+    stop = whole[len(whole) // 2 :][:2]
+    code, out, _ = run(capsys, "generate", artifact, "the line", "--max-new-tokens", 12, "--stop", stop)
+    assert (code, out) == (0, f"{whole[: whole.index(stop)]}\n")
+    options = ("--temperature", 1.5, "--seed", 4, "--top-k", 9, "--max-new-tokens", 12)
+    assert run(capsys, "generate", artifact, "the line", *options)[1] == f"{drawn}\n"
+    for option, value in (("--top-p", "0"), ("--temperature", "nan"), ("--stop", "")):
+        code, out, err = run(capsys, "generate", artifact, "the line", option, value)
+        assert (code, out) == (1, "")
+        assert "expected" in err or "empty" in err
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of a model with a chat template."""
+    folder = tmp_path_factory.mktemp("chatting")
+    checkpoint = iceformer.convert_checkpoint("demo/model", folder / "checkpoint")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    return iceformer.compile(checkpoint, folder / "artifact", buckets=(512,), chunk=64, attention=iceformer.Exact())
+
+
+def test_chat_keeps_the_conversation(
+    chatting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "document").write_text("line a: REGISTER_CONTENT is <12>\n" * 3)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\ntwo\n/new\ntwo\n/exit\nthree\n")))
+    arguments = ("--file", tmp_path / "document", "--system", "Be brief", "--max-new-tokens", 6)
+    code, out, err = run(capsys, "chat", chatting, *arguments)
+    assert code == 0, err
+    document = (tmp_path / "document").read_text().removesuffix("\n")
+    messages = [{"role": "system", "content": "Be brief"}]
+
+    def answer(session: Any, question: str) -> str:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": session.chat(messages, 6).text})
+        return f"{messages[-1]['content']}\n"
+
+    with iceformer.load(chatting) as session:
+        expected = answer(session, f"{document}\n\none") + answer(session, "two")
+        del messages[1:]
+        expected += answer(session, f"{document}\n\ntwo")
+    assert out == expected
+
+
+def test_a_kept_prefix_serves_generate_and_chat(
+    chatting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, kept = tmp_path / "document", tmp_path / "kept"
+    document.write_text("line a: REGISTER_CONTENT is <12>\n" * 20)
+    code, out, err = run(capsys, "cache", chatting, kept, "--prompt-file", document, "--chat", "--room", 64)
+    assert code == 0, err
+    assert out.startswith(f"cache: {kept} (")
+    assert int(out.split("(")[1].split()[0]) % 64 == 0
+    asked = ("--chat", "--prompt-file", document, "--max-new-tokens", 5)
+    plain = run(capsys, "generate", chatting, *asked)
+    assert run(capsys, "generate", chatting, *asked, "--cache", kept) == plain
+    for folder, message in ((tmp_path, "lacks prefix.json"), (tmp_path / "none", "is not a folder")):
+        code, out, err = run(capsys, "generate", chatting, *asked, "--cache", folder)
+        assert (code, out) == (1, "")
+        assert message in err
+    assert "exists" in run(capsys, "cache", chatting, kept, "--prompt-file", document)[2]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "expected a number of bytes" in run(capsys, "chat", chatting, "--cache-ram", "much")[2]
+
+
 def test_score(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     session = iceformer.load(artifact)
     ids = session.tokenize("the line of the record")

@@ -2,13 +2,15 @@
 
 import shutil
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import iceformer
-from iceformer.convert.generation_config import GENERATION_CONFIG, eos_token_ids, unapplied
+from iceformer.convert.generation_config import _APPLIED, GENERATION_CONFIG, eos_token_ids, unapplied
+from iceformer.deploy.generation_defaults import GenerationDefaults
 
 from .folders import refused, tiny, write_json
 
@@ -83,10 +85,17 @@ def test_a_bad_id_is_refused_at_convert_and_at_compile(source: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [({"temperature": 0.5}, True), ({"text_config": {"top_p": 0.9}}, True), ({"temperature": 1.0}, False)],
+    [
+        *[({"num_beams": 5}, True), ({"text_config": {"typical_p": 0.9}}, True), ({"num_beams": 1}, False)],
+        *[({"temperature": 0.5}, False), ({"text_config": {"top_p": 0.9}}, False)],  # which are applied
+    ],
 )
 def test_without_a_generation_config_those_of_config_json_hold(tmp_path: Path, config: dict, expected: bool) -> None:
     assert bool(unapplied(tmp_path, config, VOCAB)) == expected
+
+
+def test_what_is_applied_is_what_sessions_have_defaults_for() -> None:
+    assert {field.name for field in fields(GenerationDefaults)} - {"unsupported"} == _APPLIED
 
 
 def test_an_encoder_has_no_such_settings(tmp_path: Path) -> None:
