@@ -10,7 +10,7 @@ from typing import Any
 
 from .encoding import OUTPUTS
 from .generation_defaults import disagreements
-from .manifest import ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo, kv_arrays
+from .manifest import TAIL_ENTRY, ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo, kv_arrays, tail_of
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -29,10 +29,12 @@ def decoder_arguments(capacity: int, chunk: int, slots: int, page: int) -> dict[
         return ArrayInfo(shape, "int32")
 
     table = {"table": integers(slots, capacity // page)} if page else {}
-    piece = integers(1, chunk)
+    piece, tail = integers(1, chunk), tail_of(chunk)
     row = {"slot": integers(1), "offset": integers(1), "length": integers(1)}
+    end = {TAIL_ENTRY: {"tokens": integers(1, tail), **row, **table}} if tail < chunk else {}
     return {
         "prefill": {"tokens": piece, **row, **table},
+        **end,
         "decode": {"tokens": integers(slots), "slot": integers(slots), "offset": integers(slots), **table},
         "score": {"tokens": piece, "targets": piece, **row, **table},
     }
@@ -97,11 +99,14 @@ def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
         yield f"has pages of {page} tokens, expected a power of two that divides the capacity"
         return
     for name, arguments in decoder_arguments(bucket.capacity, bucket.chunk, slots, page).items():
+        if name not in bucket.entries:
+            yield f"lacks the entry {name}"
+            return
         if list(bucket.entries[name].arguments.items()) != list(arguments.items()):
             yield f"has {_shown(bucket.entries[name].arguments)} as arguments of {name}, expected {_shown(arguments)}"
     piece = (1, bucket.chunk)
     results = {
-        "prefill": {"logits": ((1, vocabulary), _FLOATS)},
+        **{name: {"logits": ((1, vocabulary), _FLOATS)} for name in ("prefill", TAIL_ENTRY) if name in bucket.entries},
         "decode": {"logits": ((slots, vocabulary), _FLOATS)},
         "score": {"logprobs": (piece, _FLOATS), "argmax": (piece, ("int32",))},
     }

@@ -57,6 +57,7 @@ from .manifest import (
     QuantizationError,
     TextInfo,
     WeightsInfo,
+    tail_of,
 )
 from .quantization_error import kv_quantization_error, quantization_error
 from .weights import cpu_device, described, write_weights
@@ -139,7 +140,8 @@ def compile(
     _check_decode(asked, config)
     measures = needs_measurement(asked, buckets, timed) + needs_decode_measurement(asked, buckets, timed)
     rounds = weights not in ("same", dtype)
-    steps = 2 + rounds + (kept == "int8") + measures + len(buckets) * len(ENTRIES[config.kind])
+    tails = 0 if config.kind != "decoder" else sum(tail_of(cut := min(chunk, size)) < cut for size in buckets)
+    steps = 2 + rounds + (kept == "int8") + measures + len(buckets) * len(ENTRIES[config.kind]) + tails
 
     # The folder first, so that one that cannot be written is known before the work.
     with (

@@ -1,11 +1,12 @@
 """`Engine`: several requests at once over one artifact of a decoder, step by step. It knows tokens and no text.
 
-A request waits for a slot in the smallest bucket that has room for it. Each step takes one chunk of one prompt and
+A request waits for a slot in the smallest bucket that has room for it. Each step takes one piece of one prompt and
 writes one token of every request whose prompt is done, so that a long prompt does not stop the others' writing.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from .cache_copy import copy_in, copy_out, run_arrays
 from .encoding import bucket_for
-from .manifest import BucketInfo
-from .prefix_cache import KeptChunk, Key, PrefixCache, chunk_keys
+from .manifest import TAIL_ENTRY, BucketInfo
+from .prefix_cache import KeptPiece, Key, PrefixCache, piece_keys
 from .runner import Runner
 from .sampling import Sampler, Sampling, TokenLogprobs, top_logprobs
 from .slots import Slots
@@ -85,7 +86,8 @@ class _Running:
     """A request with a place in the cache.
 
     Attributes:
-        keys: of the prompt's chunks that may be kept for later prompts.
+        keys: of the prompt's pieces that may be kept for later prompts.
+        pieces: how many calls' worth of the prompt is in the cache.
         read: tokens of the prompt that are in the cache.
         restored: how many of them an earlier prompt had left.
         written: how many tokens the model wrote.
@@ -98,6 +100,7 @@ class _Running:
     slot: int
     sampler: Sampler
     keys: Sequence[Key] = ()
+    pieces: int = 0
     read: int = 0
     restored: int = 0
     written: int = 0
@@ -127,7 +130,7 @@ class Engine:
 
     Args:
         runner: of the artifact.
-        prefixes: where chunks of prompts are kept for later ones; None keeps none.
+        prefixes: where pieces of prompts are kept for later ones; None keeps none.
     """
 
     def __init__(self, runner: Runner, prefixes: PrefixCache | None = None) -> None:
@@ -159,7 +162,7 @@ class Engine:
         return bool(self._running or self._events or any(place.waiting for place in self._places.values()))
 
     def step(self) -> list[Event]:
-        """One chunk of the oldest prompt that is not done, and one token of every request whose prompt is.
+        """One piece of the oldest prompt that is not done, and one token of every request whose prompt is.
 
         A call that fails raises; the requests of its bucket are lost, which the next step tells, and all others go on.
         The next step also gives what happened before the failure.
@@ -187,49 +190,59 @@ class Engine:
 
         There must be room; it takes a slot until the last chunk.
         """
-        targets = np.roll(ids, -1)
-        for start, logprobs, argmax in self._chunks("score", ids, targets):
-            yield start, logprobs[0], argmax[0]
+        bucket, targets = bucket_for(self._info, len(ids)), np.roll(ids, -1)
+        with self._slot(bucket, len(ids)) as slot:
+            for start in range(0, len(ids), bucket.chunk):
+                pieces = [_piece(row, start, bucket.chunk) for row in (ids, targets)]
+                logprobs, argmax = self._call(bucket, "score", *pieces, *_row(slot, start, len(ids)))
+                yield start + bucket.chunk, np.array(logprobs)[0], np.array(argmax)[0]
 
     def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits [vocab] after the last token; there must be room."""
-        *_, (_, logits) = self._chunks("prefill", ids)
-        return logits[0]
+        bucket = bucket_for(self._info, len(ids))
+        with self._slot(bucket, len(ids)) as slot:
+            start, logits = 0, None
+            for size in bucket.piece_sizes(len(ids)):
+                logits = self._prefill(bucket, slot, ids, start, size)
+                start += size
+        assert logits is not None
+        return logits
 
-    def prefix(self, ids: NDArray[np.int32], room: int) -> Iterator[KeptChunk]:
-        """Chunk by chunk, what later prompts can start from that begin with these tokens.
+    def prefix(self, ids: NDArray[np.int32], room: int) -> Iterator[KeptPiece]:
+        """Piece by piece, what later prompts can start from that begin with these tokens.
 
         There must be room for these and `room` more tokens, which decide on the bucket.
         """
         bucket = bucket_for(self._info, len(ids) + room)
-        slots = self._places[bucket.capacity].slots
-        slot = slots.take(len(ids))
-        try:
-            for number, key in enumerate(chunk_keys(bucket, ids)):
-                start = number * bucket.chunk
-                kept = next(iter(self._prefixes.find([key])), None)
-                if kept is not None:
-                    self._put(bucket, slot, start, kept)
+        with self._slot(bucket, len(ids)) as slot:
+            start = 0
+            for key, size in zip(piece_keys(bucket, ids), bucket.piece_sizes(len(ids)), strict=False):
+                piece = next(iter(self._prefixes.find([key])), None)
+                if piece is not None:
+                    self._put(bucket, slot, start, piece)
                 else:
-                    self._call(bucket, "prefill", _piece(ids, start, bucket.chunk), *_row(slot, start, len(ids)))
-                    kept = self._taken(bucket, slot, start, key)
-                yield kept
+                    self._prefill(bucket, slot, ids, start, size)
+                    piece = self._taken(bucket, slot, start, size, key)
+                yield piece
+                start += size
+
+    @contextmanager
+    def _slot(self, bucket: BucketInfo, tokens: int) -> Iterator[int]:
+        """A slot for so many tokens; there must be one."""
+        slots = self._places[bucket.capacity].slots
+        slot = slots.take(tokens)
+        try:
+            yield slot
         finally:
             slots.give_back(slot)
 
-    def _chunks(self, entry: str, *rows: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
-        """Runs an entry over a sequence in a slot of its own, and gives the end of each chunk and its results."""
-        length = len(rows[0])
-        bucket = bucket_for(self._info, length)
-        slots = self._places[bucket.capacity].slots
-        slot = slots.take(length)
-        try:
-            for start in range(0, length, bucket.chunk):
-                pieces = [_piece(row, start, bucket.chunk) for row in rows]
-                results = self._call(bucket, entry, *pieces, *_row(slot, start, length))
-                yield start + bucket.chunk, *(np.array(result) for result in results)
-        finally:
-            slots.give_back(slot)
+    def _prefill(
+        self, bucket: BucketInfo, slot: int, ids: NDArray[np.int32], start: int, size: int
+    ) -> NDArray[np.float32]:
+        """Reads a piece of a prompt, and gives the logits [vocab] after its last token."""
+        entry = "prefill" if size == bucket.chunk else TAIL_ENTRY
+        (logits,) = self._call(bucket, entry, _piece(ids, start, size), *_row(slot, start, len(ids)))
+        return np.asarray(logits)[0]
 
     def _bucket(self, request: Request) -> BucketInfo:
         return bucket_for(self._info, len(request.ids) + request.max_new_tokens - 1)
@@ -252,7 +265,7 @@ class Engine:
                 slot = place.slots.take(len(request.ids) + request.max_new_tokens)
                 sampler, keys = (
                     Sampler(request.sampling, request.ids, self._vocab_size),
-                    chunk_keys(bucket, request.ids),
+                    piece_keys(bucket, request.ids),
                 )
                 self._running[handle] = _Running(handle, request, bucket, slot, sampler, keys)
 
@@ -261,51 +274,53 @@ class Engine:
         del self._running[running.handle]
 
     def _read(self, running: _Running) -> None:
+        """Reads the next piece of a prompt."""
         self._restore(running)
-        bucket, ids, start = running.bucket, running.request.ids, running.read
-        piece = _piece(ids, start, bucket.chunk)
-        (logits,) = self._call(bucket, "prefill", piece, *_row(running.slot, start, len(ids)))
-        running.read = min(start + bucket.chunk, len(ids))
-        self._keep(running, start)
+        bucket, ids, start, number = running.bucket, running.request.ids, running.read, running.pieces
+        size = bucket.piece_sizes(len(ids))[number]
+        logits = self._prefill(bucket, running.slot, ids, start, size)
+        running.read, running.pieces = min(start + size, len(ids)), number + 1
+        self._keep(running, number, start, size)
         self._tell_read(running)
         if running.writes:
-            self._sample(running, np.asarray(logits)[0])
+            self._sample(running, logits)
 
     def _tell_read(self, running: _Running) -> None:
         total = len(running.request.ids)
         self._events.append(PromptRead(running.handle, running.read, total, running.restored))
 
     def _restore(self, running: _Running) -> None:
-        """Takes the next chunks of a prompt from earlier prompts, as far as they are kept."""
-        found = self._prefixes.find(running.keys[running.read // running.bucket.chunk :])
-        for chunk in found:
-            self._put(running.bucket, running.slot, running.read, chunk)
-            running.read += running.bucket.chunk
-            running.restored += running.bucket.chunk
+        """Takes the next pieces of a prompt from earlier prompts, as far as they are kept."""
+        found = self._prefixes.find(running.keys[running.pieces :])
+        for piece in found:
+            self._put(running.bucket, running.slot, running.read, piece)
+            running.pieces += 1
+            running.read += piece.tokens
+            running.restored += piece.tokens
         if found:
             self._tell_read(running)
 
-    def _keep(self, running: _Running, start: int) -> None:
-        """Keeps a chunk of a prompt that was read just now, if later prompts may use it and there is room."""
-        bucket, keys, number = running.bucket, running.keys, start // running.bucket.chunk
+    def _keep(self, running: _Running, number: int, start: int, size: int) -> None:
+        """Keeps a piece of a prompt that was read just now, if later prompts may use it and there is room."""
+        bucket, keys = running.bucket, running.keys
         if number >= len(keys) or keys[number] in self._prefixes:
             return
-        arrays = run_arrays(bucket.cache, start, start + bucket.chunk)
-        size = sum(array.size_in_bytes for layer in arrays for array in layer.values())
-        if self._prefixes.has_room(size, keys[:number]):
-            self._prefixes.keep(self._taken(bucket, running.slot, start, keys[number]), keys[:number])
+        arrays = run_arrays(bucket.cache, start, start + size)
+        memory = sum(array.size_in_bytes for layer in arrays for array in layer.values())
+        if self._prefixes.has_room(memory, keys[:number]):
+            self._prefixes.keep(self._taken(bucket, running.slot, start, size, keys[number]), keys[:number])
 
-    def _taken(self, bucket: BucketInfo, slot: int, start: int, key: Key) -> KeptChunk:
-        """A copy of the chunk of a slot that begins at `start` and was read just now."""
+    def _taken(self, bucket: BucketInfo, slot: int, start: int, size: int, key: Key) -> KeptPiece:
+        """A copy of the piece of a slot that begins at `start` and was read just now."""
         pages = self._places[bucket.capacity].slots.pages(slot)
         views = self._runner.cache_views(bucket)
-        return KeptChunk(key, copy_out(views, bucket.cache, slot, pages, start, start + bucket.chunk))
+        return KeptPiece(key, size, copy_out(views, bucket.cache, slot, pages, start, start + size))
 
-    def _put(self, bucket: BucketInfo, slot: int, start: int, chunk: KeptChunk) -> None:
-        """Puts a chunk back into a slot."""
+    def _put(self, bucket: BucketInfo, slot: int, start: int, piece: KeptPiece) -> None:
+        """Puts a piece back into a slot."""
         pages = self._places[bucket.capacity].slots.pages(slot)
         views = self._runner.cache_views(bucket)
-        copy_in(views, bucket.cache, slot, pages, start, start + bucket.chunk, chunk.layers)
+        copy_in(views, bucket.cache, slot, pages, start, start + piece.tokens, piece.layers)
 
     def _write(self, bucket: BucketInfo, writing: Sequence[_Running]) -> None:
         """One more token of each request, all of them in one call."""
@@ -356,10 +371,10 @@ class Engine:
             raise
 
 
-def _piece(ids: NDArray[np.int32], start: int, chunk: int) -> NDArray[np.int32]:
-    """One chunk of a row as [1, chunk], with zeros behind its end."""
-    piece = np.zeros((1, chunk), np.int32)
-    part = ids[start : start + chunk]
+def _piece(ids: NDArray[np.int32], start: int, size: int) -> NDArray[np.int32]:
+    """A piece of a row as [1, size], with zeros behind its end."""
+    piece = np.zeros((1, size), np.int32)
+    part = ids[start : start + size]
     piece[0, : len(part)] = part
     return piece
 

@@ -21,7 +21,7 @@ from ..attention import KVCache, Plan, Rows
 from ..model.encoder import Encoder
 from ..model.self_attention import LayerConstants
 from .agreement import decoder_arguments
-from .manifest import ArrayInfo, CacheInfo, kv_arrays
+from .manifest import TAIL_ENTRY, ArrayInfo, CacheInfo, kv_arrays
 
 Weights = tuple[Array, ...]
 
@@ -139,8 +139,13 @@ class DecoderEntries(Entries):
 
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         arguments = decoder_arguments(capacity, chunk, batch, page)
+        prefills = {
+            name: Entry(self.prefill, arguments[name], ("logits",))
+            for name in ("prefill", TAIL_ENTRY)
+            if name in arguments
+        }
         return {
-            "prefill": Entry(self.prefill, arguments["prefill"], ("logits",)),
+            **prefills,
             "decode": Entry(self.decode, arguments["decode"], ("logits",)),
             "score": Entry(self.score, arguments["score"], ("logprobs", "argmax")),
         }

@@ -21,6 +21,9 @@ from ..host import strict_json
 from .generation_defaults import GenerationDefaults
 
 SCHEMA = 8
+TAIL = 128
+"""Tokens of the calls that read a prompt's end, at most."""
+TAIL_ENTRY = "prefill_tail"
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
 _TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -271,6 +274,13 @@ def kv_arrays(dtype: str) -> dict[str, str]:
     return {"key": dtype, "value": dtype, **scales}
 
 
+def tail_of(chunk: int) -> int:
+    """Tokens of the calls that read a prompt's end: a divisor of the chunk, or a chunk that is small itself."""
+    if chunk < 2 * TAIL:
+        return chunk
+    return next((size for size in range(TAIL, TAIL // 4, -1) if chunk % size == 0), chunk)
+
+
 @dataclass(frozen=True)
 class BucketInfo:
     """One capacity with its entries.
@@ -290,6 +300,19 @@ class BucketInfo:
     plan_reason: str
     cache: CacheInfo
     entries: dict[str, EntryInfo]
+
+    @property
+    def tail(self) -> int:
+        """Tokens of the calls that read a prompt's end, behind its whole chunks."""
+        return tail_of(self.chunk) if TAIL_ENTRY in self.entries else self.chunk
+
+    def piece_sizes(self, tokens: int) -> list[int]:
+        """The calls that read a prompt of so many tokens, in their order, by the tokens that each takes.
+
+        Nothing but the number of tokens decides on them: the same prompt always runs through the same calls.
+        """
+        whole, rest = divmod(tokens, self.chunk)
+        return [self.chunk] * whole + [self.tail] * -(-rest // self.tail)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""`PrefixCache`: what prefill left in the KV cache for the chunks of earlier prompts, so that a prompt that begins with
-the same chunks starts behind them.
+"""`PrefixCache`: what prefill left in the KV cache for the pieces of earlier prompts, so that a prompt that begins with
+the same pieces starts behind them.
 
-Chunks of a prompt always begin at the same positions and run through the same machine code, so that a restored chunk
-has the very bits that computing it again would give. What a chunk's bits may depend on besides its tokens and those
-before it is how near the prompt's end is (`TwoStage.exact_last_block`): chunks that near are neither kept nor used.
+A piece is kept under its tokens, those before it, and the calls that read them, so that a restored piece has the very
+bits that computing it again would give. What a piece's bits may depend on besides is how near the prompt's end is
+(`TwoStage.exact_last_block`): pieces that near are neither kept nor used.
 """
 
 import hashlib
@@ -19,20 +19,22 @@ from .cache_copy import Layers
 from .manifest import BucketInfo
 
 Key = bytes
-"""SHA-256 of a bucket and of all tokens up to the end of a chunk."""
+"""SHA-256 of a bucket, and of the pieces and tokens up to the end of a piece."""
 
 
 @dataclass(frozen=True, eq=False)
-class KeptChunk:
-    """A chunk of a prompt.
+class KeptPiece:
+    """A piece of a prompt that one call read: a chunk, or a part of the prompt's end.
 
     Attributes:
-        key: of the chunk.
+        key: of the piece.
+        tokens: how many it has.
         layers: what `cache_copy.copy_out` gave.
         mapped: whether they are a file's, mapped into memory, and take none of the limit.
     """
 
     key: Key
+    tokens: int
     layers: Layers
     mapped: bool = False
 
@@ -42,28 +44,31 @@ class KeptChunk:
         return 0 if self.mapped else sum(array.nbytes for layer in self.layers for array in layer.values())
 
 
-def chunk_keys(bucket: BucketInfo, ids: NDArray[np.int32]) -> list[Key]:
-    """Keys of the chunks of a prompt that may be kept or restored, in their order.
+def piece_keys(bucket: BucketInfo, ids: NDArray[np.int32]) -> list[Key]:
+    """Keys of the pieces of a prompt that may be kept or restored, in their order.
 
     The last token is always computed, because its logits are wanted.
     """
-    chunk = bucket.chunk
-    hashed = hashlib.sha256(f"{bucket.capacity} {chunk} ".encode())
+    hashed = hashlib.sha256(f"{bucket.capacity}".encode())
     keys: list[Key] = []
-    for end in range(chunk, len(ids) - tokens_behind(bucket) + 1, chunk):
-        hashed.update(np.ascontiguousarray(ids[end - chunk : end], np.int32).tobytes())
+    end = 0
+    for size in bucket.piece_sizes(len(ids)):
+        start, end = end, end + size
+        if end > len(ids) - tokens_behind(bucket):
+            break
+        hashed.update(f" {size} ".encode() + np.ascontiguousarray(ids[start:end], np.int32).tobytes())
         keys.append(hashed.copy().digest())
     return keys
 
 
 def tokens_behind(bucket: BucketInfo) -> int:
-    """Tokens of a prompt that must follow a chunk for its bits not to depend on where the prompt ends."""
+    """Tokens of a prompt that must follow a piece for its bits not to depend on where the prompt ends."""
     plan = bucket.plan["prompt"]
     return max(1, int(plan["query_block"])) if plan.get("exact_last_block") else 1
 
 
 class PrefixCache:
-    """Chunks of earlier prompts, within a limit; those that were used longest ago leave first.
+    """Pieces of earlier prompts, within a limit; those that were used longest ago leave first.
 
     Args:
         limit: bytes of memory; 0 keeps only what files hold.
@@ -72,41 +77,41 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.size_in_bytes = 0
-        self._chunks: OrderedDict[Key, KeptChunk] = OrderedDict()
+        self._pieces: OrderedDict[Key, KeptPiece] = OrderedDict()
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._chunks
+        return key in self._pieces
 
-    def find(self, keys: Sequence[Key]) -> list[KeptChunk]:
-        """The chunks that are here of a prompt's, up to the first that is not."""
-        found = list(itertools.takewhile(self._chunks.__contains__, keys))
+    def find(self, keys: Sequence[Key]) -> list[KeptPiece]:
+        """The pieces that are here of a prompt's, up to the first that is not."""
+        found = list(itertools.takewhile(self._pieces.__contains__, keys))
         self._use(found)
-        return [self._chunks[key] for key in found]
+        return [self._pieces[key] for key in found]
 
     def has_room(self, size: int, before: Sequence[Key]) -> bool:
-        """Whether a chunk of so many bytes fits, if all but those before it in its prompt leave."""
-        held = sum(self._chunks[key].size_in_bytes for key in before if key in self._chunks)
+        """Whether a piece of so many bytes fits, if all but those before it in its prompt leave."""
+        held = sum(self._pieces[key].size_in_bytes for key in before if key in self._pieces)
         return held + size <= self.limit
 
-    def keep(self, chunk: KeptChunk, before: Sequence[Key] = ()) -> None:
-        """Takes a chunk, for which there is room, and lets others go, but none of those before it in its prompt."""
-        self._chunks[chunk.key] = chunk
-        self.size_in_bytes += chunk.size_in_bytes
-        self._use((*before, chunk.key))
-        for key, oldest in list(self._chunks.items()):
+    def keep(self, piece: KeptPiece, before: Sequence[Key] = ()) -> None:
+        """Takes a piece, for which there is room, and lets others go, but none of those before it in its prompt."""
+        self._pieces[piece.key] = piece
+        self.size_in_bytes += piece.size_in_bytes
+        self._use((*before, piece.key))
+        for key, oldest in list(self._pieces.items()):
             if self.size_in_bytes <= self.limit:
                 break
             if not oldest.mapped:
-                del self._chunks[key]
+                del self._pieces[key]
                 self.size_in_bytes -= oldest.size_in_bytes
 
     def clear(self) -> None:
         """Lets go of everything."""
-        self._chunks.clear()
+        self._pieces.clear()
         self.size_in_bytes = 0
 
     def _use(self, keys: Sequence[Key]) -> None:
-        """Marks chunks of one prompt as used, the first last: without it the others are worth nothing."""
+        """Marks pieces of one prompt as used, the first last: without it the others are worth nothing."""
         for key in reversed(keys):
-            if key in self._chunks:
-                self._chunks.move_to_end(key)
+            if key in self._pieces:
+                self._pieces.move_to_end(key)

@@ -1,4 +1,4 @@
-"""A prompt's chunks on disk: the folder that `iceformer cache` writes, with `prefix.json` and the arrays beside it.
+"""A prompt's pieces on disk: the folder that `iceformer cache` writes, with `prefix.json` and the arrays beside it.
 
 It fits the artifact that wrote it and no other, because only the same machine code gives the same bits. Its arrays are
 mapped into memory after their hash was checked.
@@ -6,6 +6,7 @@ mapped into memory after their hash was checked.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..host.files import new_folder
 from .artifact import Artifact, Tier, host_environment, write_file
 from .cache_copy import run_arrays
 from .manifest import ArrayInfo, ArtifactError, BucketInfo
-from .prefix_cache import KeptChunk
+from .prefix_cache import KeptPiece
 from .weights import read_weights, write_weights
 
 PREFIX, ARRAYS = "prefix.json", "prefix.safetensors"
@@ -36,15 +37,15 @@ class PrefixInfo:
         schema: version of this format.
         artifact: `fingerprint` of the artifact.
         capacity: of the bucket.
-        tokens: of the prompt, those in whole chunks.
-        keys: of the chunks, as hex.
+        sizes: tokens of each piece of the prompt.
+        keys: of the pieces, as hex.
         sha256: of the file with the arrays.
     """
 
     schema: int
     artifact: str
     capacity: int
-    tokens: int
+    sizes: tuple[int, ...]
     keys: tuple[str, ...]
     sha256: str
 
@@ -56,27 +57,28 @@ def fingerprint(artifact: Artifact, tier: Tier) -> str:
     return hashlib.sha256(f"{tier} {host} {artifact.manifest.to_json()}".encode()).hexdigest()
 
 
-def write_prefix(target: Path, artifact: str, bucket: BucketInfo, chunks: Sequence[KeptChunk]) -> None:
-    """Writes the chunks that a prompt begins with, whole or not at all.
+def write_prefix(target: Path, artifact: str, bucket: BucketInfo, pieces: Sequence[KeptPiece]) -> None:
+    """Writes the pieces that a prompt begins with, whole or not at all.
 
     Raises:
         FileExistsError: the target exists.
     """
     arrays = {
         _name(number, layer, name): array
-        for number, chunk in enumerate(chunks)
-        for layer, named in enumerate(chunk.layers)
+        for number, piece in enumerate(pieces)
+        for layer, named in enumerate(piece.layers)
         for name, array in named.items()
     }
     with new_folder(target) as folder:
         file = write_weights(folder / ARRAYS, arrays)
-        keys = tuple(chunk.key.hex() for chunk in chunks)
-        info = PrefixInfo(SCHEMA, artifact, bucket.capacity, len(chunks) * bucket.chunk, keys, file.sha256)
+        keys = tuple(piece.key.hex() for piece in pieces)
+        sizes = tuple(piece.tokens for piece in pieces)
+        info = PrefixInfo(SCHEMA, artifact, bucket.capacity, sizes, keys, file.sha256)
         write_file(folder, PREFIX, (json.dumps(dataclasses.asdict(info), indent=1) + "\n").encode())
 
 
-def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> tuple[int, list[KeptChunk]]:
-    """The number of tokens in a folder, and their chunks, mapped into memory.
+def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> tuple[int, list[KeptPiece]]:
+    """The number of tokens in a folder, and its pieces, mapped into memory.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -89,7 +91,8 @@ def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> t
             "write it again with `iceformer cache`"
         )
     bucket = next((bucket for bucket in buckets if bucket.capacity == info.capacity), None)
-    if bucket is None or len(info.keys) * bucket.chunk != info.tokens or not 0 < info.tokens < bucket.capacity:
+    tokens = sum(info.sizes)
+    if bucket is None or len(info.keys) != len(info.sizes) or not 0 < tokens < bucket.capacity:
         raise PrefixError(_changed(folder / PREFIX))
     path = folder / ARRAYS
     if not path.is_file():
@@ -97,25 +100,27 @@ def read_prefix(folder: Path, artifact: str, buckets: Sequence[BucketInfo]) -> t
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
             raise PrefixError(_changed(path))
-    expected = _expected(bucket, len(info.keys))
-    arrays = {name: array for chunk in expected for layer in chunk for name, array in layer.values()}
+    expected = _expected(bucket, info.sizes)
+    arrays = {name: array for piece in expected for layer in piece for name, array in layer.values()}
     try:
         views = read_weights(path, arrays)
     except ArtifactError:
         raise PrefixError(_changed(path)) from None
-    return info.tokens, [
-        KeptChunk(
+    return tokens, [
+        KeptPiece(
             bytes.fromhex(key),
-            tuple({name: views[stored] for name, (stored, _) in layer.items()} for layer in chunk),
+            size,
+            tuple({name: views[stored] for name, (stored, _) in layer.items()} for layer in piece),
             mapped=True,
         )
-        for key, chunk in zip(info.keys, expected, strict=True)
+        for key, size, piece in zip(info.keys, info.sizes, expected, strict=True)
     ]
 
 
-def _expected(bucket: BucketInfo, count: int) -> list[tuple[dict[str, tuple[str, ArrayInfo]], ...]]:
-    """Of each chunk and layer the arrays, and their names in the file."""
-    runs = [run_arrays(bucket.cache, number * bucket.chunk, (number + 1) * bucket.chunk) for number in range(count)]
+def _expected(bucket: BucketInfo, sizes: Sequence[int]) -> list[tuple[dict[str, tuple[str, ArrayInfo]], ...]]:
+    """Of each piece and layer the arrays, and their names in the file."""
+    ends = itertools.accumulate(sizes)
+    runs = [run_arrays(bucket.cache, end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [
         tuple(
             {name: (_name(number, layer, name), array) for name, array in arrays.items()}
@@ -147,14 +152,16 @@ def _read_info(folder: Path) -> PrefixInfo:
             f"{path} has schema {value['schema']} and this iceformer reads schema {SCHEMA}: "
             "write it again with `iceformer cache`"
         )
-    return PrefixInfo(**{**value, "keys": tuple(value["keys"])})
+    return PrefixInfo(**{**value, "sizes": tuple(value["sizes"]), "keys": tuple(value["keys"])})
 
 
 def _are_fields(value: dict[str, Any]) -> bool:
     """Whether the values are of the right types."""
-    numbers = (value["schema"], value["capacity"], value["tokens"])
     texts = (value["artifact"], value["sha256"])
-    keys = value["keys"]
+    sizes, keys = value["sizes"], value["keys"]
+    if not isinstance(sizes, list):
+        return False
+    numbers = (value["schema"], value["capacity"], *sizes)
     return (
         all(type(number) is int and number > 0 for number in numbers)
         and all(isinstance(text, str) for text in texts)

@@ -27,7 +27,7 @@ from .engine import Engine, Event, PromptRead, Request, RequestLost, TokenWritte
 from .generation_options import SamplingOptions, choices
 from .inputs import TextOptions, check_count, check_ids, choose_prompt, is_nested, read_rows
 from .manifest import ENTRIES, FileInfo, Manifest
-from .prefix_cache import KeptChunk, PrefixCache
+from .prefix_cache import KeptPiece, PrefixCache
 from .prefix_file import fingerprint, read_prefix, write_prefix
 from .runner import Runner
 from .stream import Generation, Progress, Stream
@@ -96,7 +96,7 @@ def load(artifact: str | Path, *, cache_ram: int = CACHE_RAM) -> "Session":
 
     Args:
         artifact: the folder.
-        cache_ram: bytes of memory for what prompts leave in the KV cache, in whole chunks, so that later prompts that
+        cache_ram: bytes of memory for what prompts leave in the KV cache, in whole pieces, so that later prompts that
             begin alike need not compute it again; 0 for none.
 
     Raises:
@@ -244,7 +244,7 @@ class Session:
     ) -> Generation | Stream:
         """Continues a prompt.
 
-        What the prompt has in common with an earlier one, in whole chunks, is not computed again, and the text is the
+        What the prompt has in common with an earlier one, in whole pieces, is not computed again, and the text is the
         same to the bit as if it were.
 
         Args:
@@ -355,7 +355,7 @@ class Session:
         add_special_tokens: bool | None = None,
         progress: Progress | None = None,
     ) -> int:
-        """Writes what prefill makes of a prompt's whole chunks, for `load_prefix` of this or a later session.
+        """Writes what prefill makes of a prompt, for `load_prefix` of this or a later session.
 
         Args:
             prompt: text, or token ids.
@@ -365,32 +365,32 @@ class Session:
             progress: called after each chunk with the number of tokens done and the total.
 
         Returns:
-            The number of tokens in whole chunks.
+            The number of tokens that are kept: those at the end are read again.
 
         Raises:
             FileExistsError: the folder exists.
-            ValueError: as `generate`; a prompt of less than a chunk.
+            ValueError: as `generate`; a prompt too short.
         """
         self._check_entry("decode")
         check_absent(Path(folder))
         room = check_count(room, "room", 0)
         ids = self._read_ids(prompt, "the prompt", add_special_tokens)
         bucket = bucket_for(self.info, len(ids) + room)
-        chunks: list[KeptChunk] = []
+        pieces: list[KeptPiece] = []
         with self._turn():
             while not self._engine.has_room(len(ids) + room):
                 self._step()
-            for chunk in self._engine.prefix(ids, room):
-                chunks.append(chunk)
+            for piece in self._engine.prefix(ids, room):
+                pieces.append(piece)
                 if progress:
-                    progress(len(chunks) * bucket.chunk, len(ids))
-        if not chunks:
+                    progress(sum(piece.tokens for piece in pieces), len(ids))
+        if not pieces:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, expected more than a chunk, {bucket.chunk}: "
-                "only whole chunks are kept"
+                f"the prompt has {len(ids)} tokens, too few to keep: expected more than {bucket.tail}, the smallest "
+                "piece that is read at once"
             )
-        write_prefix(Path(folder), self._fingerprint(), bucket, chunks)
-        return len(chunks) * bucket.chunk
+        write_prefix(Path(folder), self._fingerprint(), bucket, pieces)
+        return sum(piece.tokens for piece in pieces)
 
     def load_prefix(self, folder: str | Path) -> int:
         """Maps what `save_prefix` wrote, so that prompts that begin with it start behind it.
@@ -406,9 +406,9 @@ class Session:
         """
         self._check_entry("decode")
         with self._turn():
-            tokens, chunks = read_prefix(Path(folder), self._fingerprint(), self.info.buckets)
-            for chunk in chunks:
-                self._prefixes.keep(chunk)
+            tokens, pieces = read_prefix(Path(folder), self._fingerprint(), self.info.buckets)
+            for piece in pieces:
+                self._prefixes.keep(piece)
         return tokens
 
     @overload

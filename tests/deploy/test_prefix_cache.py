@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from transformers import LlamaForCausalLM
 
 import iceformer
 from iceformer.deploy.artifact import open_artifact
 from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
-from iceformer.deploy.prefix_cache import KeptChunk, PrefixCache, chunk_keys, tokens_behind
+from iceformer.deploy.manifest import tail_of
+from iceformer.deploy.prefix_cache import KeptPiece, PrefixCache, piece_keys, tokens_behind
 from iceformer.deploy.runner import Runner
 
 from .conftest import TWO_STAGE, VOCABULARY
+from .test_session import greedy
 
 CHUNK = 32
 LARGE = 1 << 30
@@ -111,38 +114,67 @@ def test_requests_at_once_share_what_the_first_read(artifacts: Callable[[str], P
     assert written == [run(alone, request)[0][0] for request in requests]
 
 
+def test_a_prompts_end_is_read_and_kept_in_smaller_pieces(
+    checkpoint: Path, tmp_path: Path, reference: LlamaForCausalLM
+) -> None:
+    path = iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(512,), chunk=256, attention=TWO_STAGE)
+    artifact = open_artifact(path)
+    (bucket,) = artifact.manifest.buckets
+    assert (bucket.chunk, bucket.tail) == (256, 128)
+    assert bucket.piece_sizes(410) == [256, 128, 128]
+    assert bucket.piece_sizes(512) == [256, 256]
+    document = prompt(9, 390)
+    first, second, longer = (
+        np.concatenate([document, prompt(seed, extra)]) for seed, extra in ((1, 20), (2, 40), (3, 122))
+    )
+    plain, caching = Engine(Runner(artifact)), Engine(Runner(artifact), PrefixCache(LARGE))
+    run(caching, Request(first, 3))
+    for asked, kept, new in ((second, 384, 12), (longer, 256, 1)):
+        written, (restored,) = run(caching, Request(asked, new))
+        assert written == run(plain, Request(asked, new))[0]
+        assert restored == kept
+    exact = iceformer.compile(checkpoint, tmp_path / "exact", buckets=(512,), chunk=256, attention=iceformer.Exact())
+    with iceformer.load(exact) as session:
+        assert session.generate(second, 8).ids.tolist() == greedy(reference, second, 8)
+
+
+@pytest.mark.parametrize(("chunk", "tail"), [(2048, 128), (256, 128), (255, 255), (32, 32), (1000, 125), (1021, 1021)])
+def test_the_size_of_the_last_pieces(chunk: int, tail: int) -> None:
+    assert tail_of(chunk) == tail
+
+
 def test_other_tokens_share_nothing(artifacts: Callable[[str], Path]) -> None:
     bucket = open_artifact(artifacts("exact")).manifest.buckets[0]
     ids = prompt(8, 100)
     other = ids.copy()
     other[40] += 1
-    keys, others = chunk_keys(bucket, ids), chunk_keys(bucket, other)
+    keys, others = piece_keys(bucket, ids), piece_keys(bucket, other)
     assert len(keys) == 3
     assert keys[0] == others[0]
     assert not set(keys[1:]) & set(others[1:])
-    assert chunk_keys(bucket, ids[:33])[0] == keys[0]
-    assert chunk_keys(bucket, ids[:32]) == []
+    assert piece_keys(bucket, ids[:33])[0] == keys[0]
+    assert piece_keys(bucket, ids[:32]) == []
 
 
-def chunk(name: str, size: int, *, mapped: bool = False) -> KeptChunk:
-    return KeptChunk(name.encode(), ({"key": np.zeros(size, np.int8)},), mapped)
+def piece(name: str, size: int, *, mapped: bool = False) -> KeptPiece:
+    return KeptPiece(name.encode(), size, ({"key": np.zeros(size, np.int8)},), mapped)
 
 
 def test_what_was_used_longest_ago_leaves_first_and_ends_before_beginnings() -> None:
     cache = PrefixCache(100)
     for name in "abc":
-        cache.keep(chunk(name, 30), [other.encode() for other in "abc"[: "abc".index(name)]])
-    cache.keep(chunk("x", 30))
+        cache.keep(piece(name, 30), [other.encode() for other in "abc"[: "abc".index(name)]])
+    cache.keep(piece("x", 30))
     assert [name for name in "abcx" if name.encode() in cache] == ["a", "b", "x"]
     cache.find([b"a", b"b"])
-    cache.keep(chunk("y", 30))
+    cache.keep(piece("y", 30))
     assert [name for name in "abcxy" if name.encode() in cache] == ["a", "b", "y"]
     assert cache.size_in_bytes == 90
 
 
 def test_a_prompt_beyond_the_limit_keeps_its_beginning() -> None:
     cache = PrefixCache(100)
-    cache.keep(chunk("a", 60))
+    cache.keep(piece("a", 60))
     assert not cache.has_room(60, [b"a"])
     assert cache.has_room(60, [])
     assert not PrefixCache(0).has_room(1, [])
@@ -150,9 +182,9 @@ def test_a_prompt_beyond_the_limit_keeps_its_beginning() -> None:
 
 def test_mapped_chunks_take_nothing_of_the_limit() -> None:
     cache = PrefixCache(10)
-    cache.keep(chunk("m", 1000, mapped=True))
-    cache.keep(chunk("a", 10))
-    cache.keep(chunk("b", 10))
+    cache.keep(piece("m", 1000, mapped=True))
+    cache.keep(piece("a", 10))
+    cache.keep(piece("b", 10))
     assert [name for name in "mab" if name.encode() in cache] == ["m", "b"]
     assert cache.size_in_bytes == 10
     cache.clear()

@@ -74,7 +74,7 @@ def test_changed_arrays_are_refused(plain: Session, saved: Path, change: str) ->
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("keys", []), ("keys", ["00"]), ("keys", None), ("capacity", 7), ("tokens", 0), ("tokens", 1)],
+        *[("keys", []), ("keys", ["00"]), ("keys", None), ("capacity", 7), ("sizes", []), ("sizes", [0]), ("sizes", 1)],
         *[("schema", 2), ("schema", "1"), ("sha256", 5), ("artifact", "00"), ("more", 1)],
     ],
 )
@@ -105,7 +105,7 @@ def test_another_artifacts_prefix_is_refused(two_stage_session: Session, saved: 
 
 
 def test_prompts_without_a_whole_chunk_and_folders_that_exist(plain: Session, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="more than a chunk"):
+    with pytest.raises(ValueError, match="too few to keep"):
         plain.save_prefix([5, 6], tmp_path / "short", room=1)
     assert not (tmp_path / "short").exists()
     with pytest.raises(FileExistsError):
