@@ -122,7 +122,8 @@ def test_a_prompts_end_is_read_and_kept_in_smaller_pieces(
     (bucket,) = artifact.manifest.buckets
     assert (bucket.chunk, bucket.tail) == (256, 128)
     assert bucket.piece_sizes(410) == [256, 128, 128]
-    assert bucket.piece_sizes(512) == [256, 256]
+    assert bucket.piece_sizes(512) == bucket.piece_sizes(481) == [256, 256]
+    assert bucket.piece_sizes(480) == [256, 128, 128]
     document = prompt(9, 390)
     first, second, longer = (
         np.concatenate([document, prompt(seed, extra)]) for seed, extra in ((1, 20), (2, 40), (3, 122))

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -295,7 +296,8 @@ def test_flags_and_chat_template_go_to_the_checkpoint(tiny_source: Path, tmp_pat
         }
     )
     file = write_gguf(tmp_path / "model.gguf", tiny_source, vocabulary=vocabulary)
-    with pytest.warns(UserWarning, match="sets do_sample true, temperature 0.5"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # do_sample and temperature are applied
         checkpoint = iceformer.convert_checkpoint(file, tmp_path / "checkpoint")
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     assert tokenizer.encode("the").ids == [*(tokenizer.token_to_id(piece) for piece in ("t", "he")), 2]
