@@ -99,9 +99,6 @@ def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
         yield f"has pages of {page} tokens, expected a power of two that divides the capacity"
         return
     for name, arguments in decoder_arguments(bucket.capacity, bucket.chunk, slots, page).items():
-        if name not in bucket.entries:
-            yield f"lacks the entry {name}"
-            return
         if list(bucket.entries[name].arguments.items()) != list(arguments.items()):
             yield f"has {_shown(bucket.entries[name].arguments)} as arguments of {name}, expected {_shown(arguments)}"
     piece = (1, bucket.chunk)
@@ -144,7 +141,7 @@ def _of_layer(manifest: Manifest, bucket: BucketInfo, layer: Mapping[str, ArrayI
     known = all(
         array.shape[:1] == (slots,)
         if name in bucket.cache.state
-        else array.shape[:2] == (pages, heads) and len(array.shape) > 2 and 0 < array.shape[2] <= length
+        else array.shape[:2] == (pages, heads) and len(array.shape) > 2 and array.shape[2] <= length
         for name, array in layer.items()
     )
     if not (known and fits) or any(0 in array.shape for array in layer.values()):

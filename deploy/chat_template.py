@@ -6,7 +6,6 @@ it runs in the sandbox of `template_sandbox`.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..host.messages import shown
@@ -43,7 +42,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
-        self._template  # noqa: B018
+        self._template = _compiled(source)
 
     def render(
         self,
@@ -88,19 +87,6 @@ class ChatTemplate:
         except Exception as error:
             raise ChatTemplateError(f"the chat template fails ({_described(error)}): {_ANOTHER}") from error
 
-    @cached_property
-    def _template(self) -> "Template":
-        from . import template_sandbox as sandbox
-
-        if len(self.source) > _LONGEST:
-            raise ChatTemplateError(f"the chat template has {len(self.source)} characters, expected up to {_LONGEST}")
-        try:
-            return sandbox.compile_template(self.source)
-        except Exception as error:
-            raise ChatTemplateError(
-                f"the chat template cannot be read ({_described(error)}): correct it, or use one of your own"
-            ) from error
-
 
 def check_messages(messages: Any) -> None:
     """Raises ChatTemplateError, with what was found and expected, for what is no list of messages."""
@@ -133,6 +119,19 @@ def read_chat_template(artifact: Artifact, name: str = DEFAULT) -> ChatTemplate 
         if source is None and _LEGACY in files:
             source = _named(_read_object(artifact.read(files[_LEGACY])).get("chat_template"), name)
     return None if source is None else ChatTemplate(source, _special_tokens({**tokens, **_without_none(config)}))
+
+
+def _compiled(source: str) -> "Template":
+    from . import template_sandbox as sandbox
+
+    if len(source) > _LONGEST:
+        raise ChatTemplateError(f"the chat template has {len(source)} characters, expected up to {_LONGEST}")
+    try:
+        return sandbox.compile_template(source)
+    except Exception as error:
+        raise ChatTemplateError(
+            f"the chat template cannot be read ({_described(error)}): correct it, or use one of your own"
+        ) from error
 
 
 def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:

@@ -45,7 +45,6 @@ from .entries import entries_class
 from .generation_defaults import GenerationDefaults, read_defaults
 from .lowering import compile_bucket
 from .manifest import (
-    ENTRIES,
     SCHEMA,
     BucketInfo,
     CalibrationInfo,
@@ -57,7 +56,7 @@ from .manifest import (
     QuantizationError,
     TextInfo,
     WeightsInfo,
-    tail_of,
+    entry_names,
 )
 from .quantization_error import kv_quantization_error, quantization_error
 from .weights import cpu_device, described, write_weights
@@ -140,8 +139,8 @@ def compile(
     _check_decode(asked, config)
     measures = needs_measurement(asked, buckets, timed) + needs_decode_measurement(asked, buckets, timed)
     rounds = weights not in ("same", dtype)
-    tails = 0 if config.kind != "decoder" else sum(tail_of(cut := min(chunk, size)) < cut for size in buckets)
-    steps = 2 + rounds + (kept == "int8") + measures + len(buckets) * len(ENTRIES[config.kind]) + tails
+    entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
+    steps = 2 + rounds + (kept == "int8") + measures + entry_count
 
     # The folder first, so that one that cannot be written is known before the work.
     with (

@@ -214,16 +214,17 @@ class Engine:
         There must be room for these and `room` more tokens, which decide on the bucket.
         """
         bucket = bucket_for(self._info, len(ids) + room)
+        keys, sizes = piece_keys(bucket, ids), bucket.piece_sizes(len(ids))
+        found = self._prefixes.find(keys)
         with self._slot(bucket, len(ids)) as slot:
             start = 0
-            for key, size in zip(piece_keys(bucket, ids), bucket.piece_sizes(len(ids)), strict=False):
-                piece = next(iter(self._prefixes.find([key])), None)
-                if piece is not None:
-                    self._put(bucket, slot, start, piece)
-                else:
-                    self._prefill(bucket, slot, ids, start, size)
-                    piece = self._taken(bucket, slot, start, size, key)
+            for piece in found:
+                self._put(bucket, slot, start, piece)
                 yield piece
+                start += piece.tokens
+            for key, size in zip(keys[len(found) :], sizes[len(found) :], strict=False):
+                self._prefill(bucket, slot, ids, start, size)
+                yield self._taken(bucket, slot, start, size, key)
                 start += size
 
     @contextmanager
@@ -263,10 +264,8 @@ class Engine:
             while place.waiting and place.slots.free:
                 handle, request = place.waiting.popleft()
                 slot = place.slots.take(len(request.ids) + request.max_new_tokens)
-                sampler, keys = (
-                    Sampler(request.sampling, request.ids, self._vocab_size),
-                    piece_keys(bucket, request.ids),
-                )
+                sampler = Sampler(request.sampling, request.ids, self._vocab_size)
+                keys = piece_keys(bucket, request.ids)
                 self._running[handle] = _Running(handle, request, bucket, slot, sampler, keys)
 
     def _release(self, running: _Running) -> None:

@@ -5,7 +5,6 @@ is donated, the one that comes out takes its place. An encoder's cache is empty.
 """
 
 import functools
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ class DecoderEntries(Entries):
             widths = {"key": (config.head_dim,), "value": (config.head_dim,)}
             return {name: ArrayInfo((*shape, *widths.get(name, ())), kind) for name, kind in kv_arrays(dtype).items()}
 
-        def layer(number: int, window: int) -> dict[str, ArrayInfo]:
+        def layer(window: int, state: dict[str, ArrayInfo]) -> dict[str, ArrayInfo]:
             if window:
                 return tokens(batch, window)
             heads = (pages, config.num_key_value_heads)
@@ -127,15 +126,15 @@ class DecoderEntries(Entries):
                 name: ArrayInfo((*heads, length // kept.tokens, *kept.shape), kept.dtype)
                 for name, kept in fields.items()
             }
-            state = {
-                name: ArrayInfo((batch, *kept.shape), kept.dtype.name)
-                for name, kept in self.plan.state(number, config.num_key_value_heads).items()
-            }
             return tokens(pages, length) | index | state
 
         windows = tuple(min(window or 0, capacity) for window in config.windows)
-        names = {name for number in range(len(windows)) for name in self.plan.state(number, config.num_key_value_heads)}
-        return CacheInfo(tuple(itertools.starmap(layer, enumerate(windows))), windows, page, tuple(sorted(names)))
+        states = [
+            {name: ArrayInfo((batch, *kept.shape), kept.dtype.name) for name, kept in state.items()}
+            for state in (self.plan.state(number, config.num_key_value_heads) for number in range(len(windows)))
+        ]
+        names = tuple(sorted(set().union(*states)))
+        return CacheInfo(tuple(map(layer, windows, states)), windows, page, names)
 
     def functions(self, capacity: int, chunk: int, batch: int, page: int) -> dict[str, Entry]:
         arguments = decoder_arguments(capacity, chunk, batch, page)

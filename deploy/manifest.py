@@ -1,4 +1,4 @@
-"""manifest.json of an artifact as frozen dataclasses, with a strict parser.
+"""manifest.json of an artifact as frozen dataclasses.
 
 Everything a session knows about an artifact before it opens machine code stands here. No pydantic: it is not among what
 running an artifact needs.
@@ -8,17 +8,16 @@ import dataclasses
 import json
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ..host import strict_json
 from .generation_defaults import GenerationDefaults
+from .records import read_record
 
 SCHEMA = 8
 TAIL = 128
@@ -28,14 +27,11 @@ _NEARLY_WHOLE = 7 / 8
 """Share of a chunk from which on one call for all of it takes less time than the many for its pieces."""
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
-_TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 ENTRIES = {"decoder": ("prefill", "decode", "score"), "encoder": ("encode",)}
-"""The compiled functions that a bucket has at least, by the kind of model."""
+"""The compiled functions that every bucket has, by the kind of model; `entry_names` has those of one bucket."""
 
-_MAX_INTEGER = 2**63 - 1
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Record = TypeVar("Record")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A hash as hex."""
 
 
 class ArtifactError(ValueError):
@@ -54,7 +50,7 @@ class FileInfo:
         path = PurePosixPath(self.path)
         if not self.path or path.is_absolute() or ".." in path.parts or "\\" in self.path:
             raise ArtifactError(f"manifest.json names the file {self.path!r}, which is not a path inside the artifact")
-        if not _SHA256.fullmatch(self.sha256):
+        if not SHA256.fullmatch(self.sha256):
             raise ArtifactError(
                 f"manifest.json has sha256 {self.sha256[:80]!r} of {self.path!r}, expected 64 hex digits"
             )
@@ -283,6 +279,12 @@ def tail_of(chunk: int) -> int:
     return next((size for size in range(TAIL, TAIL // 4, -1) if chunk % size == 0), chunk)
 
 
+def entry_names(kind: str, chunk: int) -> tuple[str, ...]:
+    """The compiled functions that a bucket has at least."""
+    has_tail = kind == "decoder" and tail_of(chunk) < chunk
+    return (*ENTRIES[kind], TAIL_ENTRY) if has_tail else ENTRIES[kind]
+
+
 @dataclass(frozen=True)
 class BucketInfo:
     """One capacity with its entries.
@@ -306,7 +308,7 @@ class BucketInfo:
     @property
     def tail(self) -> int:
         """Tokens of the calls that read a prompt's end, behind its whole chunks."""
-        return tail_of(self.chunk) if TAIL_ENTRY in self.entries else self.chunk
+        return tail_of(self.chunk)
 
     def piece_sizes(self, tokens: int) -> list[int]:
         """The calls that read a prompt of so many tokens, in their order, by the tokens that each takes.
@@ -405,12 +407,12 @@ class Manifest:
         capacities = [bucket.capacity for bucket in self.buckets]
         if not capacities or capacities != sorted(set(capacities)):
             raise ArtifactError(f"manifest.json has buckets {capacities}, expected ascending capacities")
-        expected = ENTRIES.get(self.model.kind)
-        if expected is None:
+        if self.model.kind not in ENTRIES:
             raise ArtifactError(
                 f"manifest.json has model.kind {self.model.kind!r}, expected one of: {', '.join(ENTRIES)}"
             )
         for bucket in self.buckets:
+            expected = entry_names(self.model.kind, bucket.chunk)
             if not set(expected) <= bucket.entries.keys():
                 raise ArtifactError(
                     f"manifest.json has entries {list(bucket.entries)} in bucket {bucket.capacity}, "
@@ -449,52 +451,6 @@ def parse_manifest(text: str | bytes) -> Manifest:
             "compile the artifact again with this version"
         )
     try:
-        return _parse_record(Manifest, value, "")
-    except ArtifactError as error:
+        return read_record(Manifest, value, "manifest.json")
+    except ValueError as error:
         raise ArtifactError(f"{error}: copy the artifact again or compile it again") from None
-
-
-def _parse_record(cls: type[Record], value: object, where: str) -> Record:
-    """A dataclass from a JSON object with exactly its fields."""
-    if not isinstance(value, dict):
-        raise _mismatch(where, value, "an object")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    missing, unknown = hints.keys() - value.keys(), value.keys() - hints.keys()
-    if missing or unknown:
-        name = min(missing or unknown)
-        raise ArtifactError(f"manifest.json {'lacks' if missing else 'has an unknown'} field {prefix}{name}")
-    return cls(**{name: _parse(hint, value[name], prefix + name) for name, hint in hints.items()})
-
-
-def _parse(hint: Any, value: object, where: str) -> Any:
-    """A value of the annotated type: a dataclass, tuple, dict, optional or plain JSON type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else _parse(inner, value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _mismatch(where, value, "a list")
-        return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _mismatch(where, value, "an object")
-        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _parse_record(typing.cast(type, hint), value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise _mismatch(where, value, _TYPES[hint])
-    if hint is int and not 0 <= typing.cast(int, value) <= _MAX_INTEGER:
-        raise _mismatch(where, value, "an integer that is not negative and below 2^63")
-    return value
-
-
-def _mismatch(where: str, value: object, expected: str) -> ArtifactError:
-    found = json.dumps(value)
-    found = found if len(found) <= 40 else found[:40] + "…"
-    return ArtifactError(f"manifest.json has {found} in {where or 'its root'}, expected {expected}")

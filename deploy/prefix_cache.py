@@ -11,6 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class KeptPiece:
     layers: Layers
     mapped: bool = False
 
-    @property
+    @cached_property
     def size_in_bytes(self) -> int:
         """Memory that it takes of the limit."""
         return 0 if self.mapped else sum(array.nbytes for layer in self.layers for array in layer.values())
@@ -51,10 +52,10 @@ def piece_keys(bucket: BucketInfo, ids: NDArray[np.int32]) -> list[Key]:
     """
     hashed = hashlib.sha256(f"{bucket.capacity}".encode())
     keys: list[Key] = []
-    end = 0
+    end, last = 0, len(ids) - tokens_behind(bucket)
     for size in bucket.piece_sizes(len(ids)):
         start, end = end, end + size
-        if end > len(ids) - tokens_behind(bucket):
+        if end > last:
             break
         hashed.update(f" {size} ".encode() + np.ascontiguousarray(ids[start:end], np.int32).tobytes())
         keys.append(hashed.copy().digest())
@@ -76,8 +77,12 @@ class PrefixCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.size_in_bytes = 0
         self._pieces: OrderedDict[Key, KeptPiece] = OrderedDict()
+
+    @property
+    def size_in_bytes(self) -> int:
+        """Memory that its pieces take of the limit."""
+        return sum(piece.size_in_bytes for piece in self._pieces.values())
 
     def __contains__(self, key: Key) -> bool:
         return key in self._pieces
@@ -96,19 +101,18 @@ class PrefixCache:
     def keep(self, piece: KeptPiece, before: Sequence[Key] = ()) -> None:
         """Takes a piece, for which there is room, and lets others go, but none of those before it in its prompt."""
         self._pieces[piece.key] = piece
-        self.size_in_bytes += piece.size_in_bytes
         self._use((*before, piece.key))
+        excess = self.size_in_bytes - self.limit
         for key, oldest in list(self._pieces.items()):
-            if self.size_in_bytes <= self.limit:
+            if excess <= 0:
                 break
             if not oldest.mapped:
                 del self._pieces[key]
-                self.size_in_bytes -= oldest.size_in_bytes
+                excess -= oldest.size_in_bytes
 
     def clear(self) -> None:
         """Lets go of everything."""
         self._pieces.clear()
-        self.size_in_bytes = 0
 
     def _use(self, keys: Sequence[Key]) -> None:
         """Marks pieces of one prompt as used, the first last: without it the others are worth nothing."""

@@ -11,14 +11,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..host import strict_json
 from ..host.files import new_folder
 from .artifact import Artifact, Tier, host_environment, write_file
 from .cache_copy import run_arrays
-from .manifest import ArrayInfo, ArtifactError, BucketInfo
+from .manifest import SHA256, ArrayInfo, ArtifactError, BucketInfo
 from .prefix_cache import KeptPiece
+from .records import read_record
 from .weights import read_weights, write_weights
 
 PREFIX, ARRAYS = "prefix.json", "prefix.safetensors"
@@ -141,40 +141,17 @@ def _read_info(folder: Path) -> PrefixInfo:
     if not path.is_file():
         raise PrefixError(f"{folder} lacks {PREFIX}: expected a cache written by `iceformer cache`")
     try:
-        value: Any = strict_json.parse(path.read_bytes(), str(path))
+        info = read_record(PrefixInfo, strict_json.parse(path.read_bytes(), str(path)), str(path))
     except ValueError as error:
         raise PrefixError(f"{error}: write it again with `iceformer cache`") from None
-    fields = {field.name for field in dataclasses.fields(PrefixInfo)}
-    if not isinstance(value, dict) or value.keys() != fields or not _are_fields(value):
-        raise PrefixError(_changed(path))
-    if value["schema"] != SCHEMA:
+    if info.schema != SCHEMA:
         raise PrefixError(
-            f"{path} has schema {value['schema']} and this iceformer reads schema {SCHEMA}: "
+            f"{path} has schema {info.schema} and this iceformer reads schema {SCHEMA}: "
             "write it again with `iceformer cache`"
         )
-    return PrefixInfo(**{**value, "sizes": tuple(value["sizes"]), "keys": tuple(value["keys"])})
-
-
-def _are_fields(value: dict[str, Any]) -> bool:
-    """Whether the values are of the right types."""
-    texts = (value["artifact"], value["sha256"])
-    sizes, keys = value["sizes"], value["keys"]
-    if not isinstance(sizes, list):
-        return False
-    numbers = (value["schema"], value["capacity"], *sizes)
-    return (
-        all(type(number) is int and number > 0 for number in numbers)
-        and all(isinstance(text, str) for text in texts)
-        and isinstance(keys, list)
-        and all(isinstance(key, str) and _is_hash(key) for key in keys)
-    )
-
-
-def _is_hash(text: str) -> bool:
-    try:
-        return len(bytes.fromhex(text)) == hashlib.sha256().digest_size
-    except ValueError:
-        return False
+    if 0 in info.sizes or not all(map(SHA256.fullmatch, info.keys)):
+        raise PrefixError(_changed(path))
+    return info
 
 
 def _changed(path: Path) -> str:

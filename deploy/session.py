@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..host.environment import check_platforms
 from ..host.files import check_absent
 from .artifact import TOKENIZER, TOKENIZER_CONFIG, Artifact, Tier, open_artifact
-from .chat_template import ChatTemplate, read_chat_template
+from .chat_template import DEFAULT, ChatTemplate, read_chat_template
 from .encoding import Encoding, bucket_for, check_outputs, check_truncate_dim, encode_rows
 from .engine import Engine, Event, PromptRead, Request, RequestLost, TokenWritten
 from .generation_options import SamplingOptions, choices
@@ -136,7 +136,7 @@ class Session:
         self._events: dict[int, deque[Event]] = {}
         self._text_tokenizer: TextTokenizer | None = None
         self._text_cutter: TextTokenizer | None = None
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str, ChatTemplate | None] = {}
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._closed = False
@@ -342,8 +342,9 @@ class Session:
         Raises:
             ValueError: as `chat`.
         """
-        template = read_chat_template(self._artifact, "tool_use") if tools else None
-        template = template or self._chat_template()
+        template = (self._chat_template("tool_use") if tools else None) or self._chat_template(DEFAULT)
+        if template is None:
+            raise ValueError("this artifact has no chat template: use generate, with a prompt as the model expects it")
         return template.render(messages, tools=tools)
 
     def save_prefix(
@@ -515,12 +516,11 @@ class Session:
         """Whether the artifact has a tokenizer, so that prompts may be text."""
         return self._file(TOKENIZER) is not None
 
-    def _chat_template(self) -> ChatTemplate:
-        if self._template is None:
-            self._template = read_chat_template(self._artifact)
-        if self._template is None:
-            raise ValueError("this artifact has no chat template: use generate, with a prompt as the model expects it")
-        return self._template
+    def _chat_template(self, name: str) -> ChatTemplate | None:
+        """A template of the artifact by name, read once."""
+        if name not in self._templates:
+            self._templates[name] = read_chat_template(self._artifact, name)
+        return self._templates[name]
 
     def _fingerprint(self) -> str:
         return fingerprint(self._artifact, self.tier)

@@ -122,8 +122,7 @@ class TextTokenizer:
         if not prompt:
             return 0
         ids = self.encode(prompt, add_special_tokens=add_special_tokens).ids
-        special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        return len(ids) - (ids.size > 0 and int(ids[-1]) in special)
+        return len(ids) - (ids.size > 0 and self.token(int(ids[-1])) is None)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; ValueError if the tokenizer has none for them."""

@@ -118,11 +118,7 @@ class Conversation:
     def _write(self, messages: list[dict[str, str]], parts: list[str]) -> None:
         with self._progress() as progress:
             stream = self._session.chat(messages, stream=True, progress=progress, **self._options)
-            try:
-                first = next(stream)
-            except BaseException:
-                stream.close()
-                raise
+            first = next(stream)
         with stream:
             write_out(stream, first, parts)
 

@@ -207,6 +207,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--head-dim", "32"], "--head-dim needs --attention-only"),
         (["--attention-only", "--model", "a"], "--model cannot be combined with --attention-only"),
         (["--attention-only", "--engines", "floor"], "expected some of: two_stage, exact, sdpa, eager"),
+        (["--new-tokens", "8"], "--new-tokens needs --decode"),
+        (["--decode", "--attention-only"], "--decode cannot be combined with --attention-only"),
+        (["--decode", "--retention"], "--retention cannot be combined with --decode"),
+        (["--decode", "--lengths", "0"], "depths are [0], expected some of at least 1 token"),
     ],
 )
 def test_the_command_refuses(

@@ -387,24 +387,6 @@ def test_options_that_measure_nothing_are_refused(options: dict[str, Any], messa
         DecodeOptions(**options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--new-tokens", "8"], "--new-tokens needs --decode"),
-        (["--decode", "--attention-only"], "--decode cannot be combined with --attention-only"),
-        (["--decode", "--retention"], "--retention cannot be combined with --decode"),
-        (["--decode", "--lengths", "0"], "depths are [0], expected some of at least 1 token"),
-    ],
-)
-def test_the_command_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["benchmark", str(tmp_path), *options])
-    assert end.value.code == 1
-    assert message in " ".join(capsys.readouterr().err.split())
-
-
 def test_the_table_has_a_row_for_each_engine_and_depth() -> None:
     table = decode_table(made_up())
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
