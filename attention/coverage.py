@@ -5,7 +5,8 @@ from .two_stage import TwoStage
 
 
 def keys_attended(config: Attention, length: int) -> float:
-    """The share of visible keys that the queries of a causal prompt attend to, 1.0 where attention is exact.
+    """The share of visible keys that the queries of a causal prompt attend to, 1.0 where attention is exact; by mass,
+    at most.
 
     Args:
         config: the attention.
@@ -21,6 +22,6 @@ def keys_attended(config: Attention, length: int) -> float:
         last_block = config.exact_last_block and end > length - size
         for position in range(start, end):
             # A selection counts the whole query block, of which a query sees what stands before it.
-            selected = min(config.budget, end) - (end - 1 - position)
+            selected = min(config.most_keys, end) - (end - 1 - position)
             attended += position + 1 if last_block or start + size <= config.exact_keys else selected
     return attended / visible

@@ -78,12 +78,14 @@ def two_stage(
         causal=mask.causal,
         scale=scale_of(mask, query.shape[3]),
         softcap=mask.softcap,
-        budget=config.budget,
+        budget=config.most_keys,
         key_block=config.key_block,
         candidate_blocks=config.candidate_blocks,
         sink=config.sink,
         local=config.local,
         ranking_queries=method.ranking_count(projected_queries.shape[2]),
+        least=config.least_keys,
+        mass=config.mass,
     )
 
 
@@ -144,15 +146,16 @@ def _places(rows: Rows, keys: KeyView) -> tuple[Array, ...]:
 
 
 def _call(
-    target: str, arrays: tuple[Array, ...], *, scale: float, softcap: float | None, **options: int
+    target: str, arrays: tuple[Array, ...], *, scale: float, softcap: float | None, **options: int | float
 ) -> WithLogSumExp:
     query, value = arrays[0], arrays[2]
     results = (
         jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
         jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
     )
-    integers = {name: x if isinstance(x, bool) else np.int64(x) for name, x in options.items()}
+    kinds = {bool: bool, int: np.int64, float: np.float32}
+    attributes = {name: kinds[type(x)](x) for name, x in options.items()}
     output, lse = jax.ffi.ffi_call(target, results)(
-        *arrays, scale=np.float32(scale), softcap=np.float32(softcap or 0.0), **integers
+        *arrays, scale=np.float32(scale), softcap=np.float32(softcap or 0.0), **attributes
     )
     return output, lse

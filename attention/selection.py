@@ -1,9 +1,11 @@
 """Which keys a query block attends to: stage 1 ranks key blocks, stage 2 ranks their tokens by exact logits.
 
-Importance means the largest softmax weight that any query of the block gives to a key or key block. It is normalised
-per query first, because the largest raw logit would favour the queries with the largest norm.
+With a fixed budget, importance means the largest softmax weight that any query of the block gives to a key or key
+block; by mass, the geometric mean of this and of the queries' mean weight. Weights are normalised per query first,
+because the largest raw logit would favour the queries with the largest norm.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -20,6 +22,10 @@ from .ops import cap
 
 FORCED = float(jnp.finfo(jnp.float32).max)
 """The importance of what is always selected."""
+KEYS_WORTH = 2.0
+"""A key block is estimated to weigh as much as so many of its best key."""
+SUM_SLACK = 1e-5
+"""What a sum of weights may lack of its target: more than rounding, so that all forms agree where it is reached."""
 STAGE_1_TILE = 4096
 """Keys that stage 1 scores at a time: with 64 queries a megabyte of scores, which stays in the cache."""
 
@@ -133,6 +139,51 @@ def largest_weight(logits: Float[Array, "keys queries"]) -> Float[Array, " keys"
     """The log of the largest softmax weight that any query gives to each key; `MASKED` where no query sees the key."""
     normaliser = jax.nn.logsumexp(logits, axis=0)
     return jnp.max(jnp.where(logits > MASKED, logits - normaliser, MASKED), axis=1)
+
+
+class Weights(NamedTuple):
+    """What the queries of a block give to each key or key block.
+
+    Attributes:
+        mean: the mean weight; over all keys it sums to 1.
+        importance: what orders them: the mean times the largest weight that a query gives. A key that only one query
+            needs has a small mean.
+    """
+
+    mean: Float[Array, " keys"]
+    importance: Float[Array, " keys"]
+
+
+def token_weights(logits: Float[Array, "keys queries"], present: Bool[Array, " queries"]) -> Weights:
+    """Of keys with these logits, `MASKED` where unseen, among each other."""
+    return _weights(logits, jax.nn.logsumexp(logits, axis=0), present)
+
+
+def block_weights(
+    logits: Float[Array, "blocks queries"], beside: Float[Array, " queries"], present: Bool[Array, " queries"]
+) -> Weights:
+    """Of key blocks whose largest logits are estimated, among each other and what lies beside them.
+
+    Args:
+        logits: the largest of each block; `MASKED` where there is none.
+        beside: log-sum-exp of the keys that are attended to anyway.
+        present: which queries count.
+    """
+    logits = jnp.where(logits > MASKED, logits + math.log(KEYS_WORTH), MASKED)
+    return _weights(logits, jnp.logaddexp(jax.nn.logsumexp(logits, axis=0), beside), present)
+
+
+def _weights(
+    logits: Float[Array, "keys queries"], normaliser: Float[Array, " queries"], present: Bool[Array, " queries"]
+) -> Weights:
+    weights = jnp.where((logits > MASKED) & present, jnp.exp(logits - normaliser), 0.0)
+    mean = jnp.sum(weights, axis=1) / jnp.maximum(jnp.sum(present), 1)
+    return Weights(mean, mean * jnp.max(weights, axis=1))
+
+
+def leading(weights: Float[Array, " n"], target: Float[Array, ""]) -> Int[Array, ""]:
+    """How many of the first weights, which are at most 1 together, it takes to come within `SUM_SLACK` of a target."""
+    return jnp.sum(jnp.cumsum(weights) - weights < target - SUM_SLACK)
 
 
 def select(

@@ -26,10 +26,12 @@ from .exact import Exact, exact_block
 from .logits import Logits, scale_of
 from .methods import LowRank, Method, RankingQueries, make_method
 from .rows import Mask, Rows
-from .selected_block import Selecting, selected_block
+from .selected_block import QueryBlock, Selecting, selected_block
 from .selection import stage_1_keys
 from .strategy import Attended, Attention, Call, Selective, check_power_of_two
 
+LEAST_BY_MASS = 512
+"""The least budget by mass, if not said otherwise."""
 COMPENSATIONS = ("none", "block_mean")
 """What may stand in for the keys that are not selected."""
 
@@ -43,18 +45,23 @@ class SelectingBlocks(NamedTuple):
 
 @dataclass(frozen=True)
 class TwoStage(Selective):
-    """Two-stage top-k attention: rank key blocks cheaply, rank their tokens exactly, attend to the best `budget` keys.
+    """Two-stage top-k attention: rank key blocks cheaply, rank their tokens exactly, attend to the best of these.
 
-    Every query block shares one selection per KV head. The first `sink` tokens, the query block itself and `local`
-    tokens before it (and after it where attention is bidirectional) are always selected and count as budget.
+    Every query block shares one selection per KV head: `budget` keys or, by `mass`, as few as hold that share of the
+    softmax weight, so that a head that looks at little reads little and one that looks everywhere reads much. The first
+    `sink` tokens, the query block itself and `local` tokens before it (and after it where attention is bidirectional)
+    are always selected and count as budget.
 
     Attributes:
         method: the rule of stage 1: a name from the registry, or a method with its options, such as `LowRank(rank=16)`.
-        budget: number of keys that a query finally attends to.
+        mass: share of the softmax weight that the selected keys hold, on average over the queries of a block, as stage
+            1 estimates and stage 2 measures it; 0 selects the whole budget.
+        budget: number of keys that a query finally attends to; by mass the least and the most, or the most.
         query_block: number of queries that share a selection. 0 chooses 128, and less for a budget below 1024, because
             the queries of a block compete for the budget.
         key_block: number of keys that stage 1 ranks together.
-        candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget.
+        candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget; by mass it leaves as many as
+            hold the mass.
         sink: number of tokens at the start of the sequence that are always selected.
         local: number of tokens next to the query block that are always selected; -1 chooses a quarter of
             `query_block`.
@@ -62,13 +69,14 @@ class TwoStage(Selective):
             usually is.
         compensation: "block_mean" adds the keys that were not selected to the softmax, as one mean key per block.
         crossover: query blocks that see no more keys than this attend exactly, because that is faster. If it is below
-            the budget, the budget is used instead.
+            the budget (the least, by mass), that is used instead.
     """
 
     kind: ClassVar[str] = "two_stage"
 
     method: Method | str = "low_rank"
-    budget: int = 1024
+    budget: int | tuple[int, int] = field(default=1024, metadata={"metavar": "KEYS or LEAST,MOST"})
+    mass: float = 0.0
     query_block: int = 0
     key_block: int = 8
     candidates: float = 1.5
@@ -79,12 +87,11 @@ class TwoStage(Selective):
     crossover: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"budget is {self.budget}, expected at least 1 key")
+        self._check_budget()
         if isinstance(self.method, str):
             object.__setattr__(self, "method", make_method(self.method))
         if self.query_block == 0:
-            object.__setattr__(self, "query_block", _default_query_block(self.budget))
+            object.__setattr__(self, "query_block", _default_query_block(self.most_keys))
         if self.local == -1:
             object.__setattr__(self, "local", self.query_block // 4)
         check_power_of_two("query_block", self.query_block)
@@ -97,23 +104,61 @@ class TwoStage(Selective):
             raise ValueError(f"compensation is {self.compensation!r}, expected one of: {', '.join(COMPENSATIONS)}")
         if self.crossover < 0:
             raise ValueError(f"crossover is {self.crossover}, expected a number of keys >= 0")
-        # What is forced is rounded to whole key blocks at the sink and at both ends of the neighbourhood.
-        forced = self.sink + 2 * self.local + self.query_block + 3 * self.key_block
-        if self.budget < forced:
+        if self.most_keys < self.most_forced_keys:
             raise ValueError(
-                f"budget is {self.budget}, but sink, local and the query block itself may force {forced} keys: "
-                "raise budget, or lower query_block, local, sink or key_block"
+                f"budget is {self.most_keys}, but sink, local and the query block itself may force "
+                f"{self.most_forced_keys} keys: raise budget, or lower query_block, local, sink or key_block"
+            )
+
+    def _check_budget(self) -> None:
+        if isinstance(self.budget, list):  # as JSON has a pair
+            object.__setattr__(self, "budget", tuple(self.budget))
+        if not 0 <= self.mass < 1:
+            raise ValueError(f"mass is {self.mass}, expected a share from 0, for a fixed budget, to below 1")
+        if isinstance(self.budget, tuple) and not self.mass:
+            raise ValueError(f"budget is {self.budget}, but only by mass has it a least and a most: give mass, or one")
+        if not 1 <= self.least_keys <= self.most_keys:
+            raise ValueError(
+                f"budget is {self.budget}, expected at least 1 key, and a least that is not above the most"
             )
 
     @property
+    def most_keys(self) -> int:
+        """Keys, in tokens, that a query finally attends to at most."""
+        return self.budget[1] if isinstance(self.budget, tuple) else self.budget
+
+    @property
+    def least_keys(self) -> int:
+        """Keys that are selected where there are as many, even if fewer hold the mass."""
+        if isinstance(self.budget, tuple):
+            return self.budget[0]
+        return min(self.budget, LEAST_BY_MASS) if self.mass else self.budget
+
+    @property
+    def most_forced_keys(self) -> int:
+        """Keys that are selected whatever they weigh, at most: what is forced is rounded to whole key blocks at the
+        sink and at both ends of the neighbourhood."""
+        return self.sink + 2 * self.local + self.query_block + 3 * self.key_block
+
+    @property
+    def most_forced_blocks(self) -> int:
+        """The same in key blocks, and one at the end of a row that is not whole."""
+        return self.most_forced_keys // self.key_block + 1
+
+    @property
+    def left_out(self) -> float:
+        """The share of the weight that each stage may leave out, by mass."""
+        return (1 - self.mass) / 2
+
+    @property
     def candidate_blocks(self) -> int:
-        """Key blocks that stage 1 leaves for stage 2."""
-        return -(-int(self.budget * self.candidates) // self.key_block)
+        """Key blocks that stage 1 leaves for stage 2, at most."""
+        return -(-int(self.most_keys * (1 if self.mass else self.candidates)) // self.key_block)
 
     @property
     def exact_keys(self) -> int:
         """Keys, in tokens, up to which a query block attends to all that it sees."""
-        return max(self.budget, self.crossover)
+        return max(self.least_keys, self.crossover)
 
     def within(self, capacity: int, mask: Mask) -> Attention:
         """Exact attention, where the budget or the crossover covers every key, or the layer has a window: two-stage
@@ -170,7 +215,7 @@ class TwoStage(Selective):
 
 
 def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks) -> Attended:
-    """Attention over the `config.budget` keys that each query block finds most important, in XLA.
+    """Attention over the keys that each query block finds most important, in XLA.
 
     Stage 1 ranks without a relative position bias; the selection among its candidates and the softmax have it.
 
@@ -207,7 +252,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
         def selected(block: Int[Array, ""], out: Array) -> Array:
             ranks = RankingQueries(*(x[head, block] for x in ranking))
             how = Selecting(config, keys, (slot, kv_head), logits.of_head(kv_head), sums)
-            part = selected_block(how, blocked[head, block], ranks, visibility_of(block))
+            part = selected_block(how, QueryBlock(blocked[head, block], ranks, visibility_of(block)))
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         def exact(index: Int[Array, ""], out: Array) -> Array:

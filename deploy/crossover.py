@@ -28,6 +28,8 @@ _SECONDS = 0.5
 """What the rounds after the least number may take at a length."""
 _CLEAR_WIN = 0.8
 """The ratio from which two-stage attention has won so clearly that longer prompts need no look, if it does so twice."""
+_KEYS_BY_MASS, _CANDIDATES_BY_MASS = 1024, 2.0
+"""What a query block was found to need on average by a mass of 0.98, on 8192 tokens of books (SmolLM2)."""
 _CALIBRATION_TOKENS = 256
 Clocked = Callable[[np.ndarray, np.ndarray], float]
 """The seconds of a call at an offset and lengths."""
@@ -105,13 +107,13 @@ def decide(
 
 def needs_measurement(asked: Plan | Auto, buckets: Sequence[int], timed: TimedCall) -> bool:
     """Whether a layer may see more keys than the budget, so that what is faster there is a question."""
-    return isinstance(asked, Auto) and not timed.only_exact and buckets[-1] > asked.two_stage.budget
+    return isinstance(asked, Auto) and not timed.only_exact and buckets[-1] > asked.two_stage.least_keys
 
 
 def choose(two_stage: TwoStage, table: CrossoverTable | None, capacity: int) -> Choice:
     """The plan of a bucket of `capacity` tokens; no table is needed where the budget covers every key."""
-    if capacity <= two_stage.budget:
-        return Choice(Plan(), f"exact: this bucket holds no more keys than the budget, {two_stage.budget}")
+    if capacity <= two_stage.least_keys:
+        return Choice(Plan(), f"exact: this bucket holds no more keys than the budget, {two_stage.least_keys}")
     assert table is not None
     crossover = table.crossover
     if crossover is None:
@@ -150,6 +152,7 @@ def crossover_of(rows: Sequence[CrossoverRow], multiple: int) -> int | None:
 def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTable:
     """Times one call with exact and with two-stage attention at several lengths, on random queries, keys and values.
 
+    By mass the time depends on the text: a fixed budget is timed, of as many keys as a real model was found to need.
     Called as the compiled entries call attention: keys of the whole capacity (in a cache, where attention is causal),
     offset and lengths unknown when it is compiled. Fewer heads than the model's are timed, as many as occupy all
     threads.
@@ -170,17 +173,26 @@ def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTa
     constants = constants_of(two_stage, query[0], key[0])
     arrays = tuple(jnp.asarray(array, timed.dtype) for array in (query, key, value))
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
-    two_stage = replace(two_stage, crossover=0, exact_last_block=False)
+    two_stage = replace(_of_known_cost(two_stage), crossover=0, exact_last_block=False)
+    budget = two_stage.least_keys
     keys = stored(*arrays[1:], timed.kv_dtype)
     calls = tuple(_timed(strategy, arrays[0], keys, constants, shape.causal) for strategy in (Exact(), two_stage))
 
     def places() -> Iterator[tuple[int, int, int]]:
-        for length in measured_lengths(two_stage.budget, chunk if shape.causal else 0, capacity):
+        for length in measured_lengths(budget, chunk if shape.causal else 0, capacity):
             offset = length - chunk if shape.causal else 0
             # Query blocks within the budget are the same work both ways; this is what the others see on average.
-            yield offset, length, (max(offset, two_stage.budget) + length) // 2 if shape.causal else length
+            yield offset, length, (max(offset, budget) + length) // 2 if shape.causal else length
 
     return table_of(calls, places(), two_stage.query_block)
+
+
+def _of_known_cost(two_stage: TwoStage) -> TwoStage:
+    """With a fixed budget in place of a mass: random queries look everywhere, and would need nearly every key."""
+    if not two_stage.mass:
+        return two_stage
+    keys = max(two_stage.least_keys, min(two_stage.most_keys, _KEYS_BY_MASS))
+    return replace(two_stage, mass=0.0, budget=keys, candidates=_CANDIDATES_BY_MASS)
 
 
 def table_of(calls: Calls, places: Iterable[tuple[int, int, int]], multiple: int, layers: int = 1) -> CrossoverTable:

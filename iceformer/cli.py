@@ -865,6 +865,11 @@ def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "Attention | A
                 f"--{min(two_stage).replace('_', '-')} is for --attention auto or two_stage, not for exact"
             )
         return Exact()
+    if "budget" in two_stage:
+        numbers = _integers(two_stage["budget"], "--budget")
+        if len(numbers) > 2:
+            raise ValueError(f"--budget is {two_stage['budget']}, expected KEYS, or LEAST,MOST by --mass")
+        two_stage = two_stage | {"budget": numbers[0] if len(numbers) == 1 else numbers}
     asked = TwoStage(**two_stage)
     return Auto(asked) if kind is AttentionKind.AUTO else asked
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -25,7 +26,7 @@ def takes_options(command: Command) -> Command:
 def add_options(command: Callable[..., None], settings: type, panel: str, skip: tuple[str, ...] = ()) -> None:
     """Gives a command an option for each field of a dataclass, None by default; once for each dataclass.
 
-    A field may name its `choices` in its metadata.
+    A field may name its `choices`, or a `metavar`, in its metadata.
 
     Args:
         command: decorated with `takes_options`.
@@ -39,7 +40,9 @@ def add_options(command: Callable[..., None], settings: type, panel: str, skip: 
     for field in dataclasses.fields(settings):
         if field.name in skip:
             continue
-        annotation = Annotated[hints[field.name] | None, _option(field, hints[field.name], texts, panel)]
+        # A number or a pair of them comes as text; the dataclass's own command reads it.
+        hint = str if isinstance(hints[field.name], types.UnionType) else hints[field.name]
+        annotation = Annotated[hint | None, _option(field, hint, texts, panel)]
         kind = inspect.Parameter.KEYWORD_ONLY
         own.append(inspect.Parameter(field.name, kind, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -59,5 +62,5 @@ def _option(field: dataclasses.Field[Any], hint: Any, texts: Mapping[str, str], 
     name, default = field.name.replace("_", "-"), field.default
     flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
     shown = f"{'' if default else 'no-'}{name}" if hint is bool else str(default)
-    choices = "|".join(field.metadata.get("choices", ())) or None
+    choices = "|".join(field.metadata.get("choices", ())) or field.metadata.get("metavar")
     return typer.Option(flag, help=texts[field.name], show_default=shown, metavar=choices, rich_help_panel=panel)

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from ..cache import Fields
 
@@ -28,6 +28,8 @@ class RankingQueries(NamedTuple):
     features: Shaped[Array, "heads query_blocks ranking_queries features"]
     scale: Float32[Array, "heads query_blocks ranking_queries"]
     present: Bool[Array, "heads query_blocks ranking_queries"]
+    lane: Int[Array, "heads query_blocks ranking_queries"]
+    """Which query of its block each one is."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Method(ABC):
         Returns:
             Products with each block, or with equal parts of it, of which the largest counts.
         """
+
+
+def every_lane(query: Float[Array, "heads query_blocks queries head_dim"]) -> Int[Array, "heads query_blocks queries"]:
+    """`RankingQueries.lane` where all queries of a block rank."""
+    return jnp.broadcast_to(jnp.arange(query.shape[2], dtype=jnp.int32), query.shape[:3])
 
 
 def of_heads(constant: Shaped[Array, "kv_heads ..."], heads: int) -> Shaped[Array, "heads ..."]:

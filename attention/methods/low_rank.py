@@ -22,7 +22,7 @@ from ..blocks import pad_axis
 from ..cache import Field, Fields
 from ..calibration import logit_projections
 from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries, of_heads
+from .base import Constants, Method, RankingQueries, every_lane, of_heads
 
 PROJECTED_KEY = "projected_key"
 """The index: a projection of each key."""
@@ -86,16 +86,16 @@ class LowRank(Method):
     ) -> RankingQueries:
         projected = self.projected_queries(query, constants)
         heads, blocks, queries, _ = projected.shape
-        count = self.ranking_count(queries)
+        count, lane = self.ranking_count(queries), every_lane(query)
         if count < queries:
             norms = jnp.where(present, jnp.sum(jnp.square(projected), axis=-1), -1.0)
             # Two axes: XLA sorts all of it where top-k has more.
-            chosen = lax.top_k(norms.reshape(-1, queries), count)[1].reshape(heads, blocks, count)
-            projected = jnp.take_along_axis(projected, chosen[..., None], axis=2)
-            present = jnp.take_along_axis(present, chosen, axis=2)
+            lane = lax.top_k(norms.reshape(-1, queries), count)[1].reshape(heads, blocks, count)
+            projected = jnp.take_along_axis(projected, lane[..., None], axis=2)
+            present = jnp.take_along_axis(present, lane, axis=2)
         largest = jnp.max(jnp.abs(projected), axis=-1)
         unit = jnp.where(largest > 0, largest, 1.0) / _LARGEST
-        return RankingQueries(jnp.round(projected / unit[..., None]).astype(jnp.int8), unit, present)
+        return RankingQueries(jnp.round(projected / unit[..., None]).astype(jnp.int8), unit, present, lane)
 
     def projected_queries(
         self, query: Float[Array, "heads query_blocks queries head_dim"], constants: Constants

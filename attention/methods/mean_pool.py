@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from ..cache import Field, Fields
 from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries
+from .base import Constants, Method, RankingQueries, every_lane
 
 _MEAN = "mean_key"
 
@@ -37,7 +37,7 @@ class MeanPool(Method):
         present: Bool[Array, "heads query_blocks queries"],
         constants: Constants,
     ) -> RankingQueries:
-        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32), present)
+        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
 
     def block_products(
         self, features: Float[Array, "queries head_dim"], index: Mapping[str, Float32[Array, "blocks 1 head_dim"]]

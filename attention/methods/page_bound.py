@@ -18,7 +18,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32
 
 from ..cache import Field, Fields
 from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries
+from .base import Constants, Method, RankingQueries, every_lane
 
 BOUNDS = ("quest", "cuboid_mean")
 PAGE_BOUND = "page_bound"
@@ -63,7 +63,7 @@ class PageBound(Method):
     ) -> RankingQueries:
         of_bound = {"quest": (jnp.minimum(query, 0), jnp.maximum(query, 0)), "cuboid_mean": (query, jnp.abs(query))}
         features = jnp.concatenate(of_bound[self.bound], axis=-1)
-        return RankingQueries(features, jnp.ones(query.shape[:3], jnp.float32), present)
+        return RankingQueries(features, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
 
     def block_products(
         self,

@@ -102,6 +102,18 @@ CASES = {
         two_stage=SMALL | HALF | {"key_block": 16, "candidates": 2.0, "local": 0}, keys=395
     ),
     "two-stage, budget above the keys": Case(two_stage=SMALL | {"budget": 512}, queries=40, keys=135),
+    "two-stage, by mass": Case(two_stage=SMALL | {"mass": 0.9, "budget": (40, 400)}, batch=3, value_dim=24),
+    "two-stage, by mass, bidirectional": Case(
+        two_stage=SMALL | HALF | {"mass": 0.6, "budget": (40, 200)}, causal=False, queries=130, keys=395
+    ),
+    "two-stage, by mass, odd sizes, softcap": Case(
+        two_stage=SMALL | HALF | {"mass": 0.95, "budget": (48, 100), "key_block": 1, "local": 3},
+        **{"heads": (3, 1), "queries": 90, "keys": 333, "head_dim": 36, "value_dim": 7, "softcap": 50.0},
+    ),
+    "two-stage, by mass, bfloat16": Case(
+        two_stage=SMALL | {"mass": 0.8, "budget": (96, 400)}, dtype="bfloat16", heads=(8, 1), queries=50
+    ),
+    "two-stage, by mass, int8": Case(two_stage=SMALL | {"mass": 0.8, "budget": (40, 400)}, value_dim=24, int8=True),
     "two-stage, int8": Case(two_stage=SMALL, value_dim=24, int8=True),
     "two-stage, bfloat16": Case(two_stage=SMALL | MORE, dtype="bfloat16", heads=(8, 1), queries=50),
     "two-stage, bfloat16, bidirectional": Case(
@@ -434,6 +446,7 @@ TWO_STAGE_OPTIONS: dict[str, int] = {
     "sink": 4,
     "local": 0,
     "ranking_queries": 16,
+    "least": 16,
 }
 TYPES = {"projected": "int8"} | dict.fromkeys(("selecting", "slot", "offset", "length", "table"), "int32")
 
@@ -448,6 +461,7 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
     arrays = [jnp.zeros(shape, types[name]) for name, shape in shapes.items()]
     call = jax.ffi.ffi_call(kernels.TWO_STAGE, results)
     options |= {"causal": True, "scale": np.float32(1), "softcap": np.float32(0)}
+    options["mass"] = np.float32(changed.get("mass", 0.0))
     return call(*arrays, **options)[0].block_until_ready()
 
 
@@ -486,6 +500,10 @@ def call_two_stage(changed: dict[str, Any]) -> Array:
         ({"candidate_blocks": -1}, "key_block, budget, candidate_blocks: expected 1"),
         ({"sink": -1}, "sink, local: 0"),
         ({"local": 2**62}, "sink, local: 0"),
+        ({"least": 0}, "least: 1 to the budget"),
+        ({"least": 17}, "least: 1 to the budget"),
+        ({"mass": 1.0}, "mass: 0 to below 1"),
+        ({"mass": np.nan}, "mass: 0 to below 1"),
         ({"ranking_queries": 0}, "1 to all of the lanes"),
         ({"ranking_queries": 17}, "1 to all of the lanes"),
         ({"types": {"projected": "float32"}}, "dtype"),

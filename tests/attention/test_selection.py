@@ -33,6 +33,12 @@ def test_select_takes_forced_then_best_with_ties_to_the_lower_index(importance, 
     ("options", "message"),
     [
         ({"budget": 0}, "budget is 0"),
+        ({"budget": (256, 1024)}, "only by mass"),
+        ({"budget": (1024, 256), "mass": 0.9}, "a least that is not above the most"),
+        ({"budget": (0, 1024), "mass": 0.9}, "at least 1 key"),
+        ({"mass": 1.0}, "mass is 1.0"),
+        ({"mass": -0.1}, "mass is -0.1"),
+        ({"mass": float("nan")}, "mass is nan"),
         ({"budget": 100, "query_block": 64}, "may force"),
         ({"budget": 40}, "may force"),
         ({"query_block": 48}, "power of two"),
@@ -52,6 +58,18 @@ def test_configuration_refuses(options, message) -> None:
 def test_a_measured_crossover_is_not_given() -> None:
     with pytest.raises(ValueError, match="crossover is 64, but Auto measures it"):
         Auto(TwoStage(crossover=64))
+
+
+def test_by_mass_the_budget_is_a_least_and_a_most() -> None:
+    config = TwoStage(mass=0.9, budget=(300, 2000))
+    assert (config.least_keys, config.most_keys, config.exact_keys) == (300, 2000, 300)
+    config = TwoStage(mass=0.9, budget=2000)
+    assert (config.least_keys, config.most_keys) == (512, 2000)
+    assert TwoStage(mass=0.9, budget=400).least_keys == 400
+    config = TwoStage(budget=2000)
+    assert (config.least_keys, config.most_keys, config.exact_keys) == (2000, 2000, 2000)
+    read = json.loads(json.dumps(attention_to_dict(TwoStage(mass=0.9, budget=(300, 2000)))))
+    assert (read["budget"], read["mass"]) == ([300, 2000], 0.9)
 
 
 @pytest.mark.parametrize(("budget", "query_block", "local"), [(64, 8, 2), (1023, 64, 16), (4096, 128, 32)])

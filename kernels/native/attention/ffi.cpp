@@ -245,14 +245,15 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
                      Floats key_scale, Floats value_scale, Bytes projected, Queries projected_queries, Integers selecting, Vector slot, Vector offset,
                      Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
                      int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
-                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t ranking_queries) {
+                     int64_t candidate_blocks, int64_t sink, int64_t local, int64_t ranking_queries, int64_t least, float mass) {
   auto described = describe({query, key, value, key_scale, value_scale, slot, offset, length, table}, {query_block, 0, causal, scale, softcap},
                             *output, *lse);
   if (described.has_error()) return described.error();
   if (!between(1, query_block) || !between(1, key_block) || !between(1, budget) || !between(1, candidate_blocks) ||
-      !between(0, sink) || !between(0, local))
+      !between(0, sink) || !between(0, local) || !between(1, least) || least > budget || !(mass >= 0 && mass < 1))
     return ffi::Error::InvalidArgument(
-        "query_block, key_block, budget, candidate_blocks: expected 1 to 2^31 - 1; sink, local: 0 to 2^31 - 1");
+        "query_block, key_block, budget, candidate_blocks: expected 1 to 2^31 - 1; sink, local: 0 to 2^31 - 1; least: 1 "
+        "to the budget; mass: 0 to below 1");
   const Attention& call = *described;
   const int64_t heads = call.rows * call.kv_heads, rank = projected.dimensions()[3];
   if (!has_shape(projected, {key.dimensions()[0], call.kv_heads, call.page, rank}) || rank < 4 || rank % 4 ||
@@ -264,7 +265,7 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
         "[rows, 2], rank a positive multiple of 4, page one of key_block, and 1 to all of the lanes as "
         "ranking_queries");
   const LowRank low_rank = {projected.typed_data(), projected_queries.typed_data(), rank, ranking_queries};
-  const Selection selection = {low_rank, budget, key_block, candidate_blocks, sink, local};
+  const Selection selection = {low_rank, budget, least, key_block, candidate_blocks, sink, local, mass};
   std::vector<Task> exact_tasks, tasks;
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t row = head / call.kv_heads, count = valid_blocks(call, row);
@@ -459,7 +460,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Attr<int64_t>("candidate_blocks")
                                   .Attr<int64_t>("sink")
                                   .Attr<int64_t>("local")
-                                  .Attr<int64_t>("ranking_queries"));
+                                  .Attr<int64_t>("ranking_queries")
+                                  .Attr<int64_t>("least")
+                                  .Attr<float>("mass"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_choose, iceformer::choose,
                               ffi::Ffi::Bind()

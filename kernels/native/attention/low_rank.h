@@ -7,6 +7,9 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
+// The importance of what is always selected.
+constexpr float kForced = 3.4028234663852886e38f;
+
 // Rounds a projected query relative to its largest component into packed words, `step` apart. Gives the factor of its
 // products, and what their sums start with.
 ICEFORMER_INLINE float round_query(const float* query, int64_t rank, uint32_t* words, int64_t step, int32_t* start) {
@@ -52,8 +55,6 @@ class LowRankRanker {
   // Writes the importance of the first `count` key blocks: the log of the largest estimated softmax weight that a query
   // gives to one of its keys.
   void run(const Task& task, int64_t count, float* importance) {
-    pack_queries(task);
-    for (int64_t lane = 0; lane < lanes_; ++lane) normaliser_[lane] = kLowest;
     score(task, count);
     normalise(count);
     for (int64_t block = 0; block < count; ++block) {
@@ -61,6 +62,24 @@ class LowRankRanker {
       for (int64_t lane = 0; lane < lanes_; lane += kLanes)
         best = larger(load<Floats>(logits_ + block * lanes_ + lane) - load<Floats>(normaliser_ + lane), best);
       importance[block] = largest(best);
+    }
+  }
+
+  // Writes the mean weight of the first `count` key blocks beside keys whose log-sum-exp is known for each lane of the
+  // block, and the mean times the largest weight. Passes over what is forced.
+  void weigh(const Task& task, int64_t count, const float* beside, float* mean, float* importance) {
+    score(task, count);
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) weigh_lanes(count, lane, beside, importance);
+    for (int64_t block = 0; block < count; ++block) {
+      if (importance[block] == kForced) continue;
+      Floats all = {}, best = {};
+      for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+        const Floats weight = load<Floats>(logits_ + block * lanes_ + lane) * load<Floats>(normaliser_ + lane);
+        all += weight;
+        best = larger(weight, best);
+      }
+      mean[block] = sum(all) / static_cast<float>(count_);
+      importance[block] = mean[block] * largest(best);
     }
   }
 
@@ -91,6 +110,8 @@ class LowRankRanker {
 
   // The largest logit of each query in each of the first `count` key blocks.
   void score(const Task& task, int64_t count) {
+    pack_queries(task);
+    for (int64_t lane = 0; lane < lanes_; ++lane) normaliser_[lane] = kLowest;
     [[maybe_unused]] const auto scope = maxima_.scope();
     const HeadMemory memory = call_.memory(task.head);
     const RankingQueries queries = {query_, start_, lanes_};
@@ -126,6 +147,27 @@ class LowRankRanker {
       }
     }
   }
+
+  // From logits to weights relative to the largest, in place, and from each query's largest logit to the factor of its
+  // weights; lanes without a query give weight to nothing.
+  void weigh_lanes(int64_t count, int64_t lane, const float* beside, const float* importance) {
+    Floats apart = fill(kMasked);
+    for (int64_t i = 0; i < kLanes && lane + i < count_; ++i)
+      apart[i] = beside[query_lane_[lane + i]] - kLogOfKeysWorth;
+    const Floats peak = larger(load<Floats>(normaliser_ + lane), apart);
+    Floats sum = exponential(apart - peak);
+    for (int64_t block = 0; block < count; ++block) {
+      if (importance[block] == kForced) continue;
+      float* at = logits_ + block * lanes_ + lane;
+      const Floats weight = exponential(load<Floats>(at) - peak);
+      store(at, weight);
+      sum += weight;
+    }
+    for (int64_t i = 0; i < kLanes; ++i) normaliser_[lane + i] = lane + i < count_ ? 1.0f / sum[i] : 0.0f;
+  }
+
+  // A key block is estimated to weigh as much as two of its best key: KEYS_WORTH in attention/selection.py.
+  static constexpr float kLogOfKeysWorth = 0.69314718f;
 
   const Attention& call_;
   const LowRank& low_rank_;

@@ -91,7 +91,15 @@ struct LowRank {
 // How two-stage attention selects keys; fields as in TwoStage (attention/two_stage.py).
 struct Selection {
   LowRank low_rank;
-  int64_t budget, key_block, candidate_blocks, sink, local;
+  int64_t budget, least, key_block, candidate_blocks, sink, local;
+  float mass;  // 0 for a fixed budget
+
+  // The share of the weight that each stage may leave out.
+  ICEFORMER_INLINE double left_out() const { return (1.0 - static_cast<double>(mass)) / 2; }
+  // Keys that are selected whatever they weigh, at most (`most_forced_keys`), and those of a block at the end of a row.
+  ICEFORMER_INLINE int64_t most_forced(int64_t query_block) const {
+    return sink + 2 * local + query_block + 4 * key_block;
+  }
 };
 
 // One query block of one KV head (counted through rows), attended exactly where there is no selection.
@@ -128,9 +136,18 @@ constexpr int64_t kDecodeKeys = 1024;
 // The same of chosen keys, of which there are few.
 constexpr int64_t kDecodeChosenKeys = 256;
 
+// Up to so many candidates stage 2 by mass looks at one by one (RESCORED in attention/selected_block.py).
+constexpr int64_t kRescored = 2048;
+
 // Writes the indices of the `count` largest of `values`, rising; of equal values the lower index wins. No NaN.
 // `scratch` has room for kSelectBuckets + size integers.
 constexpr int64_t kSelectBuckets = 2048;
 void select_largest(const float* values, int64_t size, int64_t count, int32_t* indices, int32_t* scratch);
+
+// How many of the largest `values` it takes for the sum of their `weights`, which are at most 1 together, to come within
+// kSumSlack of `target`; all if it never does. Of equal values the lower index comes first. `scratch` has room for
+// 3 * kSelectBuckets integers.
+constexpr double kSumSlack = 1e-5;
+int64_t count_reaching(const float* values, const float* weights, int64_t size, double target, int32_t* scratch);
 
 }  // namespace iceformer

@@ -129,6 +129,18 @@ class QueryBlock {
     for (; lane < lanes_; lane += kLanes) exponentiate_lanes<1>(logits, count, lane, add);
   }
 
+  // The log-sum-exp of each lane over some rows of logits, none of which is above the lane's largest.
+  void log_sum_exp(const float* logits, int64_t count, float* lse) const {
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
+      const Floats largest = load<Floats>(largest_ + lane);
+      Floats sum = {};
+      for (int64_t i = 0; i < count; ++i)
+        sum += exponential((load<Floats>(logits + i * stride_ + lane) - largest) * factor_);
+      for (int64_t i = 0; i < kLanes; ++i)
+        lse[lane + i] = sum[i] > 0 ? largest[i] * factor_ + __builtin_logf(sum[i]) : kMasked;
+    }
+  }
+
   // Adds values times weights; the weights are used up.
   void accumulate(KeyTile tile, float* weights) {
     const int64_t count = tile.count;
