@@ -48,7 +48,7 @@ class Options:
     tokens: int = 8192
     windows: int = 4
     dtype: str = "float32"
-    blocks: int = 6
+    blocks: int = 4
     tasks: tuple[str, ...] = ("passkey", "needle")
     lengths: tuple[int, ...] = (4096, 8192)
     depths: int = 5

@@ -591,7 +591,7 @@ def evaluate(
     blocks: Annotated[
         int,
         typer.Option(help="Query blocks at which attention itself is measured, in the first window of each text."),
-    ] = 6,
+    ] = 4,
     attention: Annotated[
         AttentionKind, typer.Option(help="Attention to compare with exact attention: two_stage, or exact.")
     ] = AttentionKind.TWO_STAGE,
@@ -1000,9 +1000,10 @@ def _configuration(name: str, options: dict[str, Any]) -> "Configuration":
     if "method" in options:
         named = options["method"]
         given["method"] = make_method(named, **method) if isinstance(named, str) else named
+    if options["attention"] not in (AttentionKind.TWO_STAGE, AttentionKind.EXACT):
+        raise ValueError(f"{option}: attention is {options['attention']!r}, expected one of: two_stage, exact")
     attention = _attention(AttentionKind(options["attention"]), given)
-    if isinstance(attention, Auto):
-        raise ValueError("--attention is auto, which compile decides for a machine: evaluate two_stage, or exact")
+    assert not isinstance(attention, Auto)
     return Configuration(attention, **formats)
 
 
