@@ -1,6 +1,7 @@
 """A checkpoint under evaluation: its models, its constants and its tokenizer, each made when it is first needed."""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -111,6 +112,7 @@ class Bench:
             raise ValueError(f"tokens is {options.tokens}, but the model was trained for at most {limit} positions")
         self._models: dict[str, CausalLM] = {"same": model, options.dtype: model}
         self._constants: dict[object, LayerConstants] = {}
+        self._readers: dict[str, Reader] = {}
         self._texts: list[Text] = []
 
     @property
@@ -145,7 +147,7 @@ class Bench:
     @property
     def settings(self) -> dict[str, Any]:
         """What an evaluation is known by; texts are known once they were read."""
-        return {
+        settings = {
             "checkpoint": self._checkpoint.resolve().name,
             "fingerprint": _fingerprint(self._checkpoint),
             "texts": {text.name: text.sha256 for text in self._texts},
@@ -154,6 +156,7 @@ class Bench:
             "calibration": self._calibration_row.info.sha256,
             "configurations": {name: each.to_dict() for name, each in self.configurations.items()},
         }
+        return json.loads(json.dumps(settings))  # as the result's file has them
 
     def model_of(self, name: str) -> CausalLM:
         """With the weights of a configuration."""
@@ -173,15 +176,17 @@ class Bench:
         return self._constants[attention.rule]
 
     def reader(self, name: str) -> Reader:
-        """A reader in a configuration."""
-        return Reader(
-            self.model_of(name),
-            self.configurations[name],
-            self.constants(name),
-            capacity=self.options.capacity,
-            chunk=self.options.chunk,
-            dtype=self.options.dtype,
-        )
+        """The reader in a configuration."""
+        if name not in self._readers:
+            self._readers[name] = Reader(
+                self.model_of(name),
+                self.configurations[name],
+                self.constants(name),
+                capacity=self.options.capacity,
+                chunk=self.options.chunk,
+                dtype=self.options.dtype,
+            )
+        return self._readers[name]
 
 
 def _fingerprint(checkpoint: Path) -> str:

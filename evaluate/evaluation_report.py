@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import io
 import math
 from pathlib import Path
@@ -75,6 +76,14 @@ def summary_table(result: Evaluation) -> Table:
     for line in zip(*(row[1:] for row in [head, *rows]), strict=True):
         table.add_row(*line)
     return table
+
+
+def check_plots() -> None:
+    """ModuleNotFoundError, before any work, if the plots cannot be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "the page of an evaluation needs matplotlib: pip install 'iceformer[evaluate]'", name="matplotlib"
+        )
 
 
 def write_report(result: Evaluation, folder: Path) -> Path:

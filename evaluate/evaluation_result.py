@@ -113,7 +113,7 @@ class Evaluation:
         """The attention level of a configuration."""
         return [layer for layer in self.layers if layer.configuration == name]
 
-    def attention_figures(self, name: str) -> dict[str, float] | None:
+    def attention_figures(self, name: str) -> dict[str, Any] | None:
         """Means over layers, blocks and KV heads; None where they are not measured."""
         layers = self.layers_of(name)
         if not layers:
@@ -177,7 +177,7 @@ def load_evaluation(folder: Path, settings: dict[str, Any] | None = None) -> Eva
     return found
 
 
-def described(fidelity: Fidelity) -> dict[str, float]:
+def described(fidelity: Fidelity) -> dict[str, Any]:
     """A fidelity with what follows from it."""
     return {**asdict(fidelity), "loss": fidelity.loss, "perplexity_ratio": fidelity.perplexity_ratio}
 

@@ -28,7 +28,6 @@ def ask_questions(work: Path, result: Evaluation, bench: Bench, report: Report) 
         return replace(result, skipped={**result.skipped, LEVEL: "not asked for (tasks is empty)"})
     if tokenizer is None:
         return replace(result, skipped={**result.skipped, LEVEL: "the model has no tokenizer"})
-    readers: dict[str, Reader] = {}
     for task, tokens, sample in _pieces(options.tasks, options.lengths, options.samples):
         known = {a.configuration for a in result.answers if (a.task, a.tokens, a.sample) == (task, tokens, sample)}
         missing = [name for name in bench.configurations if name not in known]
@@ -37,9 +36,7 @@ def ask_questions(work: Path, result: Evaluation, bench: Bench, report: Report) 
         examples = make_examples(bench, tokenizer, (task, tokens, sample))
         for name in missing:
             report(f"{task} at {tokens} tokens, context {sample + 1} of {options.samples}: {name}")
-            if name not in readers:
-                readers[name] = bench.reader(name)
-            found = answers_to(readers[name], examples, tokenizer)
+            found = answers_to(bench.reader(name), examples, tokenizer)
             made = [
                 Answer(name, task, tokens, sample, depth, examples[depth].depth, known, right, logprob)
                 for depth, known, right, logprob in found

@@ -637,9 +637,11 @@ def evaluate(
 
     The results are OUTPUT/evaluation.json, OUTPUT/evaluation.html and the page's plots as PNG.
     """
+    from . import evaluate_checkpoint
     from .evaluate.bench import Options
-    from .evaluate.evaluation import evaluate_checkpoint
-    from .evaluate.evaluation_report import notes, summary_table, write_report
+    from .evaluate.evaluation_report import check_plots, notes, summary_table, write_report
+
+    check_plots()
 
     given = {
         "attention": attention.value,
