@@ -40,7 +40,7 @@ class Options:
         blocks: Number of query blocks at which attention itself is measured, in the first window of each text; 0 for
             none.
         tasks: Names of the tasks.
-        lengths: Tokens of a task's prompts.
+        lengths: Tokens of a task's prompts; empty chooses half of `tokens`, and all of them, as far as they are enough.
         depths: Number of places in a context that are asked about.
         samples: Number of contexts of each task and length.
         seed: Of the tasks.
@@ -51,7 +51,7 @@ class Options:
     dtype: str = "float32"
     blocks: int = 4
     tasks: tuple[str, ...] = ("passkey", "needle")
-    lengths: tuple[int, ...] = (4096, 8192)
+    lengths: tuple[int, ...] = ()
     depths: int = 5
     samples: int = 2
     seed: int = 0
@@ -68,8 +68,11 @@ class Options:
                 raise ValueError(f"task is {name!r}, expected one of: {', '.join(TASKS)}")
         if self.depths < 1 or self.samples < 1:
             raise ValueError(f"depths is {self.depths} and samples {self.samples}, expected at least 1 each")
+        if not self.lengths:
+            enough = [length for length in (self.tokens // 2, self.tokens) if length >= 2 * TAIL]
+            object.__setattr__(self, "lengths", tuple(enough))
         for length in self.lengths:
-            if self.tasks and not 2 * TAIL <= length <= self.tokens:
+            if not 2 * TAIL <= length <= self.tokens:
                 raise ValueError(
                     f"a task's prompts have {length} tokens, expected {2 * TAIL} to {self.tokens}, those of a window"
                 )
@@ -134,6 +137,9 @@ class Bench:
         """The windows of the texts."""
         if not files:
             raise ValueError("texts is empty, expected at least one file")
+        names = [file.name for file in files]
+        if len(set(names)) < len(names):
+            raise ValueError(f"texts are {', '.join(names)}, expected files of different names")
         self._texts = [read_ids(file, self.tokenizer, self.model.config.vocab_size) for file in files]
         return windows_of(self._texts, self.options.tokens, self.options.windows, leading_tokens(self.tokenizer))
 

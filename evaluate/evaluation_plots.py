@@ -47,7 +47,8 @@ def plots(result: Evaluation) -> Iterator[tuple[str, str, Figure]]:
 def speed(result: Evaluation, name: str) -> str:
     """What stands beside every figure of a configuration."""
     tokens, seconds, exact = result.settings["tokens"], result.seconds(name), result.seconds(REFERENCE)
-    return f"{tokens} tokens in {seconds:.3g} s, {result.time_ratio(name):.2f} of the time of exact ({exact:.3g} s)"
+    ratio = f"{result.time_ratio(name):.2f} of the time of exact ({exact:.3g} s)"
+    return f"{tokens} tokens in {seconds:.3g} s, {ratio}, {result.machine['cpu']}"
 
 
 def _curves(result: Evaluation) -> Figure:

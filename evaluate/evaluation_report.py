@@ -70,7 +70,7 @@ def summary_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
 def summary_table(result: Evaluation) -> Table:
     """The summary for the terminal: a column for each configuration."""
     head, rows = summary_rows(result)
-    table = Table(title=_title(result), box=box.SIMPLE_HEAD)
+    table = Table(title=f"{_title(result)}\n{_where(result)}", box=box.SIMPLE_HEAD)
     for number, row in enumerate([head, *rows]):
         table.add_column(row[0] if number else "", justify="right" if number else "left")
     for line in zip(*(row[1:] for row in [head, *rows]), strict=True):
@@ -119,8 +119,7 @@ def _page(result: Evaluation, figures: list[str]) -> str:
     settings = result.settings
     texts = ", ".join(settings["texts"])
     described = [
-        f"{len(result.windows)} windows of {settings['tokens']} tokens of {texts}; {settings['dtype']}, "
-        f"{settings['threads']} threads, {result.machine['cpu']}.",
+        f"{len(result.windows)} windows of {settings['tokens']} tokens of {texts}; {_where(result)}.",
         *notes(result),
     ]
     meanings = [f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in _MEANINGS.items()]
@@ -156,6 +155,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _title(result: Evaluation) -> str:
     return f"What is kept of {result.settings['checkpoint']}"
+
+
+def _where(result: Evaluation) -> str:
+    settings = result.settings
+    return f"{settings['dtype']}, {settings['threads']} threads, {result.machine['cpu']}"
 
 
 def _described(configuration: dict[str, Any]) -> str:

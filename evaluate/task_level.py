@@ -26,6 +26,9 @@ def ask_questions(work: Path, result: Evaluation, bench: Bench, report: Report) 
     options, tokenizer = bench.options, bench.tokenizer
     if not options.tasks:
         return replace(result, skipped={**result.skipped, LEVEL: "not asked for (tasks is empty)"})
+    if not options.lengths:
+        reason = f"windows of {options.tokens} tokens are too short, expected at least {2 * TAIL}"
+        return replace(result, skipped={**result.skipped, LEVEL: reason})
     if tokenizer is None:
         return replace(result, skipped={**result.skipped, LEVEL: "the model has no tokenizer"})
     for task, tokens, sample in _pieces(options.tasks, options.lengths, options.samples):
@@ -36,7 +39,7 @@ def ask_questions(work: Path, result: Evaluation, bench: Bench, report: Report) 
         examples = make_examples(bench, tokenizer, (task, tokens, sample))
         for name in missing:
             report(f"{task} at {tokens} tokens, context {sample + 1} of {options.samples}: {name}")
-            found = answers_to(bench.reader(name), examples, tokenizer)
+            found = answers_to(bench.reader(name), examples, tokenizer, tokens)
             made = [
                 Answer(name, task, tokens, sample, depth, examples[depth].depth, known, right, logprob)
                 for depth, known, right, logprob in found
@@ -58,14 +61,14 @@ def make_examples(bench: Bench, tokenizer: TextTokenizer, piece: Piece) -> list[
 
 
 def answers_to(
-    reader: Reader, examples: Sequence[Example], tokenizer: TextTokenizer
+    reader: Reader, examples: Sequence[Example], tokenizer: TextTokenizer, tokens: int
 ) -> Iterator[tuple[int, bool, bool, float]]:
     """For each example its number, whether its question was known, whether the answer is right, and its
-    log-probability. Examples have one context, which is read once.
+    log-probability. Examples have one context, which is read once, of prompts of at most so many tokens.
     """
-    context = np.concatenate(
-        [leading_tokens(tokenizer), tokenizer.encode(examples[0].context, add_special_tokens=False).ids]
-    )
+    context = tokenizer.encode(examples[0].context, add_special_tokens=False).ids
+    # Where texts were put together, there may be a token more than their own.
+    context = np.concatenate([leading_tokens(tokenizer), context])[: tokens - TAIL]
     cache, whole = reader.prefill(context)
     for number, example in enumerate(examples):
         question = Question.of(example, tokenizer)

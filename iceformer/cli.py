@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -656,7 +656,7 @@ def evaluate(
         dtype=dtype.value,
         blocks=blocks,
         tasks=() if tasks == "none" else tuple(tasks.replace(",", " ").split()),
-        lengths=_integers(task_lengths, "--task-lengths") if task_lengths else (tokens // 2, tokens),
+        lengths=_integers(task_lengths, "--task-lengths") if task_lengths else (),
         depths=depths,
         samples=samples,
         seed=seed,
@@ -1061,11 +1061,12 @@ def _checked(option: str, settings: type, given: dict[str, Any]) -> dict[str, An
     for name, value in given.items():
         if name not in kinds:
             raise ValueError(f"{option} is {name}, expected one of: {', '.join(kinds)}")
-        kind = kinds[name] if isinstance(kinds[name], type) else str
-        if kind is float and type(value) is int:
+        allowed = get_args(kinds[name]) or (kinds[name],)
+        if float in allowed and type(value) is int:
             checked[name] = float(value)
-        elif type(value) is not kind:
-            raise ValueError(f"{option} {name} is {value!r}, expected {_KINDS[kind]}")
+        elif type(value) not in allowed:
+            expected = " or ".join(_KINDS[kind] for kind in allowed if kind in _KINDS)
+            raise ValueError(f"{option} {name} is {value!r}, expected {expected}")
     return checked
 
 

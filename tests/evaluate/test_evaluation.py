@@ -136,13 +136,13 @@ def test_page_is_one_file_with_every_plot(result: Evaluation, tmp_path: Path) ->
 def test_command(capsys: pytest.CaptureFixture[str], long_llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     two_stage = "--budget 64 --query-block 16 --key-block 4 --sink 4 --local 4 --method mean_pool"
-    few = "--tokens 256 --windows 1 --blocks 0 --tasks none --compare wide=budget=96,method=page_bound"
+    few = "--tokens 256 --windows 1 --blocks 0 --compare wide=budget=96,method=page_bound"
     arguments = [long_llama, "--output", out, "--text", text, *two_stage.split(), *few.split()]
     code, printed, _ = run(capsys, "evaluate", *arguments)
     assert code == 0
     assert "two_stage" in printed
     assert "attention level not measured: not asked for" in printed
-    assert "tasks level not measured: not asked for" in printed
+    assert "tasks level not measured: windows of 256 tokens are too short" in printed
     asked = load_evaluation(out).settings["configurations"]
     assert [(name, each["attention"].get("budget")) for name, each in asked.items()] == [
         ("exact", None),
@@ -199,11 +199,11 @@ def test_without_a_tokenizer_ids_are_read_and_tasks_left_out(long_llama: Path, t
     checkpoint = shutil.copytree(long_llama, tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
     (tmp_path / "story.txt").write_text("a story")
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 512, 300))
-    options = Options(**{**OPTIONS, "tokens": 128, "windows": 1, "lengths": ()})
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 512, 1100))
+    options = Options(**{**OPTIONS, "tokens": 1024, "windows": 1})
     with pytest.raises(ValueError, match="the checkpoint has no tokenizer for"):
         evaluate_checkpoint(checkpoint, tmp_path / "out", [tmp_path / "story.txt"], {"small": SMALL}, options=options)
     ids = tmp_path / "ids.npy"
     result = evaluate_checkpoint(checkpoint, tmp_path / "out", [ids], {"small": SMALL}, options=options)
     assert result.skipped == {"tasks": "the model has no tokenizer"}
-    assert result.windows[0].start == 86
+    assert result.windows[0].start == 38
