@@ -58,6 +58,13 @@ class AttentionKind(StrEnum):
     EXACT = "exact"
 
 
+class EvaluatedAttention(StrEnum):
+    """Attention that is compared with exact attention, or exact attention with other number formats."""
+
+    TWO_STAGE = "two_stage"
+    EXACT = "exact"
+
+
 class Dtype(StrEnum):
     """Number format of weights, activations and KV cache."""
 
@@ -593,8 +600,9 @@ def evaluate(
         typer.Option(help="Query blocks at which attention itself is measured, in the first window of each text."),
     ] = 4,
     attention: Annotated[
-        AttentionKind, typer.Option(help="Attention to compare with exact attention: two_stage, or exact.")
-    ] = AttentionKind.TWO_STAGE,
+        EvaluatedAttention,
+        typer.Option(help="Attention to compare with exact attention; exact itself only in other number formats."),
+    ] = EvaluatedAttention.TWO_STAGE,
     compare: Annotated[
         list[str] | None,
         typer.Option(
@@ -978,7 +986,7 @@ def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Con
         if not name or "=" not in changes or name in asked:
             raise ValueError(f"--compare is {text!r}, expected a new NAME=OPTION=VALUE, more options behind commas")
         assigned = _assigned("--compare", changes.split(","))
-        exact = assigned.get("attention") == AttentionKind.EXACT
+        exact = assigned.get("attention") == EvaluatedAttention.EXACT
         kept = {key: value for key, value in given.items() if not exact or key in ("weights", "kv_dtype")}
         asked[name] = kept | assigned
     made = {name: _configuration(name, options) for name, options in asked.items()}
@@ -1002,8 +1010,10 @@ def _configuration(name: str, options: dict[str, Any]) -> "Configuration":
     if "method" in options:
         named = options["method"]
         given["method"] = make_method(named, **method) if isinstance(named, str) else named
-    if options["attention"] not in (AttentionKind.TWO_STAGE, AttentionKind.EXACT):
-        raise ValueError(f"{option}: attention is {options['attention']!r}, expected one of: two_stage, exact")
+    if options["attention"] not in list(EvaluatedAttention):
+        raise ValueError(
+            f"{option}: attention is {options['attention']!r}, expected one of: {', '.join(EvaluatedAttention)}"
+        )
     attention = _attention(AttentionKind(options["attention"]), given)
     assert not isinstance(attention, Auto)
     return Configuration(attention, **formats)
