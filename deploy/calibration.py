@@ -129,15 +129,19 @@ def _random_inputs(model: Encoder, source: object) -> CalibrationInputs:
     return CalibrationInputs(inputs, tokens, CalibrationInfo("random inputs", tokens, digest))
 
 
+def read_tokenizer(tokenizer_json: Path, vocab_size: int | None) -> TextTokenizer:
+    """The tokenizer of a checkpoint, from its tokenizer.json and the options beside it."""
+    file = tokenizer_json.with_name(TOKENIZER_CONFIG)
+    options = file.read_bytes() if file.exists() else None
+    return TextTokenizer(tokenizer_json.read_bytes(), vocab_size, options=options)
+
+
 def _encode(text: Path, tokenizer_json: Path, vocab_size: int) -> NDArray[Any]:
     if not text.is_file():
         raise FileNotFoundError(f"{text} is not a file: calibration takes a text file or an array of token ids")
     if not tokenizer_json.exists():
         raise ValueError(f"the checkpoint has no tokenizer for the calibration text {text.name}: give token ids")
-    file = tokenizer_json.with_name(TOKENIZER_CONFIG)
-    options = file.read_bytes() if file.exists() else None
-    tokenizer = TextTokenizer(tokenizer_json.read_bytes(), vocab_size, options=options)
-    return tokenizer.encode(read_text(text)).ids
+    return read_tokenizer(tokenizer_json, vocab_size).encode(read_text(text)).ids
 
 
 def _check(ids: NDArray[Any], vocab_size: int) -> NDArray[Any]:

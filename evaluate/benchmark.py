@@ -5,22 +5,20 @@ all of them; what is compared is medians. What the timed attention keeps of a mo
 run (see `benchmark_retention.py`), and so is how far every engine's logits are from those of exact attention.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..attention import TwoStage, attention_to_dict
-from ..deploy.cpu import cpu_features, cpu_model
 from .benchmark_result import Benchmark
 from .benchmark_retention import Retention, measure_retention
 from .engines import ENGINES, UNSUPPORTED, PrefillJob
 from .iceformer_engines import OURS, compile_engine
+from .machine import machine_info
 from .memory import score_bytes
 from .processes import Job, Report, difference, run_module, time_in_turn
 from .shapes import ModelShape, write_random_model
@@ -153,9 +151,8 @@ def start_or_resume(work: Path, settings: dict[str, Any], dense_flops_per_token:
     report("measuring the machine's peaks")
     threads = settings["threads"]
     peaks = json.loads(run_module("iceformer.evaluate.machine", settings["dtype"], str(threads), threads=threads))
-    machine = {"cpu": cpu_model(), "features": sorted(cpu_features()), "versions": _versions()}
     return Benchmark(
-        settings, machine, peaks["gemm_flops"], dense_flops_per_token, read_bandwidth=peaks["read_bandwidth"]
+        settings, machine_info(), peaks["gemm_flops"], dense_flops_per_token, read_bandwidth=peaks["read_bandwidth"]
     )
 
 
@@ -221,15 +218,6 @@ def measure_length(
 def output_path(work: Path, engine: str, length: int) -> Path:
     """Where an engine's output is kept."""
     return work / "outputs" / f"{engine}-{length}.npy"
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what is timed, where it is installed."""
-    versions = {}
-    for package in ("iceformer", "jax", "torch", "transformers", "openvino", "onnxruntime", "openvino-genai"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _sizes(source: Path) -> ModelShape:

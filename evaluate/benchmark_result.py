@@ -154,19 +154,22 @@ class Benchmark:
         """
         content = json.loads(path.read_text())
         if settings is not None:
-            found, expected = _flat(content["settings"]), _flat(json.loads(json.dumps(settings)))
-            other = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-            if other:
-                differing = "; ".join(f"{name} was {found.get(name)}, is {expected.get(name)}" for name in other)
-                raise ValueError(
-                    f"{path} is a run with other settings ({differing}): give another folder, or remove it"
-                )
+            check_same_settings(path, content["settings"], settings)
         del content["figures"]
         content["timings"] = [
             Timing(**{**timing, "seconds": tuple(timing["seconds"])}) for timing in content["timings"]
         ]
         content["retention"] = Retention.from_dict(content["retention"])
         return cls(**content)
+
+
+def check_same_settings(path: Path, found: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises ValueError, with what differs, if a file's settings are not those given."""
+    before, now = _flat(found), _flat(json.loads(json.dumps(given)))
+    other = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if other:
+        differing = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in other)
+        raise ValueError(f"{path} is a run with other settings ({differing}): give another folder, or remove it")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

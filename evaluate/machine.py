@@ -1,17 +1,35 @@
-"""The machine's measured peaks. `python -m iceformer.evaluate.machine DTYPE THREADS` prints them as JSON.
+"""What machine this is, and its measured peaks.
+
+`python -m iceformer.evaluate.machine DTYPE THREADS` prints the peaks as JSON.
 
 A process of its own, because XLA's number of threads is settled when jax starts.
 """
 
+import importlib.metadata
 import json
 import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ..deploy.cpu import cpu_features, cpu_model
+
+_PACKAGES = ("iceformer", "jax", "torch", "transformers", "openvino", "onnxruntime", "openvino-genai")
+
+
+def machine_info() -> dict[str, Any]:
+    """The processor's name and features, and versions of what is measured, where it is installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"cpu": cpu_model(), "features": sorted(cpu_features()), "versions": versions}
 
 
 def gemm_flops(dtype: str, size: int = 2048, rounds: int = 7) -> float:

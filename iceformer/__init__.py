@@ -16,28 +16,34 @@ if TYPE_CHECKING:
     from .convert.convert import convert_checkpoint
     from .deploy.compile import compile
     from .deploy.session import load
+    from .evaluate.configuration import Configuration
+    from .evaluate.evaluation import evaluate_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
     "Auto",
+    "Configuration",
     "DecodeSelection",
     "Exact",
     "Plan",
     "TwoStage",
     "compile",
     "convert_checkpoint",
+    "evaluate_checkpoint",
     "load",
     "load_model",
 ]
 
 _HOME = {
     "Auto": "attention.plan",
+    "Configuration": "evaluate.configuration",
     "DecodeSelection": "attention.decode_selection",
     "Exact": "attention.exact",
     "Plan": "attention.plan",
     "TwoStage": "attention.two_stage",
     "compile": "deploy.compile",
     "convert_checkpoint": "convert.convert",
+    "evaluate_checkpoint": "evaluate.evaluation",
     "load": "deploy.session",
     "load_model": "convert.checkpoint",
 }

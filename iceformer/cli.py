@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from .attention import Attention, Auto, DecodeSelection, Plan
     from .deploy.session import Progress, Session
+    from .evaluate.configuration import Configuration
 
 app = typer.Typer(
     help="Run long-context transformers on CPUs: convert a checkpoint, compile it ahead of time, run it.",
@@ -53,6 +54,13 @@ class AttentionKind(StrEnum):
     """Attention of prompts and scoring."""
 
     AUTO = "auto"
+    TWO_STAGE = "two_stage"
+    EXACT = "exact"
+
+
+class EvaluatedAttention(StrEnum):
+    """Attention that is compared with exact attention, or exact attention with other number formats."""
+
     TWO_STAGE = "two_stage"
     EXACT = "exact"
 
@@ -89,6 +97,7 @@ class DecodeKind(StrEnum):
 
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
 _SAMPLING = "Sampling (where nothing is given, as the model's generation_config.json asks)"
+_TASKS = "Tasks"
 _TWO_STAGE, _DECODE = "Two-stage attention", "Decoding"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -112,6 +121,13 @@ CacheFolder = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Maximum number of new tokens.", show_default="the model's, or 64; chat 512")
 ]
+MethodName = Annotated[
+    str | None, typer.Option(help="How key blocks are ranked.", show_default="low_rank", rich_help_panel=_TWO_STAGE)
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="An option of the method, such as rank=8.", rich_help_panel=_TWO_STAGE),
+]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text at which the answer ends; may be repeated.")]
 
 
@@ -119,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line (that of the process if `arguments` is None) and exits."""
     warnings.showwarning = _print_warning
     words = sys.argv if arguments is None else arguments
-    if "compile" in words:
+    if "compile" in words or "evaluate" in words:
         add_two_stage_options()
     if "generate" in words or "chat" in words:
         add_sampling_options()
@@ -139,10 +155,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def add_two_stage_options() -> None:
-    """The options of `compile` that follow TwoStage, whose import takes a second."""
+    """The options of `compile` and `evaluate` that follow TwoStage, whose import takes a second."""
     from .attention.two_stage import TwoStage
 
-    add_options(compile, TwoStage, _TWO_STAGE, skip=("method", "crossover"))
+    for command in (compile, evaluate):
+        add_options(command, TwoStage, _TWO_STAGE, skip=("method", "crossover"))
 
 
 def add_sampling_options() -> None:
@@ -283,25 +300,14 @@ def compile(
             show_default="a text that ships with iceformer",
         ),
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="How key blocks are ranked.", show_default="low_rank", rich_help_panel=_TWO_STAGE),
-    ] = None,
-    method_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the method, such as rank=8.", rich_help_panel=_TWO_STAGE),
-    ] = None,
+    method: MethodName = None,
+    method_option: MethodOptions = None,
     **two_stage: Any,
 ) -> None:
     """Compile a checkpoint ahead of time into an artifact for this kind of CPU."""
     from . import compile as compile_checkpoint
-    from .attention.methods import make_method
 
-    if method_option and not method:
-        raise ValueError("--method-option needs --method: name the method that the option belongs to")
-    if method:
-        two_stage["method"] = make_method(method, **_assigned("--method-option", method_option or []))
-    given = {name: value for name, value in two_stage.items() if value is not None}
+    given = _two_stage_options(two_stage, method, method_option)
     path = compile_checkpoint(
         checkpoint,
         artifact,
@@ -572,6 +578,106 @@ def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
         )
     else:
         stdout.print("All files are unchanged, and the machine code runs here.", style="green")
+
+
+@app.command()
+@takes_options
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Folder written by `iceformer convert`, of a decoder.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results. The same command continues an interrupted evaluation.")
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="UTF-8 text, or token ids as .npy or .json; may be repeated."),
+    ],
+    tokens: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Number of windows, spread over the texts.")] = 4,
+    blocks: Annotated[
+        int,
+        typer.Option(help="Query blocks at which attention itself is measured, in the first window of each text."),
+    ] = 4,
+    attention: Annotated[
+        EvaluatedAttention,
+        typer.Option(help="Attention to compare with exact attention; exact itself only in other number formats."),
+    ] = EvaluatedAttention.TWO_STAGE,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=OPTIONS",
+            help="One more configuration: the options above with changes, such as half=budget=512,local=16 or "
+            "small=weights=int8,kv_dtype=int8 or mean=method=mean_pool; may be repeated.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of weights, activations and KV cache, of exact attention too.")
+    ] = Dtype.FLOAT32,
+    weights: Annotated[WeightFormat, typer.Option(help="Number format of linear layers.")] = WeightFormat.SAME,
+    kv_dtype: Annotated[CacheFormat, typer.Option(help="Number format of the KV cache.")] = CacheFormat.SAME,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text file for calibrating the method.", show_default="a text that ships with iceformer"),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: passkey, needle, lines; none to leave them out.", rich_help_panel=_TASKS
+        ),
+    ] = "passkey,needle",
+    task_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a task's prompts, separated by commas.",
+            show_default="half of --tokens, and all of them",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    depths: Annotated[int, typer.Option(help="Places in a context that are asked about.", rich_help_panel=_TASKS)] = 5,
+    samples: Annotated[int, typer.Option(help="Contexts of each task and length.", rich_help_panel=_TASKS)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks.", rich_help_panel=_TASKS)] = 0,
+    method: MethodName = None,
+    method_option: MethodOptions = None,
+    **two_stage: Any,
+) -> None:
+    """Measure what two-stage attention keeps of a model's accuracy on your text, beside its speed.
+
+    The results are OUTPUT/evaluation.json, OUTPUT/evaluation.html and the page's plots as PNG.
+    """
+    from . import evaluate_checkpoint
+    from .evaluate.bench import Options
+    from .evaluate.evaluation_report import check_plots, notes, summary_table, write_report
+
+    check_plots()
+
+    given = {
+        "attention": attention.value,
+        "weights": weights.value,
+        "kv_dtype": kv_dtype.value,
+        **_two_stage_options(two_stage, method, method_option),
+    }
+    configurations = _configurations(given, compare or [])
+    options = Options(
+        tokens=tokens,
+        windows=windows,
+        dtype=dtype.value,
+        blocks=blocks,
+        tasks=() if tasks == "none" else tuple(tasks.replace(",", " ").split()),
+        lengths=_integers(task_lengths, "--task-lengths") if task_lengths else (),
+        depths=depths,
+        samples=samples,
+        seed=seed,
+    )
+    with _steps() as report:
+        result = evaluate_checkpoint(
+            checkpoint, output, text, configurations, options=options, calibration=calibration, report=report
+        )
+    page = write_report(result, output)
+    stdout.print(summary_table(result))
+    for line in notes(result):
+        stdout.print(line, soft_wrap=True)
+    stdout.print(f"result: {output / 'evaluation.json'}, page: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -855,6 +961,64 @@ def _integers(text: str, what: str) -> tuple[int, ...]:
         raise ValueError(f"{what} is {text[:40]!r}, expected integers separated by commas or spaces") from None
 
 
+def _two_stage_options(
+    two_stage: dict[str, Any], method: str | None, method_option: list[str] | None
+) -> dict[str, Any]:
+    """The options of two-stage attention that were given."""
+    from .attention.methods import make_method
+
+    if method_option and not method:
+        raise ValueError("--method-option needs --method: name the method that the option belongs to")
+    given = {name: value for name, value in two_stage.items() if value is not None}
+    return given | (
+        {"method": make_method(method, **_assigned("--method-option", method_option or []))} if method else {}
+    )
+
+
+def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Configuration"]:
+    """What `evaluate` compares with exact attention: the options of the command, and those with changes.
+
+    Exact attention in the model's own format is the reference itself, and is left out.
+    """
+    asked = {given["attention"]: given}
+    for text in compare:
+        name, _, changes = text.partition("=")
+        if not name or "=" not in changes or name in asked:
+            raise ValueError(f"--compare is {text!r}, expected a new NAME=OPTION=VALUE, more options behind commas")
+        assigned = _assigned("--compare", changes.split(","))
+        exact = assigned.get("attention") == EvaluatedAttention.EXACT
+        kept = {key: value for key, value in given.items() if not exact or key in ("weights", "kv_dtype")}
+        asked[name] = kept | assigned
+    made = {name: _configuration(name, options) for name, options in asked.items()}
+    reference = {"attention": "exact", "weights": "same", "kv_dtype": "same"}
+    return {("exact_" if name == "exact" else "") + name: made[name] for name in made if asked[name] != reference}
+
+
+def _configuration(name: str, options: dict[str, Any]) -> "Configuration":
+    """A configuration from options by name; those of the method have its name before a dot."""
+    from . import Auto, TwoStage
+    from .attention.methods import make_method
+    from .evaluate.configuration import Configuration
+
+    option = f"--compare {name}"
+    formats = {key: options[key] for key in ("weights", "kv_dtype")}
+    method = {key.removeprefix("method."): value for key, value in options.items() if key.startswith("method.")}
+    if method and not isinstance(options.get("method"), str):
+        raise ValueError(f"{option} has method.{min(method)}, but no method=NAME: name the method that it belongs to")
+    own = {key: value for key, value in options.items() if key not in ("attention", *formats, "method")}
+    given = _checked(option, TwoStage, {key: value for key, value in own.items() if not key.startswith("method.")})
+    if "method" in options:
+        named = options["method"]
+        given["method"] = make_method(named, **method) if isinstance(named, str) else named
+    if options["attention"] not in list(EvaluatedAttention):
+        raise ValueError(
+            f"{option}: attention is {options['attention']!r}, expected one of: {', '.join(EvaluatedAttention)}"
+        )
+    attention = _attention(AttentionKind(options["attention"]), given)
+    assert not isinstance(attention, Auto)
+    return Configuration(attention, **formats)
+
+
 def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "Attention | Auto":
     """What `compile` takes as attention, `two_stage` being the options that were given."""
     from . import Auto, Exact, TwoStage
@@ -902,17 +1066,23 @@ def _selection(options: list[str]) -> "DecodeSelection":
     """The selection that options given as NAME=VALUE describe."""
     from . import DecodeSelection
 
-    kinds = {field.name: field.type for field in fields(DecodeSelection)}
-    given = _assigned("--decode-option", options)
+    return DecodeSelection(**_checked("--decode-option", DecodeSelection, _assigned("--decode-option", options)))
+
+
+def _checked(option: str, settings: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Values given by name for the fields of a dataclass, of the types that these have."""
+    kinds = {field.name: field.type for field in fields(settings)}
+    checked = dict(given)
     for name, value in given.items():
         if name not in kinds:
-            raise ValueError(f"--decode-option is {name}, expected one of: {', '.join(kinds)}")
-        kind = kinds[name] if isinstance(kinds[name], type) else str
-        if kind is float and type(value) is int:
-            given[name] = float(value)
-        elif type(value) is not kind:
-            raise ValueError(f"--decode-option {name} is {value!r}, expected {_KINDS[kind]}")
-    return DecodeSelection(**given)
+            raise ValueError(f"{option} is {name}, expected one of: {', '.join(kinds)}")
+        allowed = get_args(kinds[name]) or (kinds[name],)
+        if float in allowed and type(value) is int:
+            checked[name] = float(value)
+        elif type(value) not in allowed:
+            expected = " or ".join(_KINDS[kind] for kind in allowed if kind in _KINDS)
+            raise ValueError(f"{option} {name} is {value!r}, expected {expected}")
+    return checked
 
 
 def _assigned(option: str, assignments: list[str]) -> dict[str, Any]:

@@ -29,12 +29,14 @@ def test_loading_needs_no_compile_packages() -> None:
 def test_public_names() -> None:
     assert iceformer.__all__ == [
         "Auto",
+        "Configuration",
         "DecodeSelection",
         "Exact",
         "Plan",
         "TwoStage",
         "compile",
         "convert_checkpoint",
+        "evaluate_checkpoint",
         "load",
         "load_model",
     ]

@@ -1,0 +1,170 @@
+"""Questions over a long context: passkey, needle and line retrieval, generated from a seed.
+
+An example has kvpress's fields: a context, a question, the beginning of the answer, the answer, and how many tokens it
+may take. Examples with one context are second questions over it.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..deploy.tokenization import TextTokenizer
+from .line_retrieval import ANSWER_PREFIX, CLOSING, QUESTION, make_record, pseudo_words
+
+_GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_CITIES = (
+    "Amsterdam Athens Auckland Berlin Bogota Brussels Cairo Chicago Copenhagen Dublin Geneva Helsinki Istanbul Jakarta "
+    "Lagos Lima Lisbon London Madrid Manila Montreal Moscow Mumbai Nairobi Oslo Paris Prague Rome Santiago Seoul "
+    "Shanghai Stockholm Sydney Tehran Tokyo Toronto Vienna Warsaw Zagreb Zurich"
+)
+_SENTENCE_END = re.compile(r"[.!?]\W*\s")
+_WORDS = 4000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        context: the long text.
+        question: what stands behind it.
+        answer_prefix: the beginning of the answer, which is given.
+        answer: what is to follow.
+        max_new_tokens: that the answer may take.
+        depth: share of the context that stands before what the question asks for.
+    """
+
+    context: str
+    question: str
+    answer_prefix: str
+    answer: str
+    max_new_tokens: int
+    depth: float
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a task makes its examples from.
+
+    Attributes:
+        rng: chooses names and numbers.
+        tokenizer: counts tokens.
+        tokens: that the context has at most, and nearly.
+        depths: at which the answers are to stand, rising shares of the context.
+        filler: ordinary text of more tokens.
+    """
+
+    rng: np.random.Generator
+    tokenizer: TextTokenizer
+    tokens: int
+    depths: tuple[float, ...]
+    filler: str
+
+    def count(self, text: str) -> int:
+        """The tokens of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids.size
+
+
+def passkey(setting: Setting) -> list[Example]:
+    """Keys of five digits in a text that repeats itself (Mohtashami and Jaggi, arXiv 2305.16300), one at each depth."""
+    names, numbers = _facts(setting, 5)
+    hidden = [
+        f"The pass key of {name} is {number}. Remember it. {number} is the pass key of {name}. "
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    context, depths = _hide(setting, _GRASS * (2 * setting.tokens // setting.count(_GRASS) + 1), hidden)
+    return [
+        Example(context, f"What is the pass key of {name}?", f"The pass key of {name} is", f" {number}", 16, depth)
+        for name, number, depth in zip(names, numbers, depths, strict=True)
+    ]
+
+
+def needle(setting: Setting) -> list[Example]:
+    """Numbers of seven digits in ordinary text, as in RULER (Hsieh et al., arXiv 2404.06654), one at each depth."""
+    names, numbers = _facts(setting, 7)
+    subject = "the special magic number for {} mentioned in the provided text"
+    hidden = [
+        f"One of the special magic numbers for {name} is: {number}. "
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    context, depths = _hide(setting, setting.filler, hidden)
+    return [
+        Example(
+            context,
+            f"What is {subject.format(name)}?",
+            f"The{subject.format(name)[3:]} is",
+            f" {number}",
+            24,
+            depth,
+        )
+        for name, number, depth in zip(names, numbers, depths, strict=True)
+    ]
+
+
+def lines(setting: Setting) -> list[Example]:
+    """LongEval's line retrieval: a record of lines, and the values of those that stand nearest to each depth."""
+    words = pseudo_words(setting.rng, _WORDS)
+    seed = int(setting.rng.integers(2**31))
+    count = setting.tokens // 12
+    while True:
+        record = make_record(np.random.default_rng(seed), count, words, closing=16 * len(setting.depths))
+        context = record.text[: record.text.index(CLOSING)]
+        excess = setting.count(context) / setting.tokens
+        if excess <= 1:
+            break
+        count = int(count * min(0.99, 1.05 / excess))
+    found = [(1 - question.distance / count, question) for question in record.questions]
+    nearest = [min(found, key=lambda each: abs(each[0] - depth)) for depth in setting.depths]
+    return [
+        Example(
+            context,
+            CLOSING.strip() + " " + QUESTION.format(key=question.key).strip(),
+            ANSWER_PREFIX.format(key=question.key),
+            f"{question.value}>",
+            16,
+            depth,
+        )
+        for depth, question in nearest
+    ]
+
+
+TASKS: dict[str, Callable[[Setting], list[Example]]] = {"passkey": passkey, "needle": needle, "lines": lines}
+"""Each gives one example for each depth, all over one context."""
+
+
+def _facts(setting: Setting, digits: int) -> tuple[list[str], list[int]]:
+    """A name and a number for each depth."""
+    count = len(setting.depths)
+    cities = _CITIES.split()
+    if count > len(cities):
+        raise ValueError(f"there are {count} depths, expected at most {len(cities)}")
+    names = [str(name) for name in setting.rng.choice(cities, count, replace=False)]
+    numbers = setting.rng.integers(10 ** (digits - 1), 10**digits, count)
+    return names, [int(number) for number in numbers]
+
+
+def _hide(setting: Setting, filler: str, hidden: Sequence[str]) -> tuple[str, list[float]]:
+    """The filler, cut to length, with each text between two of its sentences nearest to its depth; and these depths."""
+    room = setting.tokens - sum(setting.count(text) + 2 for text in hidden)
+    offsets = setting.tokenizer.encode(filler, add_special_tokens=False).offsets
+    if room < 1 or len(offsets) < room:
+        raise ValueError(
+            f"a context of {setting.tokens} tokens needs {max(room, 1)} tokens of filler, and there are {len(offsets)}"
+        )
+    filler = filler[: offsets[room - 1][1]]
+    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(filler))]
+    places = [_nearest(ends, depth * len(filler)) for depth in setting.depths]
+    parts, last = [], 0
+    for place, text in zip(places, hidden, strict=True):
+        parts += [filler[last:place], text]
+        last = place
+    return "".join([*parts, filler[last:]]), [place / len(filler) for place in places]
+
+
+def _nearest(rising: Sequence[int], wanted: float) -> int:
+    """The number nearest to a wanted one."""
+    index = bisect_left(rising, wanted)
+    return min(rising[max(index - 1, 0) : index + 1], key=lambda number: abs(number - wanted))
