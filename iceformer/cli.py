@@ -34,6 +34,7 @@ from .host.messages import printable_message
 from .host.terminal import Description, progress_bar, stderr, stdout
 from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
+from .logit_bias import read_logit_bias
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,6 +114,14 @@ MaxNewTokens = Annotated[
     int | None, typer.Option(help="Maximum number of new tokens.", show_default="the model's, or 64; chat 512")
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text at which the answer ends; may be repeated.")]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TOKEN:VALUE",
+        help="Added to the logit of a token, given as its id or as a text that is one token; may be repeated.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -335,6 +344,7 @@ def generate(
     cache: CacheFolder = None,
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
+    logit_bias: LogitBias = None,
     special_tokens: SpecialTokens = None,
     **sampling: Any,
 ) -> None:
@@ -344,6 +354,7 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     options = _writing_options(max_new_tokens, stop, sampling)
     with load(artifact, cache_ram=0) as session:
+        options |= _logit_bias(session, logit_bias)
         if cache is not None:
             session.load_prefix(cache)
         start = time.perf_counter()
@@ -374,6 +385,7 @@ def chat(
     ] = "1G",
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
+    logit_bias: LogitBias = None,
     **sampling: Any,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new begins again, /exit or Ctrl-D ends."""
@@ -382,6 +394,7 @@ def chat(
     document = None if file is None else read_text(file)
     options = _writing_options(max_new_tokens or CHAT_TOKENS, stop, sampling)
     with load(artifact, cache_ram=_bytes(cache_ram, "--cache-ram")) as session:
+        options |= _logit_bias(session, logit_bias)
         if cache is not None:
             session.load_prefix(cache)
         Conversation(session, system, document, options, lambda: _progress("reading")).run()
@@ -778,6 +791,11 @@ def _writing_options(max_new_tokens: int | None, stop: list[str] | None, samplin
     """What a session takes, of the options that were given."""
     given = {"max_new_tokens": max_new_tokens, "stop": stop or None, **sampling}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _logit_bias(session: "Session", given: list[str] | None) -> dict[str, Any]:
+    """The same of --logit-bias, for which a session must know the tokens."""
+    return {"logit_bias": read_logit_bias(session, given)} if given else {}
 
 
 def _show_speed(written: Written, until_first: float) -> None:
