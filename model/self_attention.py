@@ -161,7 +161,7 @@ class SelfAttention(nnx.Module):
     def _overwrites(self, call: LayerCall) -> bool:
         """Whether a token changes what those before it attend to: in a ring, in a selection that is kept, and in
         entries of the index that it shares with them. Elsewhere it only adds to what they do not see."""
-        shared = any(kept.tokens > 1 for kept in call.attention.fields(self.head_dim).values())
+        shared = any(kept.tokens > 1 for kept in call.plan.fields(self.head_dim).values())
         return self.window is not None or shared or bool(call.plan.state(call.layer, 1))
 
     def _attend_in_turn(

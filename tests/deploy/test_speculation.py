@@ -91,6 +91,14 @@ def alike(events: list[list[TokenWritten]]) -> list[list[TokenWritten]]:
     return [[replace(event, proposed=0, guessed=False) for event in row] for row in events]
 
 
+def tokens_of(events: list[list[TokenWritten]]) -> list[list[int]]:
+    return [[event.id for event in row] for row in events]
+
+
+def logprobs_of(events: list[list[TokenWritten]]) -> list[float]:
+    return [event.logprobs.logprob for row in events for event in row if event.logprobs]
+
+
 def cache_bits(engine: Engine, tokens: int) -> Iterator[bytes]:
     """What the first slot's cache has of its first tokens; rings whole."""
     bucket = engine._info.buckets[0]
@@ -103,8 +111,11 @@ def cache_bits(engine: Engine, tokens: int) -> Iterator[bytes]:
                 yield array[0, :, : tokens * array.shape[2] // length].tobytes()
 
 
-def check(artifact_path: Path, requests: list[Request], guess: Any, spoilt: float) -> None:
-    """Runs requests with and without guesses, and compares tokens, log-probabilities and the cache, to the bit."""
+def check(artifact_path: Path, requests: list[Request], guess: Any, spoilt: float, *, bits: bool = True) -> None:
+    """Runs requests with and without guesses, and compares tokens, log-probabilities and the cache, to the bit.
+
+    Without `bits`, tokens have to be the same, and log-probabilities nearly.
+    """
     artifact = open_artifact(artifact_path)
     plain, guessing = Engine(Runner(artifact)), Engine(Runner(artifact))
     expected = run(plain, [replace(request, speculate=False) for request in requests])
@@ -114,12 +125,15 @@ def check(artifact_path: Path, requests: list[Request], guess: Any, spoilt: floa
     }
     guess(texts, spoilt)
     written = run(guessing, requests)
-    assert alike(written) == expected
+    if bits:
+        assert alike(written) == expected
+    assert tokens_of(written) == tokens_of(expected)
+    np.testing.assert_allclose(logprobs_of(written), logprobs_of(expected), atol=2e-5)
     proposed = sum(event.proposed for row in written for event in row)
     guessed = sum(event.guessed for row in written for event in row)
     assert 0 < guessed <= proposed
     assert (guessed == proposed) == (spoilt == 0)
-    if len(requests) == 1:
+    if bits and len(requests) == 1:
         tokens = len(requests[0].ids) + len(expected[0]) - 1
         assert list(cache_bits(guessing, tokens)) == list(cache_bits(plain, tokens))
 
@@ -163,7 +177,11 @@ def test_several_texts_at_once(artifacts: Callable[[str], Path], guess: Any, nam
 
 @pytest.mark.parametrize("model_type", few(DECODERS, ("gemma3_text", "gpt2", "mistral", "mixtral")))
 def test_every_family(model_type: str, tmp_path: Path, guess: Any) -> None:
-    """Sliding windows whose rings turn, learned positions, experts."""
+    """Sliding windows whose rings turn, learned positions, experts.
+
+    In Gemma 2 and 3, XLA rounds a norm that is added to the residual otherwise for one row than for several.
+    """
+    bits = model_type not in ("gemma2", "gemma3_text")
     save_random(tmp_path / "source", model_type, **DECODERS[model_type].tiny)
     iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint")
     artifact = iceformer.compile(
@@ -172,7 +190,7 @@ def test_every_family(model_type: str, tmp_path: Path, guess: Any) -> None:
     vocabulary = open_artifact(artifact).manifest.model.vocab_size
     assert vocabulary is not None
     for spoilt in (0.0, 0.4):
-        check(artifact, requests(vocabulary, (45,), 0.9), guess, spoilt)
+        check(artifact, requests(vocabulary, (45,), 0.9), guess, spoilt, bits=bits)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
