@@ -10,7 +10,17 @@ from typing import Any
 
 from .encoding import OUTPUTS
 from .generation_defaults import disagreements
-from .manifest import TAIL_ENTRY, ArrayInfo, ArtifactError, BucketInfo, Manifest, ModelInfo, kv_arrays, tail_of
+from .manifest import (
+    CHECKED_ROWS,
+    TAIL_ENTRY,
+    ArrayInfo,
+    ArtifactError,
+    BucketInfo,
+    Manifest,
+    ModelInfo,
+    kv_arrays,
+    tail_of,
+)
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -30,12 +40,17 @@ def decoder_arguments(capacity: int, chunk: int, slots: int, page: int) -> dict[
 
     table = {"table": integers(slots, capacity // page)} if page else {}
     piece, tail = integers(1, chunk), tail_of(chunk)
+
+    def tokens(rows: int) -> dict[str, ArrayInfo]:
+        return {name: integers(rows) for name in ("tokens", "slot", "offset")}
+
     row = {"slot": integers(1), "offset": integers(1), "length": integers(1)}
     end = {TAIL_ENTRY: {"tokens": integers(1, tail), **row, **table}} if tail < chunk else {}
     return {
         "prefill": {"tokens": piece, **row, **table},
         **end,
-        "decode": {"tokens": integers(slots), "slot": integers(slots), "offset": integers(slots), **table},
+        "decode": {**tokens(slots), **table},
+        "check": {**tokens(max(slots, CHECKED_ROWS)), **table},
         "score": {"tokens": piece, "targets": piece, **row, **table},
     }
 
@@ -105,6 +120,7 @@ def _of_decoder(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
     results = {
         **{name: {"logits": ((1, vocabulary), _FLOATS)} for name in ("prefill", TAIL_ENTRY) if name in bucket.entries},
         "decode": {"logits": ((slots, vocabulary), _FLOATS)},
+        "check": {"logits": ((max(slots, CHECKED_ROWS), vocabulary), _FLOATS)},
         "score": {"logprobs": (piece, _FLOATS), "argmax": (piece, ("int32",))},
     }
     for name, expected in results.items():

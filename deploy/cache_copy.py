@@ -59,6 +59,26 @@ def copy_in(
                 taken += count
 
 
+def copy_ring_places(cache: Layers, info: CacheInfo, slot: int, positions: range) -> Layers:
+    """What the rings of a slot hold where some positions go, [heads, positions, ...]; nothing of other layers."""
+    return tuple(
+        {name: array[slot][:, _places(positions, window)] for name, array in arrays.items()} if window else {}
+        for arrays, window in zip(cache, info.windows, strict=True)
+    )
+
+
+def restore_ring_places(cache: Layers, info: CacheInfo, slot: int, positions: range, kept: Layers) -> None:
+    """Puts back what `copy_ring_places` gave, of the last of its positions if these are fewer."""
+    for arrays, window, saved in zip(cache, info.windows, kept, strict=True):
+        for name, entries in saved.items():
+            first = entries.shape[1] - len(positions)
+            arrays[name][slot][:, _places(positions, window)] = entries[:, first:]
+
+
+def _places(positions: range, window: int) -> list[int]:
+    return [position % window for position in positions]
+
+
 def run_arrays(info: CacheInfo, start: int, end: int) -> tuple[dict[str, ArrayInfo], ...]:
     """Shapes and dtypes of what `copy_out` gives."""
 

@@ -1,9 +1,11 @@
 """`Engine`: several requests at once over one artifact of a decoder, step by step. It knows tokens and no text.
 
 A request waits for a slot in the smallest bucket that has room for it. Each step takes one piece of one prompt and
-writes one token of every request whose prompt is done, so that a long prompt does not stop the others' writing.
+writes one token of every request whose prompt is done, so that a long prompt does not stop the others' writing. Where
+texts repeat what stands before, a step checks guesses of their next tokens and writes those that were right.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +15,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache_copy import copy_in, copy_out, run_arrays
+from .cache_copy import Layers, copy_in, copy_out, copy_ring_places, restore_ring_places, run_arrays
 from .encoding import bucket_for
 from .manifest import TAIL_ENTRY, BucketInfo
 from .prefix_cache import KeptPiece, Key, PrefixCache, piece_keys
 from .runner import Runner
 from .sampling import Sampler, Sampling, TokenLogprobs, top_logprobs
 from .slots import Slots
+from .speculation import CallCosts, Guesser, most_guesses, share_rows
 
 FinishReason = Literal["stop", "length", "capacity"]
 
@@ -36,12 +39,14 @@ class Request:
         sampling: how tokens are chosen.
         logprobs: of how many of the most likely tokens the log-probability is told beside each token; None for none,
             not even its own.
+        speculate: check guesses of the next tokens where that is faster. What is written is the same.
     """
 
     ids: NDArray[np.int32]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None
+    speculate: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,25 @@ class PromptRead:
 
 @dataclass(frozen=True)
 class TokenWritten:
-    """A request's next token. With a `finish_reason` it is the last: "stop" at an end-of-sequence token, "length" after
-    max_new_tokens, "capacity" when the bucket was full."""
+    """A request's next token.
+
+    Attributes:
+        handle: of the request.
+        id: the token.
+        finish_reason: why it is the last: "stop" at an end-of-sequence token, "length" after max_new_tokens, "capacity"
+            when the bucket was full; None if it is not.
+        logprobs: of the token, if they were asked for.
+        proposed: how many guesses of this and later tokens were checked in the call that wrote it; 0 where that wrote
+            others of the request before.
+        guessed: whether the token was one of these guesses.
+    """
 
     handle: int
     id: int
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
+    proposed: int = 0
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class _Running:
         restored: how many of them an earlier prompt had left.
         written: how many tokens the model wrote.
         last: the last of them, which is not in the cache yet.
+        guesser: guesses the next ones; None where that is not wanted.
     """
 
     handle: int
@@ -105,6 +123,7 @@ class _Running:
     restored: int = 0
     written: int = 0
     last: int = 0
+    guesser: Guesser | None = None
 
     @property
     def writes(self) -> bool:
@@ -115,6 +134,12 @@ class _Running:
     def position(self) -> int:
         """Where the last token goes in the cache."""
         return len(self.request.ids) + self.written - 1
+
+    def guess(self, most: int) -> list[int]:
+        """Guesses of the tokens behind the last, up to `most`, none of which may be wrong to have in the cache."""
+        left = self.request.max_new_tokens - self.written - 1
+        most = min(most, left, most_guesses(self.bucket, self.position))
+        return self.guesser.guess(most) if self.guesser and most > 0 else []
 
 
 @dataclass(eq=False)
@@ -138,6 +163,9 @@ class Engine:
         self._prefixes = prefixes or PrefixCache(0)
         self._vocab_size = self._info.model.vocab_size or 0  # an encoder may have none, and is given no requests
         self._places = {bucket.capacity: _Place(Slots(bucket, self._info.batch)) for bucket in self._info.buckets}
+        self._costs = {bucket.capacity: CallCosts() for bucket in self._info.buckets}
+        # Only the native kernels compute a token alike whether it comes alone or with others.
+        self._speculates = runner.tier == "native" and bool(self._info.environment.kernels)
         self._running: dict[int, _Running] = {}
         self._events: list[Event] = []
         self._cancelled: set[int] = set()
@@ -162,7 +190,8 @@ class Engine:
         return bool(self._running or self._events or any(place.waiting for place in self._places.values()))
 
     def step(self) -> list[Event]:
-        """One piece of the oldest prompt that is not done, and one token of every request whose prompt is.
+        """One piece of the oldest prompt that is not done, and one token of every request whose prompt is, and those
+        behind it that were guessed right.
 
         A call that fails raises; the requests of its bucket are lost, which the next step tells, and all others go on.
         The next step also gives what happened before the failure.
@@ -266,7 +295,9 @@ class Engine:
                 slot = place.slots.take(len(request.ids) + request.max_new_tokens)
                 sampler = Sampler(request.sampling, request.ids, self._vocab_size)
                 keys = piece_keys(bucket, request.ids)
-                self._running[handle] = _Running(handle, request, bucket, slot, sampler, keys)
+                speculates = request.speculate and self._speculates
+                guesser = Guesser(request.ids, request.max_new_tokens) if speculates else None
+                self._running[handle] = _Running(handle, request, bucket, slot, sampler, keys, guesser=guesser)
 
     def _release(self, running: _Running) -> None:
         self._places[running.bucket.capacity].slots.give_back(running.slot)
@@ -322,21 +353,64 @@ class Engine:
         copy_in(views, bucket.cache, slot, pages, start, start + piece.tokens, piece.layers)
 
     def _write(self, bucket: BucketInfo, writing: Sequence[_Running]) -> None:
-        """One more token of each request, all of them in one call."""
-        slots = self._info.batch
-        tokens, slot, offset = np.zeros(slots, np.int32), np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
-        for running in writing:
-            tokens[running.slot], slot[running.slot], offset[running.slot] = (
-                running.last,
-                running.slot,
-                running.position,
-            )
-        (result,) = self._call(bucket, "decode", tokens, slot, offset)
-        logits = np.asarray(result)
-        for running in writing:
-            self._sample(running, logits[running.slot])
+        """One more token of each request, and those behind it that are guessed right, all of them in one call."""
+        guesses = self._guesses(bucket, writing)
+        positions = [range(x.position + 1, x.position + 1 + len(own)) for x, own in zip(writing, guesses, strict=True)]
+        rings = self._ring_places(bucket, writing, positions)
+        checks, start = any(guesses), time.perf_counter()
+        logits = self._decode(bucket, "check" if checks else "decode", writing, guesses)
+        self._costs[bucket.capacity].note(time.perf_counter() - start, checked=checks)
+        rights = [self._sample_all(*each) for each in zip(writing, guesses, logits, strict=True)]
+        if rings:
+            views = self._runner.cache_views(bucket)
+            for running, places, kept, right in zip(writing, positions, rings, rights, strict=True):
+                restore_ring_places(views, bucket.cache, running.slot, places[right:], kept)
 
-    def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
+    def _guesses(self, bucket: BucketInfo, writing: Sequence[_Running]) -> list[list[int]]:
+        """Guesses to check of each request's next tokens; none of any where that would take longer."""
+        spare = bucket.entries["check"].arguments["tokens"].shape[0] - len(writing)
+        guesses = [running.guess(spare) for running in writing]
+        rates = [running.guesser.rate if running.guesser else 0.0 for running in writing]
+        counts = share_rows(guesses, rates, spare, self._costs[bucket.capacity].ratio)
+        return [guess[:count] for guess, count in zip(guesses, counts, strict=True)]
+
+    def _ring_places(self, bucket: BucketInfo, writing: Sequence[_Running], positions: Sequence[range]) -> list[Layers]:
+        """What is in the rings where guesses go: a wrong one stands in the place of a token that is seen still."""
+        if not any(positions) or not any(bucket.cache.windows):
+            return []
+        views = self._runner.cache_views(bucket)
+        return [copy_ring_places(views, bucket.cache, x.slot, own) for x, own in zip(writing, positions, strict=True)]
+
+    def _decode(
+        self, bucket: BucketInfo, entry: str, writing: Sequence[_Running], guesses: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.float32]]:
+        """The logits of each request after its last token and after each guess behind it, [1 + guesses, vocab]."""
+        rows = bucket.entries[entry].arguments["tokens"].shape[0]
+        tokens, slot, offset = np.zeros(rows, np.int32), np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+        parts, end = [], 0
+        for running, guess in zip(writing, guesses, strict=True):
+            part = slice(end, end := end + 1 + len(guess))
+            tokens[part], slot[part] = (running.last, *guess), running.slot
+            offset[part] = range(running.position, running.position + 1 + len(guess))
+            parts.append(part)
+        (result,) = self._call(bucket, entry, tokens, slot, offset)
+        logits = np.asarray(result)
+        return [logits[part] for part in parts]
+
+    def _sample_all(self, running: _Running, guesses: Sequence[int], logits: NDArray[np.float32]) -> int:
+        """Writes a token, and the next as long as the one before is as guessed; gives how many were."""
+        proposed = len(guesses)
+        for right, (guess, after) in enumerate(zip((*guesses, None), logits, strict=True)):
+            self._sample(running, after, guess, proposed)
+            if running.handle not in self._running or running.last != guess:
+                return right
+            proposed = 0
+        return len(guesses)
+
+    def _sample(
+        self, running: _Running, logits: NDArray[np.float32], guess: int | None = None, proposed: int = 0
+    ) -> None:
+        """Writes a token, which may be the one that was guessed, from the logits after the last."""
         try:
             running.last = running.sampler.choose(logits)
         except RuntimeError as error:  # its own logits are wrong, and the others go on
@@ -344,6 +418,8 @@ class Engine:
             self._release(running)
             return
         running.sampler.accept(running.last)
+        if running.guesser is not None:
+            running.guesser.accept(running.last)
         running.written += 1
         reason: FinishReason | None = None
         if running.last in self._info.model.eos_token_ids:
@@ -356,7 +432,8 @@ class Engine:
             self._release(running)
         asked = running.request.logprobs
         logprobs = None if asked is None else top_logprobs(logits, running.last, asked)
-        self._events.append(TokenWritten(running.handle, running.last, reason, logprobs))
+        guessed = running.last == guess
+        self._events.append(TokenWritten(running.handle, running.last, reason, logprobs, proposed, guessed))
 
     def _call(self, bucket: BucketInfo, entry: str, *arguments: NDArray[np.int32]) -> tuple[Any, ...]:
         table = self._places[bucket.capacity].slots.table

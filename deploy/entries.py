@@ -1,4 +1,4 @@
-"""The functions that are compiled for each bucket: a decoder's prefill, decode and score, an encoder's encode.
+"""The functions that are compiled for each bucket: a decoder's prefill, decode, check and score, an encoder's encode.
 
 All take the weights as a flat tuple in the order of their names and the KV cache, and are pure: the cache that goes in
 is donated, the one that comes out takes its place. An encoder's cache is empty.
@@ -101,7 +101,7 @@ class Entries(ABC):
 
 
 class DecoderEntries(Entries):
-    """Prefill and score, of one row at a time, and decode, of all slots."""
+    """Prefill and score, of one row at a time, decode, of all slots, and check, of several tokens of some slots."""
 
     def cache(self, capacity: int, batch: int, dtype: str, page: int) -> CacheInfo:
         """Keys and values of each layer: of the last tokens of a row in a layer with a sliding window, of all of them
@@ -146,6 +146,7 @@ class DecoderEntries(Entries):
         return {
             **prefills,
             "decode": Entry(self.decode, arguments["decode"], ("logits",)),
+            "check": Entry(functools.partial(self.decode, in_turn=True), arguments["check"], ("logits",)),
             "score": Entry(self.score, arguments["score"], ("logprobs", "argmax")),
         }
 
@@ -172,14 +173,21 @@ class DecoderEntries(Entries):
         self,
         weights: Weights,
         cache: KVCache,
-        tokens: Int[Array, " slots"],
-        slot: Int[Array, " slots"],
-        offset: Int[Array, " slots"],
+        tokens: Int[Array, " rows"],
+        slot: Int[Array, " rows"],
+        offset: Int[Array, " rows"],
         table: Int[Array, "slots slot_pages"] | None = None,
-    ) -> tuple[KVCache, Float[Array, "slots vocab"]]:
-        """Takes one token a row at `offset` and gives the logits after it; those of idle rows mean nothing."""
+        in_turn: bool = False,
+    ) -> tuple[KVCache, Float[Array, "rows vocab"]]:
+        """Takes one token a row at `offset` and gives the logits after it; those of idle rows mean nothing.
+
+        With `in_turn` rows may be consecutive tokens of one slot, the first first: what a row gives and leaves is what
+        it would if each had a call of its own.
+        """
         rows = Rows(slot, offset, offset + 1)
-        model, hidden, cache = self._hidden(weights, cache, tokens[:, None], rows, table, decoding=True)
+        model, hidden, cache = self._hidden(
+            weights, cache, tokens[:, None], rows, table, decoding=True, in_turn=in_turn
+        )
         return cache, model.logits(hidden[:, 0])
 
     def score(
@@ -207,10 +215,18 @@ class DecoderEntries(Entries):
         rows: Rows,
         table: Int[Array, "slots slot_pages"] | None,
         decoding: bool = False,
+        in_turn: bool = False,
     ) -> tuple[Any, Float[Array, "rows tokens hidden"], KVCache]:
         model, constants = self._model(weights)
         hidden, cache = model.hidden_states(
-            tokens, rows, plan=self.plan, decoding=decoding, cache=cache, table=table, constants=constants
+            tokens,
+            rows,
+            plan=self.plan,
+            decoding=decoding,
+            in_turn=in_turn,
+            cache=cache,
+            table=table,
+            constants=constants,
         )
         return model, hidden, cache
 

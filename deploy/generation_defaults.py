@@ -136,7 +136,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "do_sample": _flag,
     "temperature": _between(0.0, _MOST),
     "top_k": _at_least(0),
-    "top_p": _between(0.0, 1.0),
+    "top_p": _between(_LEAST, 1.0),
     "min_p": _between(0.0, 1.0),
     "repetition_penalty": _between(_LEAST, _MOST),
     "max_new_tokens": _at_least(1),

@@ -28,6 +28,8 @@ class SamplingOptions(TypedDict, total=False):
         logit_bias: added to the logits of these token ids.
         stop: strings at which the text ends; they do not belong to it.
         logprobs: tell the log-probability of each new token, and of so many of the most likely ones, up to 20.
+        speculate: guess tokens where the text repeats what stands before, and check several in one call, as long as
+            that is faster. The text is the same as without.
     """
 
     top_k: int | None
@@ -39,6 +41,7 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     stop: Sequence[str] | None
     logprobs: int | None
+    speculate: bool | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Choices:
     max_new_tokens: int
     stop: tuple[str, ...]
     logprobs: int | None
+    speculate: bool
 
 
 def choices(
@@ -67,8 +71,8 @@ def choices(
         ValueError: a value that makes no sense, or an option that does not exist.
     """
     defaults = defaults or GenerationDefaults()
-    stop, logprobs = options.get("stop"), options.get("logprobs")
-    left = {name: value for name, value in options.items() if name not in ("stop", "logprobs")}
+    stop, logprobs, speculate = options.get("stop"), options.get("logprobs"), options.get("speculate")
+    left = {name: value for name, value in options.items() if name not in ("stop", "logprobs", "speculate")}
     unknown = left.keys() - SamplingOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {min(unknown)}, expected of: {', '.join(SamplingOptions.__annotations__)}")
@@ -81,9 +85,12 @@ def choices(
     most = max_new_tokens if max_new_tokens is not None else defaults.max_new_tokens or MAX_NEW_TOKENS
     if logprobs is not None and check_count(logprobs, "logprobs", 0) > MOST_LOGPROBS:
         raise ValueError(f"logprobs is {logprobs}, expected at most {MOST_LOGPROBS}")
+    if speculate not in (None, True, False):
+        raise ValueError(f"speculate is {speculate!r}, expected True or False")
     return Choices(
         Sampling(**values, seed=seed),
         check_count(most, "max_new_tokens", 1),
         check_stop(defaults.stop_strings if stop is None else stop),
         logprobs,
+        speculate is not False,
     )

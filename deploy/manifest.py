@@ -19,15 +19,18 @@ from ..host import strict_json
 from .generation_defaults import GenerationDefaults
 from .records import read_record
 
-SCHEMA = 8
+SCHEMA = 9
 TAIL = 128
 """Tokens of the calls that read a prompt's end, at most."""
 TAIL_ENTRY = "prefill_tail"
+CHECKED_ROWS = 4
+"""Rows of a call that checks guessed tokens, at least: as many as the native kernels multiply with the weights in one
+reading, each as if it were alone."""
 _NEARLY_WHOLE = 7 / 8
 """Share of a chunk from which on one call for all of it takes less time than the many for its pieces."""
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
 """Of weights, caches, arguments and results."""
-ENTRIES = {"decoder": ("prefill", "decode", "score"), "encoder": ("encode",)}
+ENTRIES = {"decoder": ("prefill", "decode", "check", "score"), "encoder": ("encode",)}
 """The compiled functions that every bucket has, by the kind of model; `entry_names` has those of one bucket."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -276,7 +276,8 @@ class Session:
         ids = self._read_ids(prompt, "the prompt", add_special_tokens)
         text = TextStream(self._tokenizer(), chosen.stop) if self.has_tokenizer else None
         with self._turn():
-            handle = self._engine.add(Request(ids, chosen.max_new_tokens, chosen.sampling, chosen.logprobs))
+            request = Request(ids, chosen.max_new_tokens, chosen.sampling, chosen.logprobs, chosen.speculate)
+            handle = self._engine.add(request)
             self._events[handle] = deque()
         written = Stream(partial(self._next_token, handle), partial(self._end, handle), len(ids), text, progress)
         return written if stream else written.wait()

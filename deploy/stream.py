@@ -27,6 +27,8 @@ class Generation:
         prompt_tokens: length of the prompt in tokens.
         cached_tokens: how many of them an earlier prompt, or a file, had left in the cache.
         logprobs: of each new token, if they were asked for; else None.
+        proposed_tokens: how many guesses of new tokens were checked.
+        guessed_tokens: how many of the new tokens such a guess had foretold.
     """
 
     text: str | None
@@ -35,6 +37,8 @@ class Generation:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    proposed_tokens: int = 0
+    guessed_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class Piece:
         text: the text that is certain now, "" while a character is incomplete or a stop string may have begun; None for
             a model without a tokenizer. The texts of all pieces together are the text of the `Generation`.
         logprobs: of the token, if they were asked for; else None.
+        guessed: whether the token was guessed, and came with others in one call.
     """
 
     id: int
     text: str | None
     logprobs: TokenLogprobs | None = None
+    guessed: bool = False
 
 
 class Stream(Iterator[Piece]):
@@ -79,7 +85,7 @@ class Stream(Iterator[Piece]):
         progress: Progress | None,
     ) -> None:
         self._follow, self._end, self._progress = follow, end, progress
-        self._prompt_tokens, self._cached_tokens = prompt_tokens, 0
+        self._prompt_tokens, self._cached_tokens, self._proposed_tokens = prompt_tokens, 0, 0
         self._text = text
         self._ended = False
         self._pieces: list[Piece] = []
@@ -146,14 +152,15 @@ class Stream(Iterator[Piece]):
     def _piece(self, written: TokenWritten) -> tuple[Piece, FinishReason | None]:
         """The token as a piece, and why it is the last, if it is."""
         reason = written.finish_reason
+        self._proposed_tokens += written.proposed
         if self._text is None:
-            return Piece(written.id, None, written.logprobs), reason
+            return Piece(written.id, None, written.logprobs, written.guessed), reason
         text = self._text.push(written.id)
         if reason is not None:
             text += self._text.finish()
         if self._text.stopped is not None:
             reason = "stop"
-        return Piece(written.id, text, written.logprobs), reason
+        return Piece(written.id, text, written.logprobs, written.guessed), reason
 
     def _whole(self, reason: FinishReason) -> Generation:
         texts = [piece.text for piece in self._pieces if piece.text is not None]
@@ -165,4 +172,6 @@ class Stream(Iterator[Piece]):
             self._prompt_tokens,
             self._cached_tokens,
             logprobs or None,
+            self._proposed_tokens,
+            sum(piece.guessed for piece in self._pieces),
         )

@@ -78,7 +78,7 @@ def ours(job: DecodeJob) -> Engine:
     most = job.new_tokens + extra_tokens(job.batch, job.length, artifact.manifest.buckets[0].chunk)
 
     def run() -> float:
-        reading = {requests.add(Request(ids, most)) for ids in prompts(job)}
+        reading = {requests.add(Request(ids, most, speculate=False)) for ids in prompts(job)}
         handles = tuple(reading)
         while reading:
             for event in requests.step():

@@ -34,6 +34,7 @@ from .host.messages import printable_message
 from .host.terminal import Description, progress_bar, stderr, stdout
 from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
+from .logit_bias import read_logit_bias
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,6 +130,22 @@ MethodOptions = Annotated[
     typer.Option(metavar="NAME=VALUE", help="An option of the method, such as rank=8.", rich_help_panel=_TWO_STAGE),
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text at which the answer ends; may be repeated.")]
+Speculate = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess tokens where the text repeats what stands before, as long as that is faster; the text is the same.",
+        show_default="speculate",
+    ),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TOKEN:VALUE",
+        help="Added to the logit of a token, given as its id or as a text that is one token; may be repeated.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -341,6 +358,8 @@ def generate(
     cache: CacheFolder = None,
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
+    logit_bias: LogitBias = None,
+    speculate: Speculate = None,
     special_tokens: SpecialTokens = None,
     **sampling: Any,
 ) -> None:
@@ -348,8 +367,9 @@ def generate(
     from . import load
 
     text = _prompt_text(prompt, prompt_file)
-    options = _writing_options(max_new_tokens, stop, sampling)
+    options = _writing_options(max_new_tokens, stop, speculate, sampling)
     with load(artifact, cache_ram=0) as session:
+        options |= _logit_bias(session, logit_bias)
         if cache is not None:
             session.load_prefix(cache)
         start = time.perf_counter()
@@ -380,14 +400,17 @@ def chat(
     ] = "1G",
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
+    logit_bias: LogitBias = None,
+    speculate: Speculate = None,
     **sampling: Any,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new begins again, /exit or Ctrl-D ends."""
     from . import load
 
     document = None if file is None else read_text(file)
-    options = _writing_options(max_new_tokens or CHAT_TOKENS, stop, sampling)
+    options = _writing_options(max_new_tokens or CHAT_TOKENS, stop, speculate, sampling)
     with load(artifact, cache_ram=_bytes(cache_ram, "--cache-ram")) as session:
+        options |= _logit_bias(session, logit_bias)
         if cache is not None:
             session.load_prefix(cache)
         Conversation(session, system, document, options, lambda: _progress("reading")).run()
@@ -880,10 +903,17 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     return read_stdin() if prompt == "-" else str(prompt)
 
 
-def _writing_options(max_new_tokens: int | None, stop: list[str] | None, sampling: dict[str, Any]) -> dict[str, Any]:
+def _writing_options(
+    max_new_tokens: int | None, stop: list[str] | None, speculate: bool | None, sampling: dict[str, Any]
+) -> dict[str, Any]:
     """What a session takes, of the options that were given."""
-    given = {"max_new_tokens": max_new_tokens, "stop": stop or None, **sampling}
+    given = {"max_new_tokens": max_new_tokens, "stop": stop or None, "speculate": speculate, **sampling}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _logit_bias(session: "Session", given: list[str] | None) -> dict[str, Any]:
+    """The same of --logit-bias, for which a session must know the tokens."""
+    return {"logit_bias": read_logit_bias(session, given)} if given else {}
 
 
 def _show_speed(written: Written, until_first: float) -> None:
@@ -892,9 +922,11 @@ def _show_speed(written: Written, until_first: float) -> None:
         generation = written.generation
         kept = f", {generation.cached_tokens} of them from the cache" if generation.cached_tokens else ""
         rate = f", {written.tokens_per_second:.1f} tokens/s" if written.tokens_per_second else ""
+        right = f", {generation.guessed_tokens} of {generation.proposed_tokens} guesses right"
+        guesses = right if generation.proposed_tokens else ""
         stderr.print(
             f"prompt: {generation.prompt_tokens} tokens{kept}, first token after {until_first:.1f} s; "
-            f"answer: {len(generation.ids)} tokens{rate}",
+            f"answer: {len(generation.ids)} tokens{rate}{guesses}",
             style="dim",
             soft_wrap=True,
         )

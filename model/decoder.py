@@ -217,6 +217,7 @@ class CausalLM(nnx.Module):
         *,
         plan: Plan,
         decoding: bool = False,
+        in_turn: bool = False,
         cache: KVCache | None = None,
         table: Int[Array, "slots slot_pages"] | None = None,
         constants: LayerConstants | None = None,
@@ -229,13 +230,14 @@ class CausalLM(nnx.Module):
             rows: of the call; without a cache, whole rows.
             plan: the attention of the layers that see all tokens.
             decoding: whether the call decodes, and takes that attention of the plan.
+            in_turn: whether rows may be consecutive tokens of one slot, as `LayerCall` has it.
             cache: what earlier calls left, or None to attend over this call's tokens only.
             table: the pages of each slot of the cache; None where a slot is one page.
             constants: what the attention was calibrated to, layer by layer, if it needs that.
             observe: is given the queries and keys of each layer in turn, while the function is traced.
         """
         positions = rows.offset[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-        call = LayerCall(rows, plan, decoding, table=table, observe=observe)
+        call = LayerCall(rows, plan, decoding, in_turn, table=table, observe=observe)
         hidden = self._embed(input_ids, positions, rows.length)
         hidden, cache = run_layers(
             self.model.layers, hidden, call, self.config, positions, cache=cache, constants=constants

@@ -1,11 +1,13 @@
 """Self-attention as the architectures share it: projections, norms of queries and keys, rotary positions, KV cache."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -27,6 +29,8 @@ class LayerCall:
         rows: of the call.
         plan: the attention of the layers that see whole rows; those with a window attend exactly.
         decoding: whether the call decodes, and takes that attention of the plan.
+        in_turn: whether rows of one token each may be consecutive tokens of one slot, the first first, none of which
+            may see what a later one leaves.
         layer: number of the layer, from 0.
         rotary: tables of this layer's rotary embedding, None for a layer without.
         cache: what earlier calls left of this layer, None to attend to this call's tokens only.
@@ -38,6 +42,7 @@ class LayerCall:
     rows: Rows
     plan: Plan
     decoding: bool = False
+    in_turn: bool = False
     layer: int = 0
     rotary: RotaryTables | None = None
     cache: LayerCache | None = None
@@ -124,6 +129,19 @@ class SelfAttention(nnx.Module):
         query, key, value = self._queries_keys_values(hidden, call.rotary)
         if call.observe is not None:
             call.observe(query, key)
+        attend = self._attend_in_turn if call.in_turn and self._overwrites(call) else self._attend
+        context, cache = attend(query, key, value, call)
+        batch, tokens, _ = hidden.shape
+        return self.o_proj(context.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)), cache
+
+    def _attend(
+        self,
+        query: Float[Array, "batch heads tokens head_dim"],
+        key: Float[Array, "batch kv_heads tokens head_dim"],
+        value: Float[Array, "batch kv_heads tokens head_dim"],
+        call: LayerCall,
+    ) -> tuple[Float[Array, "batch heads tokens head_dim"], LayerCache | None]:
+        """Attention to this call's keys and values and those in the cache, and the cache with both."""
         mask = Mask(
             self.causal,
             self.window,
@@ -138,10 +156,32 @@ class SelfAttention(nnx.Module):
             cache, keys, rows, mask = extend(cache, key, value, rows, mask, fields, entries, call.table, names)
             state = {name: cache[name] for name in names if name in cache}
         context, state = attend_and_keep(call.attention, Call(query, keys, rows, mask, call.constants, state))
-        if cache is not None:
-            cache = {**cache, **state}
-        batch, tokens, _ = hidden.shape
-        return self.o_proj(context.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)), cache
+        return context, cache if cache is None else {**cache, **state}
+
+    def _overwrites(self, call: LayerCall) -> bool:
+        """Whether a token changes what those before it attend to: in a ring, in a selection that is kept, and in
+        entries of the index that it shares with them. Elsewhere it only adds to what they do not see."""
+        shared = any(kept.tokens > 1 for kept in call.plan.fields(self.head_dim).values())
+        return self.window is not None or shared or bool(call.plan.state(call.layer, 1))
+
+    def _attend_in_turn(
+        self,
+        query: Float[Array, "batch heads 1 head_dim"],
+        key: Float[Array, "batch kv_heads 1 head_dim"],
+        value: Float[Array, "batch kv_heads 1 head_dim"],
+        call: LayerCall,
+    ) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache | None]:
+        """The same, one row after the other."""
+
+        def one(cache: LayerCache, row: tuple[Array, Array, Array, Rows]) -> tuple[LayerCache, Array]:
+            query, key, value, rows = jax.tree.map(lambda x: x[None], row)
+            context, cache_after = self._attend(query, key, value, replace(call, rows=rows, cache=cache))
+            assert cache_after is not None
+            return cache_after, context[0]
+
+        assert call.cache is not None
+        cache, context = lax.scan(one, dict(call.cache), (query, key, value, call.rows))
+        return context, cache
 
     def _queries_keys_values(
         self, hidden: Float[Array, "batch tokens hidden_size"], rotary: RotaryTables | None

@@ -117,6 +117,39 @@ def test_generate_stops_and_samples(artifact: Path, capsys: pytest.CaptureFixtur
         assert "expected" in err or "empty" in err
 
 
+def test_logit_bias_takes_ids_and_texts(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with iceformer.load(artifact) as session:
+        (word,) = session.tokenize("the", add_special_tokens=False).tolist()
+        expected = session.generate("line", 4, logit_bias={word: 1e4, 5: -3.5}).text
+        assert expected != session.generate("line", 4).text
+    asked = ("generate", artifact, "line", "--max-new-tokens", 4)
+    for token in ("the", word):
+        biases = ("--logit-bias", f"{token}:1e4", "--logit-bias", "5:-3.5")
+        assert run(capsys, *asked, *biases)[:2] == (0, f"{expected}\n")
+
+
+@pytest.mark.parametrize(
+    ("biases", "message"),
+    [
+        (["7"], "is '7', expected TOKEN:VALUE"),
+        ([":7"], "is ':7', expected TOKEN:VALUE"),
+        (["the:much"], "expected a number behind the last colon"),
+        (["the:nan"], "expected a finite number"),
+        (["the line:1"], "which is 2 tokens"),
+        (["1000000:1"], "logit_bias has token id 1000000"),
+        (["7:1", "7:2"], "has token 7 twice"),
+    ],
+)
+def test_logit_bias_refuses_in_a_sentence(
+    artifact: Path, capsys: pytest.CaptureFixture[str], biases: list[str], message: str
+) -> None:
+    for command in (["generate", artifact, "line"], ["chat", artifact]):
+        options = [word for bias in biases for word in ("--logit-bias", bias)]
+        code, out, err = run(capsys, *command, *options)
+        assert (code, out) == (1, "")
+        assert message in " ".join(err.split())
+
+
 @pytest.fixture(scope="module")
 def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of a model with a chat template."""

@@ -20,7 +20,7 @@ from iceformer.deploy.session import Session
 
 from .conftest import BUCKETS
 
-ENTRIES = ("prefill", "decode", "score")
+ENTRIES = ("prefill", "decode", "check", "score")
 FILES = (
     "README.md",
     "generation_config.json",

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from iceformer.conversation import system_messages
 from iceformer.deploy import template_sandbox as sandbox
 from iceformer.deploy.chat_template import ChatTemplate, ChatTemplateError, check_messages
 
@@ -84,6 +85,29 @@ def test_every_family_renders_something(reference: PreTrainedTokenizerFast, fami
     text = ChatTemplate(SOURCES[family], TOKENS).render(messages, add_generation_prompt=False)
     assert text == expected
     assert "who are you?" in text or "WHO ARE YOU?" in text
+
+
+@pytest.mark.parametrize("family", [family for family in SOURCES if family != "macros"])  # which is of no model
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_conversations_about_a_document_begin_alike(family: str, system: str | None) -> None:
+    """What `cache --chat` reads of a document is how `chat --file` begins, in the first turn and in later ones."""
+    template, document = ChatTemplate(SOURCES[family], TOKENS), "Chapter 1.\n\nThere was a small fox,\nwho had a wood."
+
+    def rendered(*contents: str) -> str:
+        roles = ("user", "assistant", "user")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        return template.render(system_messages(system) + messages)
+
+    if family == "gemma" and system:
+        with pytest.raises(ChatTemplateError, match="System role not supported"):
+            rendered(document)
+        return
+    kept, question = rendered(document), f"{document}\n\nWho?"
+    turns = [rendered(question), rendered(question, "A fox.", "Where?")]
+    if family == "mistral" and system:
+        del turns[1]  # the system message stands before the last question, wherever that is
+    end = kept.index("had a wood") + len("had a wood")
+    assert all(text[:end] == kept[:end] for text in turns)
 
 
 def rendered(source: str, messages: list[dict[str, Any]] | None = None, **variables: Any) -> str:

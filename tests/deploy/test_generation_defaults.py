@@ -15,6 +15,7 @@ from iceformer.deploy.artifact import open_artifact
 from iceformer.deploy.card import card_text
 from iceformer.deploy.chat_template import read_chat_template
 from iceformer.deploy.generation_defaults import GenerationDefaults, disagreements, generation_rows, read_defaults
+from iceformer.deploy.generation_options import choices
 from iceformer.deploy.manifest import ArtifactError, Manifest, parse_manifest
 from iceformer.deploy.tables import summary_table
 
@@ -50,6 +51,11 @@ def read(folder: Path, **fields: Any) -> GenerationDefaults:
             {"do_sample": True, "top_p": 1.5, "top_k": 2.5, "temperature": -1},
             {"do_sample": True, "unsupported": {"top_p": 1.5, "top_k": 2.5, "temperature": -1}},
         ),
+        (
+            {"do_sample": True, "top_p": 0, "min_p": 0, "temperature": 0},
+            {"do_sample": True, "min_p": 0.0, "temperature": 0.0, "unsupported": {"top_p": 0}},
+        ),
+        ({"top_p": 0.0}, {}),
         ({"do_sample": "yes"}, {"unsupported": {"do_sample": "yes"}}),
         ({"stop_strings": [""]}, {"unsupported": {"stop_strings": [""]}}),
     ],
@@ -64,6 +70,14 @@ def test_the_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     found, reference = read(tmp_path, do_sample=True), GenerationConfig()._get_default_generation_params()
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
         assert getattr(found, name) == reference[name]
+
+
+@pytest.mark.parametrize("field", ["min_p", "repetition_penalty", "temperature", "top_k", "top_p"])
+@pytest.mark.parametrize("value", [-1, 0, 5e-324, 1e-30, 1, 1e30, 1e300])
+def test_sampling_takes_all_that_is_applied(tmp_path: Path, field: str, value: float) -> None:
+    found = read(tmp_path, do_sample=True, **{field: value})
+    sampling = choices(found, None, None, 0, {}).sampling
+    assert getattr(sampling, field) == (value if field not in found.unsupported else getattr(found, field))
 
 
 def test_it_is_greedy_unless_tokens_are_drawn(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def put(new: Any, *path: Any) -> Callable[[Any], None]:
         (put({}, "buckets"), "in buckets, expected a list"),
         (put(0, "buckets", 1, "capacity"), r"has buckets \[64, 0\]"),
         (put(7, "buckets", 0, "chunk"), "has chunk 7 in bucket 64, expected a divisor"),
-        (drop("buckets", 0, "entries", "decode"), r"has entries \['prefill', 'score'\] in bucket 64"),
+        (drop("buckets", 0, "entries", "decode"), r"has entries \['prefill', 'check', 'score'\] in bucket 64"),
         (
             put("a", "buckets", 0, "entries", "decode", "arguments", "tokens", "shape", 0),
             r"shape\[0\], expected an integer",
