@@ -36,7 +36,7 @@ class ShortProducts {
   template <int Q>
   ICEFORMER_INLINE void score(const int8_t* const* keys, int64_t query, Floats (&products)[Q]) const {
     const int16_t* queries = query_ + query * call_.head_dim;
-    Floats sums[Q][kLanes];
+    Ints sums[Q][kLanes];
     for (int64_t key = 0; key < kLanes; key += kKeys) {
       Ints some[kKeys][Q];
       for (int i = 0; i < kKeys; ++i)
@@ -48,9 +48,9 @@ class ShortProducts {
             some[i][q] = add_pairs(some[i][q], of_key, load<Shorts>(queries + q * call_.head_dim + d));
         }
       for (int i = 0; i < kKeys; ++i)
-        for (int q = 0; q < Q; ++q) sums[q][key + i] = to_floats(some[i][q]);
+        for (int q = 0; q < Q; ++q) sums[q][key + i] = some[i][q];
     }
-    for (int q = 0; q < Q; ++q) products[q] = add_across<kLanes>(sums[q]) * unit_[query + q];
+    for (int q = 0; q < Q; ++q) products[q] = sum_across(sums[q]) * unit_[query + q];
   }
 
   // Adds `count` values times weights [Q, kTileKeys], which are 0 behind the last, to the sums of `Q` queries.

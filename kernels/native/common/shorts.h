@@ -90,6 +90,23 @@ ICEFORMER_INLINE Shorts repeat_four(const int16_t* from) {
 }
 ICEFORMER_INLINE Shorts repeat_two(const int16_t* from) { return (Shorts)fill_ints(load<int32_t>(from)); }
 
+// Lane i is the sum of all lanes of vector i.
+ICEFORMER_INLINE Floats sum_across(const Ints (&vectors)[kLanes]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i fours[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i* four = reinterpret_cast<const __m256i*>(vectors + 4 * i);
+    fours[i] = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
+  }
+  const Ints low = (Ints)_mm256_permute2x128_si256(fours[0], fours[1], 0x20);
+  return to_floats(low + (Ints)_mm256_permute2x128_si256(fours[0], fours[1], 0x31));
+#else
+  Floats floats[kLanes];
+  for (int i = 0; i < kLanes; ++i) floats[i] = to_floats(vectors[i]);
+  return add_across<kLanes>(floats);
+#endif
+}
+
 // Neighbouring lanes added: those of `a`, then those of `b`.
 ICEFORMER_INLINE Floats add_neighbours(Floats a, Floats b) {
 #if ICEFORMER_LANES == 16
