@@ -132,8 +132,8 @@ def _weights_text(manifest: Manifest) -> str:
     return f"""
 ## Weights
 
-The kernels of linear layers are {manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}, an output layer
-tied to embeddings is bfloat16; activations are {manifest.dtype}.
+The kernels of linear layers, and an output layer tied to embeddings, are
+{manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {manifest.dtype}.
 {_cost(manifest, error)}"""
 
 

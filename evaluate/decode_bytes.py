@@ -97,10 +97,7 @@ def weight_bytes(sizes: DecoderSizes, dtype: str, weights: str) -> int:
     linear, output = sizes.linear * _size(form), sizes.output * _size(form)
     if form == "int8":
         linear += sizes.value_projections + sizes.scales * _SCALE
-        if sizes.tied:
-            output = sizes.output * _size("bfloat16")
-        else:
-            output += scale_groups(sizes.hidden) * sizes.vocab * _SCALE
+        output += scale_groups(sizes.hidden) * sizes.vocab * _SCALE
     return linear + output + sizes.norms * _size(dtype)
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from . import panels
 from .products import multiply, multiply_all, multiply_transposed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -38,8 +39,8 @@ _initial = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, or `x @ (kernel * scale) + bias` where the kernel is int8: a scale for each group of inputs
-    and each output."""
+    """`x @ kernel + bias`, or `x @ (kernel * scale) + bias` where the kernel is int8, in panels, with a scale
+    for each group of inputs and each output."""
 
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
@@ -89,20 +90,28 @@ class Embedding(nnx.Module):
     """A table of vectors by token id. An id outside of the table gives NaN.
 
     Attributes:
-        embedding: the table.
+        embedding: the table, [num_embeddings, features], or int8 panels of it as the kernel of an output layer.
+        scale: of that, [groups of features, num_embeddings]; None without int8.
         dtype: of the vectors; the table may be narrower.
     """
 
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
         self.embedding = nnx.Param(_initial(rngs.params(), (num_embeddings, features), param_dtype))
-        self.dtype = jnp.dtype(param_dtype)
+        self.scale: nnx.Param | None = nnx.data(None)
+        self.features, self.dtype = features, jnp.dtype(param_dtype)
 
     def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens features"]:
-        return jnp.take(self.embedding[...], ids, axis=0, mode="fill").astype(self.dtype)
+        if self.scale is None:
+            return jnp.take(self.embedding[...], ids, axis=0, mode="fill").astype(self.dtype)
+        scales = jnp.moveaxis(jnp.take(self.scale[...], ids, axis=1, mode="fill"), 0, -1)
+        weights = panels.outputs(self.embedding[...], ids, self.features)
+        return (weights * jnp.repeat(scales, self.features // scales.shape[-1], axis=-1)).astype(self.dtype)
 
     def logits(self, x: Float[Array, "*rows features"]) -> Float32[Array, "*rows num_embeddings"]:
         """`x @ table.T`: what a model with tied embeddings has for an output layer."""
-        return multiply_transposed(x, self.embedding[...])
+        if self.scale is None:
+            return multiply_transposed(x, self.embedding[...])
+        return multiply_all(x, [self.embedding[...]], [self.scale[...]])[0]
 
 
 class RMSNorm(nnx.Module):

@@ -1,9 +1,9 @@
 """Rounded weights: linear layers whose kernel is bfloat16, or int8 with a scale for every 64 inputs of each output.
 
 Weights are rounded, activations are not: a rounded weight is a float without loss, so that a product is exact but for
-the order of its sums. An output layer tied to the embeddings becomes bfloat16; other embeddings, norms and biases keep
-their dtype. With int8, the projections of values become bfloat16: their outputs are small beside their inputs, so that
-rounding costs them most, and they are 3% of a decoder's weights.
+the order of its sums. An output layer tied to the embeddings is rounded with them; other embeddings, norms and biases
+keep their dtype. With int8, the projections of values become bfloat16: their outputs are small beside their inputs, so
+that rounding costs them most, and they are 3% of a decoder's weights.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Float32, Int8
 
 from .decoder import CausalLM
-from .modules import Linear
+from .modules import Embedding, Linear
+from .panels import pack
 
 FORMATS = ("bfloat16", "int8")
 GROUP = 64
@@ -36,8 +37,7 @@ def round_weights(model: nnx.Module, form: str) -> Any:
         if isinstance(node, Linear):
             _round(node, "bfloat16" if path[-1:] == (_SENSITIVE,) else form)
     if isinstance(rounded, CausalLM) and rounded.lm_head is None:
-        table = rounded.model.embed_tokens.embedding
-        rounded.model.embed_tokens.embedding = nnx.Param(table[...].astype(jnp.bfloat16))
+        _round_tied(rounded.model.embed_tokens, form)
     return rounded
 
 
@@ -45,8 +45,19 @@ def _round(linear: Linear, form: str) -> None:
     if form == "bfloat16":
         linear.kernel = nnx.Param(linear.kernel[...].astype(jnp.bfloat16))
         return
-    kernel, scale = quantize_kernel(np.asarray(linear.kernel[...], np.float32))
-    linear.kernel, linear.scale = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(scale))
+    linear.kernel, linear.scale = _panels(np.asarray(linear.kernel[...], np.float32))
+
+
+def _round_tied(table: Embedding, form: str) -> None:
+    if form == "bfloat16":
+        table.embedding = nnx.Param(table.embedding[...].astype(jnp.bfloat16))
+        return
+    table.embedding, table.scale = _panels(np.asarray(table.embedding[...], np.float32).T)
+
+
+def _panels(kernel: Float32[np.ndarray, "in_features out_features"]) -> tuple[nnx.Param, nnx.Param]:
+    rounded, scale = quantize_kernel(kernel)
+    return nnx.Param(jnp.asarray(pack(rounded))), nnx.Param(jnp.asarray(scale))
 
 
 def scale_groups(in_features: int) -> int:

@@ -5,6 +5,7 @@
 
 #include "attention/decode.h"
 #include "attention/decode_int8.h"
+#include "attention/decode_shorts.h"
 #include "attention/low_rank.h"
 #include "attention/scan.h"
 #include "attention/softmax.h"
@@ -50,7 +51,9 @@ void visit_decode_of(const Attention& call, Arena& arena, const Visit& visit) {
 #if defined(__AVX512VNNI__)
   if (call.int8 && Int8Products<Format>::fits(call)) return visit(DecodePart<Int8Products<Format>>(call, arena));
 #endif
-  if (call.int8)
+  if (call.int8 && ShortProducts<Format>::fits(call))
+    visit(DecodePart<ShortProducts<Format>>(call, arena));
+  else if (call.int8)
     visit(DecodePart<FloatProducts<Format, Int8Memory<Format>>>(call, arena));
   else
     visit(DecodePart<FloatProducts<Format, FloatMemory<Format>>>(call, arena));
@@ -89,6 +92,10 @@ void run_scan(const Attention& call, const Choice& choice, const ScanTask& task,
   BlockScan(call, choice, arena).run(task);
 }
 
+void round_rows(const Linear& call) {
+  return call.bfloat16 ? round_rows_of<Bfloat16Bits>(call) : round_rows_of<float>(call);
+}
+
 size_t linear_scratch_bytes(const Linear& call, const LinearTask& task) {
   Arena arena(nullptr);
   visit_linear(call, task, arena, [](auto&&) {});
@@ -104,7 +111,8 @@ void run_linear(const Linear& call, const LinearTask& task, void* scratch) {
 
 extern const Kernels kernels;
 const Kernels kernels = {scratch_bytes,      run,      decode_scratch_bytes, run_decode,           merge,
-                         scan_scratch_bytes, run_scan, average_weights,      linear_scratch_bytes, run_linear};
+                         scan_scratch_bytes, run_scan, average_weights,      round_rows,           linear_scratch_bytes,
+                         run_linear};
 
 }  // namespace ICEFORMER_ISA
 }  // namespace iceformer

@@ -21,6 +21,8 @@ struct Kernels {
   size_t (*scan_scratch_bytes)(const Attention&, const Choice&);
   void (*run_scan)(const Attention&, const Choice&, const ScanTask&, void* scratch);
   void (*average_weights)(float* logits, int64_t queries, int64_t stride, int64_t count, float* mean);
+  // What few rows of input are before they are multiplied with int8: rounded.
+  void (*round_rows)(const Linear&);
   // The first two for a product with the weights of a linear layer.
   size_t (*linear_scratch_bytes)(const Linear&, const LinearTask&);
   void (*run_linear)(const Linear&, const LinearTask&, void* scratch);

@@ -24,6 +24,7 @@ from iceformer.deploy.manifest import parse_manifest
 from iceformer.deploy.quantization_error import quantization_error
 from iceformer.deploy.session import Session
 from iceformer.model.modules import Linear
+from iceformer.model.panels import unpack
 from iceformer.model.registry import build
 from iceformer.model.rounding import round_weights
 
@@ -52,8 +53,11 @@ def dequantized(checkpoint: Path, artifact: Path) -> Any:
     for path, node in nnx.iter_graph(model):
         if isinstance(node, Linear):
             name = ".".join(map(str, path))
-            kernel, scale = tensors[f"{name}.kernel"], tensors.get(f"{name}.scale", np.ones((1, 1), np.float32))
-            node.kernel[...] = jnp.asarray(kernel, jnp.float32) * np.repeat(scale, len(kernel) // len(scale), axis=0)
+            kernel, scale = jnp.asarray(tensors[f"{name}.kernel"]), tensors.get(f"{name}.scale")
+            if scale is not None:
+                features, outputs = node.kernel.shape
+                kernel = unpack(kernel, features)[:, :outputs] * np.repeat(scale, features // len(scale), axis=0)
+            node.kernel[...] = kernel.astype(jnp.float32)
     return model
 
 
@@ -149,15 +153,26 @@ def test_bfloat16_weights(checkpoint: Path, tmp_path: Path) -> None:
     check_scores(session, model, random_ids(60), atol=1e-4)
 
 
-def test_a_tied_output_layer_is_bfloat16() -> None:
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_a_tied_output_layer_is_rounded_with_the_embeddings(form: str) -> None:
     architecture, config = build(TINY_LLAMA | {"model_type": "llama", "tie_word_embeddings": True})
     model = architecture.module(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
-    rounded = round_weights(model, "int8")
-    table = rounded.model.embed_tokens.embedding
-    assert (table.dtype, model.model.embed_tokens.embedding.dtype) == (jnp.bfloat16, jnp.float32)
+    rounded = round_weights(model, form)
+    before, after = model.model.embed_tokens, rounded.model.embed_tokens
+    assert (after.embedding[...].dtype.name, before.embedding[...].dtype) == (form, jnp.float32)
     ids = jnp.asarray(random_ids(20)[None] % TINY_LLAMA["vocab_size"])
-    assert rounded.model.embed_tokens(ids).dtype == jnp.float32
+    vectors = after(ids)
+    assert vectors.dtype == jnp.float32
+    # Half of a step: of the 8 bits of a bfloat16, or of a 127th of the largest of a token.
+    step = jnp.abs(before(ids)).max(-1, keepdims=True) / (127 if form == "int8" else 128)
+    assert float(jnp.abs(vectors - before(ids)).max()) > 0
+    assert bool((jnp.abs(vectors - before(ids)) <= step * 0.5001).all())
+    # The output layer's vectors are those that the embedding gives.
+    table = after(jnp.arange(TINY_LLAMA["vocab_size"])[None])[0]
+    np.testing.assert_allclose(after.logits(vectors), vectors @ table.T, atol=1e-6)
     assert 0 < float(jnp.abs(rounded(ids) - model(ids)).max()) < 0.05 * float(jnp.abs(model(ids)).max())
+    past = after(jnp.array([[TINY_LLAMA["vocab_size"], 0]]))[0]
+    assert np.isnan(past).all(axis=1).tolist() == [True, False]
 
 
 def test_reported_loss_is_that_of_the_sessions(session: Session, exact_session: Session, checkpoint: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iceformer import kernels
+from iceformer.model.panels import pack, unpack
 from iceformer.model.products import multiply_all, multiply_transposed
 
 EXAMPLES = int(os.environ.get("ICEFORMER_EXAMPLES", "2"))
@@ -51,7 +52,13 @@ def check(result: np.ndarray, x: jax.Array, weights: np.ndarray) -> None:
     assert (np.abs(result - wide @ weights) <= bound).all()
 
 
+def packed(kernel: jax.Array) -> jax.Array:
+    """The kernel as the product takes it."""
+    return jnp.asarray(pack(np.asarray(kernel))) if kernel.dtype == jnp.int8 else kernel
+
+
 def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> np.ndarray:
+    kernel = packed(kernel)
     return in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
 
 
@@ -95,6 +102,36 @@ def test_transposed_equals_a_product_in_float64(form: str, dtype: str, rows: int
         check(in_form(form, multiply_transposed, x, each), x, np.asarray(each, np.float64).T)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (4, 16), (7, 33), (66, 100)])
+def test_panels_hold_the_kernel(shape: tuple[int, int]) -> None:
+    kernel = np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
+    panels = pack(kernel)
+    for i, k in [(0, 0), (shape[1] - 1, shape[0] - 1), (shape[1] // 2, shape[0] // 3)]:
+        assert panels[i // 16, k // 4, i % 16, k % 4] == kernel[k, i]
+    np.testing.assert_array_equal(unpack(jnp.asarray(panels), shape[0])[:, : shape[1]], kernel)
+    assert np.abs(panels.astype(int)).sum() == np.abs(kernel.astype(int)).sum()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_numbers_of_every_size_and_zeros(form: str, dtype: str, rows: int, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    x = activations(rng, rows, 320, dtype) * jnp.asarray(scale, dtype)
+    x = x.at[:, 64:128].set(0)
+    kernel = jnp.asarray(rng.integers(-127, 128, (320, 33)), jnp.int8)
+    scales = jnp.asarray(rng.random((5, 33)) + 0.01, jnp.float32)
+    check(product_of(form, x, kernel, scales), x, scaled(kernel, scales))
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_in_its_row_alone(form: str, broken: float) -> None:
+    x = jnp.ones((3, 128)).at[1, 70].set(broken)
+    product = product_of(form, x, jnp.ones((128, 20), jnp.int8), jnp.ones((2, 20)))
+    assert np.isfinite(product).all(axis=1).tolist() == [True, False, True]
+    assert not np.isfinite(product[1]).any()
+
+
 @pytest.mark.parametrize("rows", [1, 6])
 def test_several_products_of_one_input_equal_each_alone(form: str, rows: int) -> None:
     rng = np.random.default_rng(0)
@@ -103,7 +140,9 @@ def test_several_products_of_one_input_equal_each_alone(form: str, rows: int) ->
     dtypes = {64: jnp.int8, 700: jnp.bfloat16, 5: jnp.int8}
     kernels_ = [jnp.asarray(rng.integers(-127, 128, (320, columns)), dtype) for columns, dtype in dtypes.items()]
     scales = [jnp.asarray(rng.random((5, 64)), jnp.float32), None, jnp.asarray(rng.random((5, 5)), jnp.float32)]
-    together: Any = in_form(form, lambda x, *arrays: multiply_all(x, arrays[:3], arrays[3:]), x, *kernels_, *scales)
+    together: Any = in_form(
+        form, lambda x, *arrays: multiply_all(x, arrays[:3], arrays[3:]), x, *map(packed, kernels_), *scales
+    )
     for product, kernel, scale in zip(together, kernels_, scales, strict=True):
         np.testing.assert_array_equal(product, product_of(form, x, kernel, scale))
         check(product, x, scaled(kernel, scale))
@@ -127,11 +166,14 @@ def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
             call(x, kernel, *scales, transposed=transposed)[0].block_until_ready()
         return str(caught.value)
 
-    x, kernel, scale = jnp.ones((2, 8)), jnp.ones((8, 5), jnp.int8), jnp.ones((1, 5))
-    assert "expected input" in refused(x, kernel[:7], scale)
+    x, floats, scale = jnp.ones((2, 8)), jnp.ones((8, 5)), jnp.ones((1, 5))
+    kernel = packed(floats.astype(jnp.int8))
+    assert "expected kernel [in_features" in refused(x, floats[:7])
+    assert "expected kernel [out_features / 16" in refused(x, kernel[:, :1], scale)
+    assert "expected kernel [out_features / 16" in refused(x, floats.astype(jnp.int8), scale)
     assert "expected float32 or bfloat16" in refused(x.astype(jnp.float16), kernel, scale)
     assert "expected scales [groups" in refused(x, kernel, scale[:, :4])
     assert "expected scales [groups" in refused(x, kernel, jnp.ones((3, 5)))
     assert "a multiple of 8" in refused(x, kernel, jnp.ones((2, 5)))
     assert "and no others" in refused(x, kernel, scale, scale)
-    assert "no int8" in refused(x, kernel.T, scale, transposed=True)
+    assert "no int8" in refused(x, kernel, scale, transposed=True)

@@ -16,6 +16,43 @@ using DecodeBfloat16 = Bfloat16Pairs;
 using DecodeBfloat16 = Bfloat16;
 #endif
 
+// Where the keys of a tile lie, counted in tokens: one behind the other, or anywhere.
+struct Run {
+  int64_t first;
+  ICEFORMER_INLINE int64_t operator[](int64_t i) const { return first + i; }
+};
+struct Scattered {
+  const int32_t* places;
+  ICEFORMER_INLINE int64_t operator[](int64_t i) const { return places[i]; }
+};
+
+// The rows from number `first` on of those at some places; behind number `last`, that row again.
+template <class Stored>
+ICEFORMER_INLINE void find_rows(Run run, const Stored* base, int64_t width, int64_t first, int64_t last,
+                                const Stored* (&rows)[kLanes]) {
+  const Stored* row = base + run[first] * width;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    rows[i] = row;
+    row += first + i < last ? width : 0;
+  }
+}
+template <class Stored>
+ICEFORMER_INLINE void find_rows(Scattered at, const Stored* base, int64_t width, int64_t first, int64_t last,
+                                const Stored* (&rows)[kLanes]) {
+  for (int64_t i = 0; i < kLanes; ++i) rows[i] = base + at[smaller(first + i, last)] * width;
+}
+
+// Asks the memory for rows [first, last) of those at some places, each of `bytes`.
+ICEFORMER_INLINE void prefetch_bytes(const char* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+}
+ICEFORMER_INLINE void prefetch_rows(const char* base, Run run, int64_t first, int64_t last, int64_t bytes) {
+  prefetch_bytes(base + run[first] * bytes, (last - first) * bytes);
+}
+ICEFORMER_INLINE void prefetch_rows(const char* base, Scattered rows, int64_t first, int64_t last, int64_t bytes) {
+  for (int64_t i = first; i < last; ++i) prefetch_bytes(base + rows[i] * bytes, bytes);
+}
+
 // Keys and values in memory as the queries are.
 template <class Format>
 struct FloatMemory {
@@ -75,8 +112,8 @@ class FloatProducts {
   }
 
   // Adds `count` values times weights [Q, kTileKeys] to the sums of `Q` queries.
-  template <int Q>
-  void accumulate(const int32_t* places, int64_t count, int64_t query, const float* weights) {
+  template <int Q, class Places>
+  void accumulate(Places places, int64_t count, int64_t query, const float* weights) {
     int64_t d = 0;
     for (; d + kColumns * kLanes <= call_.value_dim; d += kColumns * kLanes)
       accumulate_columns<Q, kColumns>(places, count, query, weights, d);
@@ -95,8 +132,8 @@ class FloatProducts {
   // Vectors of a value that stay in registers.
   static constexpr int kColumns = kLanes == 16 ? 4 : 2;
 
-  template <int Q, int C>
-  void accumulate_columns(const int32_t* places, int64_t count, int64_t query, const float* weights, int64_t d) {
+  template <int Q, int C, class Places>
+  void accumulate_columns(Places places, int64_t count, int64_t query, const float* weights, int64_t d) {
     Floats sums[Q][C];
     for (int q = 0; q < Q; ++q)
       for (int c = 0; c < C; ++c) sums[q][c] = load<Floats>(total_ + (query + q) * value_width_ + d + c * kLanes);
@@ -131,7 +168,7 @@ class DecodePart {
     weight_ = arena.take<float>(call.group());
     for (Tile& tile : tiles_)
       tile = {arena.take<int32_t>(kTileKeys), arena.take<float>(kTileKeys + kLanes),
-              arena.take<float>(kTileKeys + kLanes), 0};
+              arena.take<float>(kTileKeys + kLanes), 0, 0};
   }
 
   // Writes, for each query of the group, `value_dim` sums of values, the weight that they were summed with, and the
@@ -143,8 +180,11 @@ class DecodePart {
     Tile *now = &tiles_[0], *next = &tiles_[1];
     for (start += place_tile(task, start, *now); now->count; start += now->count) {
       place_tile(task, start, *next);
-      for (int64_t query = 0; query < call_.group(); query += kQueries)
-        attend_some(*now, *next, query, smaller(call_.group() - query, kQueries));
+      for (int64_t query = 0; query < call_.group(); query += kQueries) {
+        const int64_t queries = smaller(call_.group() - query, kQueries);
+        task.blocks ? attend_some<Scattered>(*now, *next, query, queries)
+                    : attend_some<Run>(*now, *next, query, queries);
+      }
       Tile* done = now;
       now = next;
       next = done;
@@ -170,11 +210,14 @@ class DecodePart {
     }
   }
 
-  // Up to kTileKeys keys: where they lie, and what keys and values are multiplied by.
+  // Up to kTileKeys keys: where they lie, a run of them or each by itself, and what keys and values are multiplied by.
   struct Tile {
     int32_t* place;
     float *key_scale, *value_scale;
-    int64_t count;
+    int64_t count, first;
+
+    void places(Run& run) const { run = {first}; }
+    void places(Scattered& scattered) const { scattered = {place}; }
   };
 
   // The keys from number `start` on; gives their number.
@@ -201,62 +244,65 @@ class DecodePart {
   // Up to the end of the page.
   void place_run(int64_t start, Tile& tile) {
     tile.count = smaller(tile.count, memory_.left_in_page(start));
-    const int64_t place = memory_.place(start), whole = tile.count / kLanes * kLanes;
-    for (int64_t i = 0; i < tile.count; i += kLanes)
-      store(tile.place + i, lane_numbers() + static_cast<int32_t>(place + i));
+    tile.first = memory_.place(start);
     if (!Products::kScaled) return;
+    const int64_t whole = tile.count / kLanes * kLanes;
     memset(tile.key_scale + whole, 0, sizeof(float) * kLanes);
     memset(tile.value_scale + whole, 0, sizeof(float) * kLanes);
-    memcpy(tile.key_scale, call_.key_scale + place, sizeof(float) * tile.count);
-    memcpy(tile.value_scale, call_.value_scale + place, sizeof(float) * tile.count);
+    memcpy(tile.key_scale, call_.key_scale + tile.first, sizeof(float) * tile.count);
+    memcpy(tile.value_scale, call_.value_scale + tile.first, sizeof(float) * tile.count);
   }
 
   // Asks the memory for keys or values of a tile, [first, last) of them. A processor has room for a few dozen such requests
   // and lets everything wait while it is full: so values are asked for while keys are multiplied, and the next tile's keys
   // while exponentials are taken, a few at a time.
+  template <class Places>
   ICEFORMER_INLINE void prefetch_keys(const Tile& tile, int64_t first, int64_t last) const {
-    for (int64_t i = first; i < smaller(last, tile.count); ++i) prefetch_row(key_at(tile.place[i]), call_.head_dim);
+    prefetch<Places>(call_.key, call_.head_dim, tile, first, last);
   }
+  template <class Places>
   ICEFORMER_INLINE void prefetch_values(const Tile& tile, int64_t first, int64_t last) const {
-    for (int64_t i = first; i < smaller(last, tile.count); ++i)
-      prefetch_row(static_cast<const Stored*>(call_.value) + tile.place[i] * call_.value_dim, call_.value_dim);
+    prefetch<Places>(call_.value, call_.value_dim, tile, first, last);
   }
-  ICEFORMER_INLINE static void prefetch_row(const Stored* row, int64_t width) {
-    const char* from = reinterpret_cast<const char*>(row);
-    for (int64_t byte = 0; byte < width * int64_t{sizeof(Stored)}; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+  template <class Places>
+  ICEFORMER_INLINE static void prefetch(const void* base, int64_t width, const Tile& tile, int64_t first,
+                                        int64_t last) {
+    Places places;
+    tile.places(places);
+    const int64_t end = smaller(last, tile.count);
+    if (first < end) prefetch_rows(static_cast<const char*>(base), places, first, end, width * sizeof(Stored));
   }
 
-  ICEFORMER_INLINE const Stored* key_at(int64_t place) const {
-    return static_cast<const Stored*>(call_.key) + place * call_.head_dim;
-  }
-
+  template <class Places>
   void attend_some(const Tile& tile, const Tile& next, int64_t query, int64_t queries) {
-    if (queries == 4) return attend<4>(tile, next, query);
-    if (queries == 3) return attend<3>(tile, next, query);
-    if (queries == 2) return attend<2>(tile, next, query);
-    attend<1>(tile, next, query);
+    if (queries == 4) return attend<4, Places>(tile, next, query);
+    if (queries == 3) return attend<3, Places>(tile, next, query);
+    if (queries == 2) return attend<2, Places>(tile, next, query);
+    attend<1, Places>(tile, next, query);
   }
 
   // Attends `Q` queries from `query` on to the keys of a tile.
-  template <int Q>
+  template <int Q, class Places>
   void attend(const Tile& tile, const Tile& next, int64_t query) {
+    Places places;
+    tile.places(places);
+    const Stored* base = static_cast<const Stored*>(call_.key);
     for (int64_t key = 0; key < tile.count; key += kLanes) {
-      if (query == 0)
-        prefetch_values(tile, key, key + kLanes);
+      if (query == 0) prefetch_values<Places>(tile, key, key + kLanes);
       // Behind the last key, that key again.
       const Stored* keys[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) keys[i] = key_at(tile.place[smaller(key + i, tile.count - 1)]);
+      find_rows(places, base, call_.head_dim, key, tile.count - 1, keys);
       Floats products[Q];
       products_.template score<Q>(keys, query, products);
       for (int q = 0; q < Q; ++q) store(logits_ + q * kTileKeys + key, products[q]);
     }
-    for (int q = 0; q < Q; ++q) exponentiate<Q>(logits_ + q * kTileKeys, tile, next, query, q);
-    products_.template accumulate<Q>(tile.place, tile.count, query, logits_);
+    for (int q = 0; q < Q; ++q) exponentiate<Q, Places>(logits_ + q * kTileKeys, tile, next, query, q);
+    products_.template accumulate<Q>(places, tile.count, query, logits_);
   }
 
   // Products of one query to softmax weights, relative to the largest logit so far, times the values' scales; what was
   // summed before follows. Behind the last key weights are 0.
-  template <int Q>
+  template <int Q, class Places>
   void exponentiate(float* logits, const Tile& tile, const Tile& next, int64_t first, int q) {
     const int64_t query = first + q;
     const int64_t count = tile.count, end = round_up(count, kLanes);
@@ -272,7 +318,7 @@ class DecodePart {
     const float now = largest(best);
     Floats weights = {};
     for (int64_t key = 0; key < end; key += kLanes) {
-      if (first == 0) prefetch_keys(next, key + kLanes * q / Q, key + kLanes * (q + 1) / Q);
+      if (first == 0) prefetch_keys<Places>(next, key + kLanes * q / Q, key + kLanes * (q + 1) / Q);
       Floats weight = exponential(load<Floats>(logits + key) - now);
       weights += weight;
       if (Products::kScaled) weight *= load<Floats>(tile.value_scale + key);

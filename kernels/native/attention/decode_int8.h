@@ -60,8 +60,8 @@ class Int8Products {
   }
 
   // Adds `count` values times weights [Q, kTileKeys], which are 0 behind the last, to the sums of `Q` queries.
-  template <int Q>
-  void accumulate(const int32_t* places, int64_t count, int64_t query, const float* weights) {
+  template <int Q, class Places>
+  void accumulate(Places places, int64_t count, int64_t query, const float* weights) {
     float unit[Q];
     for (int q = 0; q < Q; ++q) unit[q] = round_weights(weights + q * kTileKeys, count, q);
     for (int64_t d = 0; d < call_.value_dim; d += kChunk) {
@@ -140,8 +140,8 @@ class Int8Products {
 
   // Adds a chunk of values from element d on, times the weights of the tile's queries from `first` on, four keys at a
   // time, whose bytes are interleaved.
-  template <int Q>
-  ICEFORMER_INLINE void add_values(const int32_t* places, int64_t count, int64_t query, int first, int64_t d,
+  template <int Q, class Places>
+  ICEFORMER_INLINE void add_values(Places places, int64_t count, int64_t query, int first, int64_t d,
                                    const float* unit) {
     Ints high[Q][kVectors], low[Q][kVectors];
     for (int q = 0; q < Q; ++q)

@@ -11,9 +11,9 @@ class Scratch {
  public:
   ~Scratch() { free(memory_); }
   void* get(size_t bytes) {
-    if (bytes > size_) {
+    if (!memory_ || bytes > size_) {
       free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
+      size_ = bytes / 4096 * 4096 + 4096;
       memory_ = aligned_alloc(4096, size_);
       if (!memory_) size_ = 0;
     }

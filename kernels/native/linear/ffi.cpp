@@ -18,6 +18,8 @@ constexpr int64_t kMostColumns = 2048;
 // Of few rows: bytes of the kernel that are a task's, about, and tasks that add to one result, at most. The number of
 // tasks depends on the kernel alone, so that the sums do not depend on the number of threads.
 constexpr int64_t kTaskBytes = 128 * 1024, kMostParts = 16;
+// The same of int8 panels, whose tasks have a result each.
+constexpr int64_t kPanelTaskBytes = 32 * 1024;
 // Outputs of a task where the kernel is transposed, at least: a few cache lines.
 constexpr int64_t kLeastOutputs = 64;
 
@@ -27,6 +29,9 @@ struct Product {
   std::vector<LinearTask> tasks;
   std::vector<float> parts;  // [parts, rows, out_features], a task's columns together; empty where there is one part
   int64_t count = 1;         // of the parts
+  // Of few rows times int8: the input rounded.
+  std::vector<int16_t> rounded;
+  std::vector<float> units;
 };
 
 int64_t weight_bytes(const Linear& call) {
@@ -49,6 +54,21 @@ void cut_transposed(Product& product) {
     for (int64_t column = 0; column < call.out_features; column += outputs)
       product.tasks.push_back({row, std::min(kFewRows, call.rows - row), column,
                                std::min(outputs, call.out_features - column), 0, call.in_features, nullptr});
+}
+
+void cut_panels(Product& product) {
+  Linear& call = product.call;
+  const int64_t panel_bytes = std::max<int64_t>(call.steps() * kPanelInputs * kPanelOutputs, 1);
+  const int64_t columns = std::max<int64_t>(kPanelTaskBytes / panel_bytes, 1) * kPanelOutputs;
+  for (int64_t column = 0; column < call.out_features; column += columns)
+    product.tasks.push_back(
+        {0, call.rows, column, std::min(columns, call.out_features - column), 0, call.in_features, nullptr});
+  // Whole vectors are written, hence some room behind the last.
+  product.rounded.resize(call.rows * call.steps() * 2 * kPanelInputs + 32);
+  product.units.resize(call.rows * call.chunks());
+  call.parts = product.rounded.data();
+  call.units = product.units.data();
+  kernels().round_rows(call);
 }
 
 // Rows of the kernel follow each other in memory, so that a task takes some of them whole.
@@ -89,13 +109,23 @@ void merge(const Product& product) {
 
 ffi::Error refused(const char* reason) { return ffi::Error::InvalidArgument(reason); }
 
+bool are_panels(ffi::AnyBuffer kernel, int64_t in_features, int64_t out_features) {
+  const auto found = kernel.dimensions();
+  return found.size() == 4 && found[0] == (out_features + kPanelOutputs - 1) / kPanelOutputs &&
+         found[1] == (in_features + kPanelInputs - 1) / kPanelInputs && found[2] == kPanelOutputs &&
+         found[3] == kPanelInputs;
+}
+
 // The product of the input with a kernel, whose scales are not known yet.
 ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, bool transposed, Linear& call) {
   const auto in = input.dimensions(), weights = kernel.dimensions(), out = output.dimensions();
-  if (in.size() != 2 || weights.size() != 2 || in[1] != weights[transposed] || out[0] != in[0] ||
-      out[1] != weights[!transposed])
-    return refused("expected input [rows, in_features], kernel [in_features, out_features]");
   const auto type = input.element_type(), stored = kernel.element_type();
+  if (in.size() != 2 || out[0] != in[0]) return refused("expected input [rows, in_features]");
+  if (stored == ffi::DataType::S8 && !are_panels(kernel, in[1], out[1]))
+    return refused("expected kernel [out_features / 16, in_features / 4, 16, 4] of int8");
+  if (stored != ffi::DataType::S8 &&
+      (weights.size() != 2 || in[1] != weights[transposed] || out[1] != weights[!transposed]))
+    return refused("expected kernel [in_features, out_features]");
   if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
     return refused("input: expected float32 or bfloat16");
   if (stored != ffi::DataType::F32 && stored != ffi::DataType::BF16 && stored != ffi::DataType::S8)
@@ -112,7 +142,9 @@ ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, 
           output.typed_data(),
           in[0],
           in[1],
-          out[1]};
+          out[1],
+          nullptr,
+          nullptr};
   if (in[0] > kFewRows && (transposed || stored == ffi::DataType::F32))
     return refused("expected at most 4 rows with a kernel that is transposed or float32");
   if (transposed && stored == ffi::DataType::S8) return refused("expected no int8 in a kernel that is transposed");
@@ -132,7 +164,9 @@ ffi::Error scale(Linear& call, Matrix scales) {
 void cut(Product& product) {
   const Linear& call = product.call;
   if (call.rows == 0) return;
-  call.transposed ? cut_transposed(product) : call.rows <= kFewRows ? cut_few_rows(product) : cut_many_rows(product);
+  if (call.transposed) return cut_transposed(product);
+  if (call.rows > kFewRows) return cut_many_rows(product);
+  call.weights == WeightType::kInt8 ? cut_panels(product) : cut_few_rows(product);
 }
 
 // Products of one input with several kernels. Behind the input stand a kernel for each result, then the scales of those

@@ -4,9 +4,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/inline.h"
+
 namespace iceformer {
 
 enum class WeightType { kFloat32, kBfloat16, kInt8 };
+
+// The int8 of a kernel lie as [panels, steps, kPanelOutputs, kPanelInputs], zeros behind the last output and input: what
+// a task reads is one piece of memory, and the inputs that an instruction sums over are neighbours.
+constexpr int64_t kPanelOutputs = 16, kPanelInputs = 4;
+
+// Input features whose products with int8 are summed as integers, at most.
+constexpr int64_t kMostChunk = 256;
 
 // output = input . (kernel * scale), each scale for a group of input features. Arrays are dense and row-major.
 struct Linear {
@@ -14,11 +23,24 @@ struct Linear {
   WeightType weights;  // of kernel
   bool transposed;     // whether kernel is [out_features, in_features]
   const void* input;   // [rows, in_features]
-  const void* kernel;  // [in_features, out_features]
+  const void* kernel;  // [in_features, out_features], or panels of int8
   const float* scale;  // [in_features / group, out_features]; null for 1
   int64_t group;       // input features: all, or a multiple of kGroupUnit
   float* output;       // [rows, out_features]
   int64_t rows, in_features, out_features;
+  // At most kFewRows rows of input, rounded for int8: units * (high * 2^15 + low), a unit for each chunk.
+  int16_t* parts;  // [rows, steps, 2, kPanelInputs], high and low
+  float* units;    // [rows, chunks]
+
+  ICEFORMER_INLINE int64_t steps() const { return (in_features + kPanelInputs - 1) / kPanelInputs; }
+  ICEFORMER_INLINE int64_t chunks() const { return in_features / group * ((group + kMostChunk - 1) / kMostChunk); }
+  // Where the chunk that begins with an input feature ends: none has features of two groups.
+  ICEFORMER_INLINE int64_t chunk_end(int64_t first) const {
+    const int64_t of_group = (first / group + 1) * group, most = first + kMostChunk;
+    return of_group < most ? of_group : most;
+  }
+  ICEFORMER_INLINE int16_t* row_parts(int64_t row) const { return parts + row * steps() * 2 * kPanelInputs; }
+  ICEFORMER_INLINE float* row_units(int64_t row) const { return units + row * chunks(); }
 };
 
 // A rectangle of the output, or what the input features [first, first + depth) add to it.
@@ -27,7 +49,7 @@ struct LinearTask {
   float* part;  // [rows, columns]; null where the task is all there is to add
 };
 
-// Input features that are multiplied at a time where there are few rows.
+// What the size of a group is a multiple of.
 constexpr int64_t kGroupUnit = 8;
 
 // Up to this many rows the kernel is read where it lies, and its reading is what takes the time. More rows multiply
