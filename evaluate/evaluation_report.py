@@ -44,7 +44,7 @@ def summary_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     """The head of the summary, and a row for each configuration; the reference is the first."""
     tasks = list(dict.fromkeys((answer.task, answer.known) for answer in result.answers))
     head = ["configuration", "seconds", "time", "loss", "same token", "KL"]
-    head += ["loss, last quarter", "same token", "mass", "recall", "error", "keys"]
+    head += ["loss, last quarter", "same token, last quarter", "mass", "recall", "error", "keys"]
     head += [f"{task}, {'known' if known else 'not known before'}" for task, known in tasks]
     rows = [[REFERENCE, f"{result.seconds(REFERENCE):.3g}", "1.00"] + ["-"] * (len(head) - 3)]
     for name in result.configurations:
