@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"attention": TWO_STAGE, "kv_dtype": "int8", "weights": "int8"},
     "bfloat16": {"attention": iceformer.Exact(), "dtype": "bfloat16"},
     "pages": {"attention": iceformer.Exact(), "page": 128, "batch": 2, "kv_dtype": "int8"},
+    "six slots": {"attention": iceformer.Exact(), "batch": 6, "weights": "int8"},
     "selection": {"attention": Plan(decode=SELECTION)},
     "kept selection": {"attention": Plan(decode=replace(SELECTION, refresh=4)), "batch": 2},
     "kept selection, from 70 keys": {"attention": Plan(decode=replace(SELECTION, refresh=8, crossover=70))},
@@ -170,7 +171,7 @@ def test_the_same_text_and_cache(artifacts: Callable[[str], Path], guess: Any, n
         check(artifacts(name), requests(VOCABULARY, (length,), temperature), guess, spoilt)
 
 
-@pytest.mark.parametrize("name", ["kept selection", "pages"])
+@pytest.mark.parametrize("name", ["kept selection", "pages", "six slots"])
 def test_several_texts_at_once(artifacts: Callable[[str], Path], guess: Any, name: str) -> None:
     check(artifacts(name), requests(VOCABULARY, (61, 33, 100), 0.8), guess, 0.3)
 

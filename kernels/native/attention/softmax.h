@@ -1,5 +1,6 @@
 // One query block in the making: its packed queries, and an online softmax over tiles of keys (FlashAttention's
-// recurrence). Every array has the block's queries in its lanes.
+// recurrence). Every array has the block's queries in its lanes, those that are there: a block at the end of a row or of
+// the call may have few, and then takes less time.
 #pragma once
 
 #include "attention/problem.h"
@@ -38,13 +39,10 @@ class QueryBlock {
       : call_(call),
         scale_waits_(call.scale > 0 && !(call.softcap > 0)),
         factor_(scale_waits_ ? call.scale : 1.0f),
-        queries_(call.lanes()),
-        lanes_(round_up(queries_, kLanes)),
-        // Rows of a power of two apart would share the same few sets of the cache.
-        stride_(lanes_ + (lanes_ / kLanes % 2 == 0 ? kLanes : 0)),
         depth_(round_up(call.head_dim / Format::kPerWord, Product::kDepth)),
         total_rows_(round_up(call.value_dim, Product::kRows)) {
     static_assert(kTileKeys % Product::kRows == 0 && kTileKeys / Format::kPerWord % Product::kDepth == 0);
+    take_lanes(call.query_block);
     const int64_t key_words = kTileKeys * depth_;
     const int64_t value_words = total_rows_ * (kTileKeys / Format::kPerWord);
     query_ = arena.take<uint32_t>(depth_ * lanes_);
@@ -67,8 +65,9 @@ class QueryBlock {
     memory_ = call_.memory(head_);
     const int64_t row = head_ / call_.kv_heads;
     first_ = call_.offset[row] + block_ * call_.query_block;
+    take_lanes(count_present());
     for (int64_t lane = 0; lane < lanes_; ++lane)
-      position_[lane] = lane < queries_ ? static_cast<int32_t>(first_ + lane % call_.query_block) : -1;
+      position_[lane] = lane < queries_ ? static_cast<int32_t>(first_ + lane % members_) : -1;
     pack_queries();
     restart();
   }
@@ -85,9 +84,9 @@ class QueryBlock {
   int64_t queries() const { return queries_; }
   int64_t stride() const { return stride_; }
   int64_t first() const { return first_; }
-  int64_t last() const { return first_ + call_.query_block - 1; }
+  int64_t last() const { return first_ + members_ - 1; }
   int64_t seen_length() const { return call_.seen_length(head_ / call_.kv_heads); }
-  // Whether a lane is a query before the end of its row and of the call; the others fill up the block.
+  // Whether a lane is a query before the end of its row and of the call; others fill up the last vector.
   bool present(int64_t lane) const { return lane < queries_ && position_[lane] < seen_length(); }
   // A key before which no query of the block sees any, such that what is summed over keys is cut into whole tiles.
   int64_t start() const {
@@ -171,25 +170,49 @@ class QueryBlock {
     }
   }
 
-  // Writes output and log-sum-exp of the block's queries; zeros and kMasked where nothing was visible.
+  // Writes output and log-sum-exp of the block's queries; zeros and kMasked where nothing was visible, and for the queries
+  // of the call that fill up the block.
   void finish() {
-    const int64_t row = head_ / call_.kv_heads, kv_head = head_ % call_.kv_heads;
-    const int64_t block_start = block_ * call_.query_block;
     Element* output = static_cast<Element*>(call_.output);
     for (int64_t lane = 0; lane < queries_; ++lane) {
-      const int64_t query = block_start + lane % call_.query_block;
-      if (query >= call_.queries) continue;
-      const int64_t query_head = kv_head * call_.group() + lane / call_.query_block;
-      const int64_t index = (row * call_.query_heads + query_head) * call_.queries + query;
+      const int64_t index = query_index(lane / members_, lane % members_);
       const bool some = weight_[lane] > 0.0f;
       const float factor = some ? 1.0f / weight_[lane] : 0.0f;
       for (int64_t d = 0; d < call_.value_dim; ++d)
         Format::store_output(output + index * call_.value_dim + d, total_[d * stride_ + lane] * factor);
       call_.lse[index] = some ? largest_[lane] * factor_ + __builtin_logf(weight_[lane]) : kMasked;
     }
+    const int64_t end = smaller(call_.query_block, call_.queries - block_ * call_.query_block);
+    for (int64_t member = 0; member < call_.group() && members_ < end; ++member) {
+      const int64_t first = query_index(member, members_), count = end - members_;
+      memset(output + first * call_.value_dim, 0, sizeof(Element) * count * call_.value_dim);
+      for (int64_t i = 0; i < count; ++i) call_.lse[first + i] = kMasked;
+    }
   }
 
  private:
+  // Gives `members` queries of each head of the group lanes of their own, side by side.
+  void take_lanes(int64_t members) {
+    members_ = members;
+    queries_ = call_.group() * members;
+    lanes_ = round_up(queries_, kLanes);
+    // Rows of a power of two apart would share the same few sets of the cache.
+    stride_ = lanes_ + (lanes_ / kLanes % 2 == 0 ? kLanes : 0);
+  }
+
+  // Queries of the block before the end of the call and, where they are of the row that has the keys, of the row.
+  int64_t count_present() const {
+    const int64_t of_call = smaller(call_.query_block, call_.queries - block_ * call_.query_block);
+    if (!call_.causal && !call_.window) return of_call;
+    return larger_of(smaller(of_call, seen_length() - first_), 1);
+  }
+
+  // Where a query of the block stands in arrays of [rows, query_heads, queries].
+  int64_t query_index(int64_t member, int64_t number) const {
+    const int64_t row = head_ / call_.kv_heads, query_head = head_ % call_.kv_heads * call_.group() + member;
+    return (row * call_.query_heads + query_head) * call_.queries + block_ * call_.query_block + number;
+  }
+
   // Positions of queries, both ends included.
   struct Span {
     int64_t first, last;
@@ -274,17 +297,14 @@ class QueryBlock {
   }
 
   void pack_queries() {
-    const int64_t row = head_ / call_.kv_heads, kv_head = head_ % call_.kv_heads;
     const int64_t depth = call_.head_dim / Format::kPerWord;
     const Element* query = static_cast<const Element*>(call_.query);
     for (int64_t lane = 0; lane < lanes_; ++lane) {
-      const int64_t index = block_ * call_.query_block + lane % call_.query_block;
-      const int64_t query_head = kv_head * call_.group() + lane / call_.query_block;
-      if (lane >= queries_ || index >= call_.queries) {
+      if (lane >= queries_) {
         for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = 0;
         continue;
       }
-      const Element* from = query + ((row * call_.query_heads + query_head) * call_.queries + index) * call_.head_dim;
+      const Element* from = query + query_index(lane / members_, lane % members_) * call_.head_dim;
       for (int64_t k = 0; k < depth; ++k) query_[k * lanes_ + lane] = Format::word(from + k * Format::kPerWord);
     }
     memset(query_ + depth * lanes_, 0, sizeof(uint32_t) * (depth_ - depth) * lanes_);
@@ -313,7 +333,7 @@ class QueryBlock {
   // it. `factor_` is what the exponential then multiplies by.
   bool scale_waits_;
   float factor_;
-  int64_t queries_, lanes_, stride_;
+  int64_t members_ = 0, queries_ = 0, lanes_ = 0, stride_ = 0;  // queries of a head, of the group; lanes, and of a row
   int64_t depth_, total_rows_;  // words of a packed query or key, and rows of total_: whole tiles
   int64_t head_ = 0, block_ = 0, first_ = 0;
   HeadMemory memory_ = {};
