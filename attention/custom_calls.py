@@ -85,7 +85,7 @@ def two_stage(
         local=config.local,
         ranking_queries=method.ranking_count(projected_queries.shape[2]),
         least=config.least_keys,
-        mass=config.mass,
+        mass=config.mass or 0.0,
     )
 
 

@@ -65,16 +65,15 @@ class Selecting(NamedTuple):
 
 
 class QueryBlock(NamedTuple):
-    """The queries of one block, as both stages know them, and what they see."""
+    """The queries of one block, as both stages know them, and what they see.
+
+    `present` are those of the call and of their row: other queries fill up the block, and choose nothing.
+    """
 
     query: Float[Array, "lanes head_dim"]
+    present: Bool[Array, " lanes"]
     ranking: RankingQueries
     visibility: Visibility
-
-    @property
-    def present(self) -> Bool[Array, " lanes"]:
-        """Which are tokens of their row: other queries fill up the block, and choose nothing."""
-        return self.visibility.position < self.visibility.length
 
 
 class Candidates(NamedTuple):

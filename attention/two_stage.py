@@ -30,6 +30,8 @@ from .selected_block import QueryBlock, Selecting, selected_block
 from .selection import stage_1_keys
 from .strategy import Attended, Attention, Call, Selective, check_power_of_two
 
+MASS = 0.98
+"""The mass of a budget that is a least and a most, if not said otherwise."""
 LEAST_BY_MASS = 512
 """The least budget by mass, if not said otherwise."""
 COMPENSATIONS = ("none", "block_mean")
@@ -55,7 +57,8 @@ class TwoStage(Selective):
     Attributes:
         method: the rule of stage 1: a name from the registry, or a method with its options, such as `LowRank(rank=16)`.
         mass: share of the softmax weight that the selected keys hold, on average over the queries of a block, as stage
-            1 estimates and stage 2 measures it; 0 selects the whole budget.
+            1 estimates and stage 2 measures it; 0 selects the whole budget. None for 0.98 if the budget is a pair, and
+            else for 0.
         budget: number of keys that a query finally attends to; by mass the least and the most, or the most.
         query_block: number of queries that share a selection. 0 chooses 128, and less for a budget below 1024, because
             the queries of a block compete for the budget.
@@ -75,8 +78,10 @@ class TwoStage(Selective):
     kind: ClassVar[str] = "two_stage"
 
     method: Method | str = "low_rank"
-    budget: int | tuple[int, int] = field(default=1024, metadata={"metavar": "KEYS or LEAST,MOST"})
-    mass: float = 0.0
+    budget: int | tuple[int, int] = field(
+        default=(512, 8192), metadata={"metavar": "KEYS or LEAST:MOST", "default": "512:8192"}
+    )
+    mass: float | None = field(default=None, metadata={"default": f"{MASS}, and 0 if --budget is a number"})
     query_block: int = 0
     key_block: int = 8
     candidates: float = 1.5
@@ -113,6 +118,9 @@ class TwoStage(Selective):
     def _check_budget(self) -> None:
         if isinstance(self.budget, list):  # as JSON has a pair
             object.__setattr__(self, "budget", tuple(self.budget))
+        if self.mass is None:
+            object.__setattr__(self, "mass", MASS if isinstance(self.budget, tuple) else 0.0)
+        assert self.mass is not None
         if not 0 <= self.mass < 1:
             raise ValueError(f"mass is {self.mass}, expected a share from 0, for a fixed budget, to below 1")
         if isinstance(self.budget, tuple) and not self.mass:
@@ -148,7 +156,7 @@ class TwoStage(Selective):
     @property
     def left_out(self) -> float:
         """The share of the weight that each stage may leave out, by mass."""
-        return (1 - self.mass) / 2
+        return (1 - (self.mass or 0)) / 2
 
     @property
     def candidate_blocks(self) -> int:
@@ -232,7 +240,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
     blocked = split_queries(query, kv_heads, config.query_block)
     heads, blocks, lanes = blocked.shape[:3]
     index = jnp.arange(blocks)[:, None] * config.query_block + jnp.arange(lanes) % config.query_block
-    present = index < jnp.repeat(seen - rows.offset, kv_heads)[:, None, None]
+    present = index < jnp.repeat(jnp.minimum(seen - rows.offset, queries), kv_heads)[:, None, None]
     ranking = config.ranking.ranking_queries(blocked, present, constants)
     ranking = ranking._replace(scale=ranking.scale * scale_of(mask, query.shape[3]))
     keys = config.indexed(stage_1_keys(keys, config.key_block), constants)
@@ -252,7 +260,9 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
         def selected(block: Int[Array, ""], out: Array) -> Array:
             ranks = RankingQueries(*(x[head, block] for x in ranking))
             how = Selecting(config, keys, (slot, kv_head), logits.of_head(kv_head), sums)
-            part = selected_block(how, QueryBlock(blocked[head, block], ranks, visibility_of(block)))
+            part = selected_block(
+                how, QueryBlock(blocked[head, block], present[head, block], ranks, visibility_of(block))
+            )
             return out.at[head, block].set(part.output.astype(out.dtype))
 
         def exact(index: Int[Array, ""], out: Array) -> Array:

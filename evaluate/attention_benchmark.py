@@ -54,7 +54,7 @@ def run_attention_benchmark(
         ModuleNotFoundError: an engine that is not installed.
         ValueError: an unknown engine, fewer than 3 rounds, or a folder that holds another run.
     """
-    attention, shape = attention or TwoStage(), shape or AttentionShape()
+    attention, shape = attention or TwoStage(budget=1024), shape or AttentionShape()
     threads = threads or len(os.sched_getaffinity(0))
     check_engines(engines, tuple(ATTENTION_ENGINES), rounds)
     if retention and not shape.causal:

@@ -74,7 +74,7 @@ def run_benchmark(
         ModuleNotFoundError: an engine that is not installed.
         ValueError: an unknown engine, fewer than 3 rounds, or a folder that holds another run.
     """
-    attention = attention or TwoStage()
+    attention = attention or TwoStage(budget=1024)
     threads = threads or len(os.sched_getaffinity(0))
     check_engines(engines, tuple(ENGINES), rounds)
     settings = {

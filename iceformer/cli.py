@@ -1002,9 +1002,22 @@ def _two_stage_options(
     if method_option and not method:
         raise ValueError("--method-option needs --method: name the method that the option belongs to")
     given = {name: value for name, value in two_stage.items() if value is not None}
+    if "budget" in given:
+        given["budget"] = _budget("--budget", given["budget"])
     return given | (
         {"method": make_method(method, **_assigned("--method-option", method_option or []))} if method else {}
     )
+
+
+def _budget(option: str, value: Any) -> int | tuple[int, int]:
+    """A number of keys, or the least and the most, given as LEAST:MOST."""
+    if isinstance(value, tuple):
+        return value
+    numbers = str(value).split(":")
+    if len(numbers) > 2 or not all(number.strip().isdecimal() for number in numbers):
+        raise ValueError(f"{option} is {value!r}, expected a number of keys, or LEAST:MOST")
+    least, most = int(numbers[0]), int(numbers[-1])
+    return least if len(numbers) == 1 else (least, most)
 
 
 def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Configuration"]:
@@ -1038,7 +1051,9 @@ def _configuration(name: str, options: dict[str, Any]) -> "Configuration":
     if method and not isinstance(options.get("method"), str):
         raise ValueError(f"{option} has method.{min(method)}, but no method=NAME: name the method that it belongs to")
     own = {key: value for key, value in options.items() if key not in ("attention", *formats, "method")}
+    budget = {"budget": _budget(f"{option}: budget", own.pop("budget"))} if "budget" in own else {}
     given = _checked(option, TwoStage, {key: value for key, value in own.items() if not key.startswith("method.")})
+    given |= budget
     if "method" in options:
         named = options["method"]
         given["method"] = make_method(named, **method) if isinstance(named, str) else named
@@ -1061,11 +1076,6 @@ def _attention(kind: AttentionKind, two_stage: dict[str, Any]) -> "Attention | A
                 f"--{min(two_stage).replace('_', '-')} is for --attention auto or two_stage, not for exact"
             )
         return Exact()
-    if "budget" in two_stage:
-        numbers = _integers(two_stage["budget"], "--budget")
-        if len(numbers) > 2:
-            raise ValueError(f"--budget is {two_stage['budget']}, expected KEYS, or LEAST,MOST by --mass")
-        two_stage = two_stage | {"budget": numbers[0] if len(numbers) == 1 else numbers}
     asked = TwoStage(**two_stage)
     return Auto(asked) if kind is AttentionKind.AUTO else asked
 

@@ -26,7 +26,7 @@ def takes_options(command: Command) -> Command:
 def add_options(command: Callable[..., None], settings: type, panel: str, skip: tuple[str, ...] = ()) -> None:
     """Gives a command an option for each field of a dataclass, None by default; once for each dataclass.
 
-    A field may name its `choices`, or a `metavar`, in its metadata.
+    A field may name its `choices`, or a `metavar`, in its metadata, and what its `default` is called.
 
     Args:
         command: decorated with `takes_options`.
@@ -40,8 +40,7 @@ def add_options(command: Callable[..., None], settings: type, panel: str, skip: 
     for field in dataclasses.fields(settings):
         if field.name in skip:
             continue
-        # A number or a pair of them comes as text; the dataclass's own command reads it.
-        hint = str if isinstance(hints[field.name], types.UnionType) else hints[field.name]
+        hint = _option_type(hints[field.name])
         annotation = Annotated[hint | None, _option(field, hint, texts, panel)]
         kind = inspect.Parameter.KEYWORD_ONLY
         own.append(inspect.Parameter(field.name, kind, default=None, annotation=annotation))
@@ -58,9 +57,17 @@ def attribute_help(settings: type) -> Mapping[str, str]:
     return {name: line[:1].upper() + line[1:] for name, line in lines.items()}
 
 
+def _option_type(hint: Any) -> Any:
+    """The type of an option that may be left out; text for a number or a pair of them, which the command reads."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    if not isinstance(hint, types.UnionType):
+        return hint
+    return kinds[0] if len(kinds) == 1 else str
+
+
 def _option(field: dataclasses.Field[Any], hint: Any, texts: Mapping[str, str], panel: str) -> Any:
     name, default = field.name.replace("_", "-"), field.default
     flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
-    shown = f"{'' if default else 'no-'}{name}" if hint is bool else str(default)
+    shown = f"{'' if default else 'no-'}{name}" if hint is bool else field.metadata.get("default", str(default))
     choices = "|".join(field.metadata.get("choices", ())) or field.metadata.get("metavar")
     return typer.Option(flag, help=texts[field.name], show_default=shown, metavar=choices, rich_help_panel=panel)

@@ -88,8 +88,8 @@ class LowRankRanker {
   // the block take no part.
   void pack_queries(const Task& task) {
     const int64_t lanes = call_.lanes(), rank = low_rank_.rank, row = task.head / call_.kv_heads;
-    const int64_t left = call_.seen_length(row) - call_.offset[row] - task.block * call_.query_block;
-    const int64_t present = smaller(left, call_.query_block);
+    const int64_t of_call = smaller(call_.seen_length(row) - call_.offset[row], call_.queries);
+    const int64_t present = smaller(of_call - task.block * call_.query_block, call_.query_block);
     count_ = smaller(low_rank_.ranking_queries, call_.group() * present);
     const float* queries = low_rank_.queries + (task.head * call_.blocks() + task.block) * lanes * rank;
     for (int64_t lane = 0; lane < lanes; ++lane) {

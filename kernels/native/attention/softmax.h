@@ -86,6 +86,8 @@ class QueryBlock {
   int64_t first() const { return first_; }
   int64_t last() const { return first_ + members_ - 1; }
   int64_t seen_length() const { return call_.seen_length(head_ / call_.kv_heads); }
+  // Where a lane would be if the block had all of its queries.
+  int64_t whole_lane(int64_t lane) const { return lane / members_ * call_.query_block + lane % members_; }
   // Whether a lane is a query before the end of its row and of the call; others fill up the last vector.
   bool present(int64_t lane) const { return lane < queries_ && position_[lane] < seen_length(); }
   // A key before which no query of the block sees any, such that what is summed over keys is cut into whole tiles.

@@ -28,6 +28,7 @@ class TwoStage {
     select_scratch_ = arena.take<int32_t>(larger_of(kSelectBuckets + size, 3 * kSelectBuckets));
     inverse_ = arena.take<float>(block_.lanes());
     mean_ = selection.mass > 0 ? arena.take<float>(size) : nullptr;
+    beside_ = selection.mass > 0 ? arena.take<float>(call.lanes()) : nullptr;
   }
 
   void run(const Task& task) {
@@ -72,6 +73,7 @@ class TwoStage {
       score(0, near);
     }
     block_.log_sum_exp(block_.logits(), near, inverse_);
+    for (int64_t lane = 0; lane < block_.queries(); ++lane) beside_[block_.whole_lane(lane)] = inverse_[lane];
     const int64_t others = rank_blocks_by_mass(task, near_blocks);
     const int64_t candidates = add_blocks(chosen_, others, near);
     [[maybe_unused]] const Scope scope{};
@@ -111,7 +113,8 @@ class TwoStage {
     const int64_t size = selection_.key_block;
     sink_end_ = ceil_divide(selection_.sink, size) * size;
     forced_start_ = larger_of(block_.first() - selection_.local, 0) / size * size;
-    forced_end_ = call_.causal ? block_.end() : smaller(block_.last() + 1 + selection_.local, block_.seen_length());
+    const int64_t after = block_.first() + call_.query_block + selection_.local;
+    forced_end_ = call_.causal ? block_.end() : smaller(after, block_.seen_length());
   }
 
   bool forced(int64_t position) const {
@@ -165,7 +168,7 @@ class TwoStage {
   // Stage 1: fills chosen_ with the other key blocks whose tokens are candidates and gives their number.
   int64_t rank_blocks_by_mass(const Task& task, int64_t near) {
     const int64_t size = selection_.key_block, ranked = ranked_blocks();
-    ranker_.weigh(task, ranked, inverse_, mean_, importance_);
+    ranker_.weigh(task, ranked, beside_, mean_, importance_);
     // What is near is no longer a question.
     double sum = 0;
     int64_t others = 0;
@@ -275,6 +278,7 @@ class TwoStage {
   Ranker ranker_;
   int64_t sink_end_ = 0, forced_start_ = 0, forced_end_ = 0;
   float *importance_, *inverse_, *mean_;
+  float* beside_;  // of each query, if the block has all of them: log-sum-exp of what is attended to anyway
   int32_t *chosen_, *candidate_, *select_scratch_;
 };
 
