@@ -20,7 +20,7 @@ _STYLES = {
     "openvino": "C2P-",
     "onnxruntime": "C4X-",
 }
-_BUSY = 0.1
+BUSY = 0.1
 """Share of the processors that something else may use before a reader is warned."""
 _PEERS = {"sdpa": "SDPA", "eager": "eager", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
@@ -143,7 +143,7 @@ def _beyond_retention(result: Benchmark) -> str:
 
 def disturbances(result: Benchmark) -> list[str]:
     """Says at which lengths the machine had other work."""
-    busy = {timing.length: timing.busy for timing in result.timings if timing.busy > _BUSY}
+    busy = {timing.length: timing.busy for timing in result.timings if timing.busy > BUSY}
     return [
         f"{length} tokens: something else used {share:.0%} of the processors, so these seconds are not the engines' own"
         for length, share in busy.items()

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..host.files import replacing
+from .benchmark_report import BUSY
 from .configuration import REFERENCE
 from .evaluation_result import Evaluation
 from .task_figures import TaskFigures, task_figures
@@ -110,8 +111,15 @@ def write_report(result: Evaluation, folder: Path) -> Path:
 
 
 def notes(result: Evaluation) -> list[str]:
-    """What was left out, and why."""
-    return [f"{level} level not measured: {reason}" for level, reason in result.skipped.items()]
+    """What was left out, and why; and whether the machine had other work."""
+    left_out = [f"{level} level not measured: {reason}" for level, reason in result.skipped.items()]
+    busy = max((window.busy for window in result.windows), default=0.0)
+    if busy <= BUSY:
+        return left_out
+    return [
+        *left_out,
+        f"something else used up to {busy:.0%} of the processors, so these seconds are not the configurations' own",
+    ]
 
 
 def _page(result: Evaluation, figures: list[str]) -> str:

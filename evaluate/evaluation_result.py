@@ -31,12 +31,14 @@ class WindowResult:
         start: the window's first token in it.
         seconds: that the layers took for the window, in each round; with exact attention too.
         fidelity: means over stretches of the window, in their order.
+        busy: share of the processors that something else used just before.
     """
 
     text: str
     start: int
     seconds: dict[str, tuple[float, ...]]
     fidelity: dict[str, tuple[Fidelity, ...]]
+    busy: float
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from .bench import Bench
 from .configuration import REFERENCE
 from .evaluation_result import Evaluation, WindowResult
 from .model_fidelity import Compare, binned, comparison
-from .processes import Report
+from .processes import Report, busy_share
 from .reader import Reader
 from .windows import Window
 
@@ -37,6 +37,7 @@ def measure_windows(
         where = f"window {number} of {len(windows)}"
         seconds: dict[str, list[float]] = {name: [] for name in readers}
         hidden: dict[str, Array] = {}
+        busy = busy_share()
         for again in range(rounds):
             for name, reader in readers.items():
                 report(f"{where}: {name}" + (f", round {again + 1} of {rounds}" if rounds > 1 else ""))
@@ -49,6 +50,6 @@ def measure_windows(
             if name != REFERENCE
         }
         timed = {name: tuple(values) for name, values in seconds.items()}
-        result = result.adding(windows=[WindowResult(window.text, window.start, timed, fidelity)])
+        result = result.adding(windows=[WindowResult(window.text, window.start, timed, fidelity, busy)])
         result.save(work)
     return result
