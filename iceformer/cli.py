@@ -1023,9 +1023,9 @@ def _budget(option: str, value: Any) -> int | tuple[int, int]:
 def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Configuration"]:
     """What `evaluate` compares with exact attention: the options of the command, and those with changes.
 
-    Exact attention in the model's own format is the reference itself, and is left out.
+    Exact attention is compared in other number formats only, for in the model's own it is the reference itself.
     """
-    asked = {given["attention"]: given}
+    asked = {"two_stage" if given["attention"] == EvaluatedAttention.TWO_STAGE else "rounded": given}
     for text in compare:
         name, _, changes = text.partition("=")
         if not name or "=" not in changes or name in asked:
@@ -1034,9 +1034,8 @@ def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Con
         exact = assigned.get("attention") == EvaluatedAttention.EXACT
         kept = {key: value for key, value in given.items() if not exact or key in ("weights", "kv_dtype")}
         asked[name] = kept | assigned
-    made = {name: _configuration(name, options) for name, options in asked.items()}
     reference = {"attention": "exact", "weights": "same", "kv_dtype": "same"}
-    return {("exact_" if name == "exact" else "") + name: made[name] for name in made if asked[name] != reference}
+    return {name: _configuration(name, options) for name, options in asked.items() if options != reference}
 
 
 def _configuration(name: str, options: dict[str, Any]) -> "Configuration":

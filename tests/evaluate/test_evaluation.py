@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import iceformer
+from iceformer.attention import LowRank
 from iceformer.evaluate.bench import Bench, Options
 from iceformer.evaluate.configuration import Configuration, with_reference
 from iceformer.evaluate.evaluation import evaluate_checkpoint
@@ -161,6 +162,45 @@ def test_command(capsys: pytest.CaptureFixture[str], long_llama: Path, text: Pat
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"two_stage": Configuration()}),
+        (
+            "--budget 512 --weights int8 --compare half=budget=256,local=4",
+            {
+                "two_stage": Configuration(iceformer.TwoStage(budget=512), "int8"),
+                "half": Configuration(iceformer.TwoStage(budget=256, local=4), "int8"),
+            },
+        ),
+        (
+            "--method mean_pool --compare rank=method=low_rank,method.rank=8,candidates=2 "
+            "--compare kv=attention=exact,kv_dtype=int8",
+            {
+                "two_stage": Configuration(iceformer.TwoStage("mean_pool")),
+                "rank": Configuration(iceformer.TwoStage(LowRank(rank=8), candidates=2.0)),
+                "kv": Configuration(iceformer.Exact(), kv_dtype="int8"),
+            },
+        ),
+        ("--attention exact --weights int8", {"rounded": Configuration(iceformer.Exact(), "int8")}),
+        ("--attention exact --compare two=attention=two_stage", {"two": Configuration()}),
+    ],
+)
+def test_options_make_configurations(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: str, expected: Any
+) -> None:
+    given = []
+
+    def note(checkpoint: Path, output: Path, texts: list[Path], configurations: Any, **_: Any) -> None:
+        given.append(configurations)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(iceformer, "evaluate_checkpoint", note)
+    code, _, err = run(capsys, "evaluate", "checkpoint", "--output", "out", "--text", "text", *options.split())
+    assert (code, "noted" in err) == (1, True)
+    assert given == [expected]
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         (["--tokens", "8192"], "tokens is 8192, but the model was trained for at most 4096 positions"),
@@ -169,6 +209,7 @@ def test_command(capsys: pytest.CaptureFixture[str], long_llama: Path, text: Pat
         (["--attention", "exact"], "expected at least one to compare with exact attention"),
         (["--tasks", "singing"], "task is 'singing', expected one of: passkey, needle, lines"),
         (["--task-lengths", "512"], "a task's prompts have 512 tokens, expected 1024 to 2048"),
+        (["--compare", "exact=budget=512"], "a configuration has the name 'exact'"),
         (["--compare", "half"], "expected a new NAME=OPTION=VALUE"),
         (["--compare", "half=budgets=8"], "--compare half is budgets, expected one of:"),
         (["--compare", "half=budget=many"], "budget is 'many', expected an integer"),
