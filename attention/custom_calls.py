@@ -61,9 +61,13 @@ def two_stage(
     config: "TwoStage",
     call: Call,
     projected_queries: Float32[Array, "heads blocks lanes rank"],
+    offsets: Float32[Array, "*heads_blocks_lanes"],
     selecting: "SelectingBlocks",
 ) -> WithLogSumExp:
-    """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions."""
+    """Two-stage attention by the method `low_rank`, from keys and queries projected to its directions.
+
+    `offsets` is what these lack of each query's logits, before the scale; by mass only, else an empty array.
+    """
     query, keys, rows, mask, *_ = call
     method = config.ranking
     assert isinstance(method, LowRank)
@@ -71,7 +75,7 @@ def two_stage(
         kernels.TWO_STAGE,
         (
             *(query, *_stored(keys), keys.fields[PROJECTED_KEY]),
-            *(projected_queries, jnp.stack(selecting, axis=1)),
+            *(projected_queries, offsets, jnp.stack(selecting, axis=1)),
             *_places(rows, keys),
         ),
         query_block=config.query_block,

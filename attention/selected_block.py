@@ -74,6 +74,8 @@ class QueryBlock(NamedTuple):
     present: Bool[Array, " lanes"]
     ranking: RankingQueries
     visibility: Visibility
+    offset: Float[Array, " lanes"] | None = None
+    """What stage 1's estimates lack of each query's logits, where that is asked: by mass."""
 
 
 class Candidates(NamedTuple):
@@ -117,7 +119,8 @@ def _by_mass(how: Selecting, block: QueryBlock, forced: Forced) -> Partial:
 
     index = IndexTiles(how.keys, head=how.head, key_block=length)
     logits = block_logits(config.ranking, block.ranking, index, ranked, how.logits.softcap)
-    beside = jax.nn.logsumexp(near_logits, axis=0)[block.ranking.lane]
+    assert block.offset is not None
+    beside = (jax.nn.logsumexp(near_logits, axis=0) - block.offset)[block.ranking.lane]
     weights = block_weights(jnp.where(always[:, None], MASKED, logits), beside, block.ranking.present)
     most = min(how.blocks, config.most_keys // length)
     order, _ = select(weights.importance, always, visible, most)

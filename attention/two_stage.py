@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from . import custom_calls
 from .blocks import (
@@ -24,7 +24,7 @@ from .blocks import (
 from .compensation import block_sums
 from .exact import Exact, exact_block
 from .logits import Logits, scale_of
-from .methods import LowRank, Method, RankingQueries, make_method
+from .methods import Constants, LowRank, Method, RankingQueries, make_method
 from .rows import Mask, Rows
 from .selected_block import QueryBlock, Selecting, selected_block
 from .selection import stage_1_keys
@@ -78,10 +78,8 @@ class TwoStage(Selective):
     kind: ClassVar[str] = "two_stage"
 
     method: Method | str = "low_rank"
-    budget: int | tuple[int, int] = field(
-        default=(512, 8192), metadata={"metavar": "KEYS or LEAST:MOST", "default": "512:8192"}
-    )
-    mass: float | None = field(default=None, metadata={"default": f"{MASS}, and 0 if --budget is a number"})
+    budget: int | tuple[int, int] = field(default=1024, metadata={"metavar": "KEYS or LEAST:MOST"})
+    mass: float | None = field(default=None, metadata={"default": f"0, and {MASS} if --budget is LEAST:MOST"})
     query_block: int = 0
     key_block: int = 8
     candidates: float = 1.5
@@ -205,9 +203,18 @@ class TwoStage(Selective):
         query, keys, rows, mask, constants, _ = call
         rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
         keys = self.indexed(keys.padded(self.key_block), constants)
-        projected = method.projected_queries(split_queries(query, keys.kv_heads, self.query_block), constants)
+        blocked = split_queries(query, keys.kv_heads, self.query_block)
+        ranking = method.projected_queries(blocked, constants), self._offsets(blocked, constants)
         selecting = self.selecting(rows.settled(), query.shape[2], mask.causal)
-        return custom_calls.two_stage(self, call._replace(keys=keys, rows=rows), projected, selecting)[0]
+        return custom_calls.two_stage(self, call._replace(keys=keys, rows=rows), *ranking, selecting)[0]
+
+    def _offsets(
+        self, query: Float[Array, "heads blocks lanes head_dim"], constants: Constants
+    ) -> Float32[Array, "heads blocks lanes"]:
+        """What stage 1's estimates lack of each query's logits. With a fixed budget nobody asks: an empty array."""
+        if not self.mass:
+            return jnp.zeros((0, 0, 0), jnp.float32)
+        return self.ranking.offsets(query, constants)
 
     def attend(self, call: Call) -> Attended:
         # A call whose query blocks all attend exactly, as in short prompts, pays for no index of the keys and has the
@@ -244,6 +251,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
     ranking = config.ranking.ranking_queries(blocked, present, constants)
     ranking = ranking._replace(scale=ranking.scale * scale_of(mask, query.shape[3]))
     keys = config.indexed(stage_1_keys(keys, config.key_block), constants)
+    offsets = config.ranking.offsets(blocked, constants) * scale_of(mask, query.shape[3]) if config.mass else None
     sums = block_sums(keys) if config.compensation == "block_mean" else None
     logits = Logits.of(mask, query.shape[3], kv_heads)
     exact_key_block = min(EXACT_KEY_BLOCK, keys.capacity)
@@ -260,8 +268,9 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
         def selected(block: Int[Array, ""], out: Array) -> Array:
             ranks = RankingQueries(*(x[head, block] for x in ranking))
             how = Selecting(config, keys, (slot, kv_head), logits.of_head(kv_head), sums)
+            offset = None if offsets is None else offsets[head, block]
             part = selected_block(
-                how, QueryBlock(blocked[head, block], present[head, block], ranks, visibility_of(block))
+                how, QueryBlock(blocked[head, block], present[head, block], ranks, visibility_of(block), offset)
             )
             return out.at[head, block].set(part.output.astype(out.dtype))
 

@@ -76,6 +76,13 @@ class Method(ABC):
     ) -> RankingQueries:
         """What stage 1 keeps of each query block, of which `present` says which queries are tokens of their row."""
 
+    def offsets(
+        self, query: Float[Array, "heads query_blocks queries head_dim"], constants: Constants
+    ) -> Float32[Array, "heads query_blocks queries"]:
+        """What all estimates for a query lack, before the logits' scale. It plays no part in a ranking, but where they
+        are compared with exact logits."""
+        return jnp.zeros(query.shape[:3], jnp.float32)
+
     @abstractmethod
     def block_products(
         self,

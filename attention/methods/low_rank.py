@@ -26,8 +26,8 @@ from .base import Constants, Method, RankingQueries, every_lane, of_heads
 
 PROJECTED_KEY = "projected_key"
 """The index: a projection of each key."""
-QUERY_PROJECTION, KEY_PROJECTION = "query_projection", "key_projection"
-"""The constants."""
+QUERY_PROJECTION, KEY_PROJECTION, LOST_MEAN = "query_projection", "key_projection", "lost_mean"
+"""The constants: the two projections, and what they lose of the mean key."""
 _LARGEST = 127
 _CALIBRATED_LARGEST = 100.0
 """What the calibration text's largest key component becomes; the rest up to `_LARGEST` is for larger ones."""
@@ -63,12 +63,20 @@ class LowRank(Method):
         self,
         query: Float[np.ndarray, "query_heads tokens head_dim"],
         key: Float[np.ndarray, "kv_heads tokens head_dim"],
-    ) -> dict[str, Float32[np.ndarray, "kv_heads head_dim rank"]]:
+    ) -> dict[str, Float32[np.ndarray, "kv_heads head_dim ..."]]:
         of_queries, of_keys = logit_projections(query, key, self.rank)
         largest = np.abs(np.einsum("htd,hdr->htr", key, of_keys)).max(axis=1)
         unit = np.where(largest > 0, largest, 1.0)[:, None] / _CALIBRATED_LARGEST
-        projections = {QUERY_PROJECTION: of_queries * unit, KEY_PROJECTION: of_keys / unit}
-        return {name: projection.astype(np.float32) for name, projection in projections.items()}
+        mean = key.mean(axis=1)
+        lost = mean - np.einsum("hdr,her,he->hd", of_queries, of_keys, mean)
+        constants = {QUERY_PROJECTION: of_queries * unit, KEY_PROJECTION: of_keys / unit, LOST_MEAN: lost}
+        return {name: constant.astype(np.float32) for name, constant in constants.items()}
+
+    def offsets(
+        self, query: Float[Array, "heads query_blocks queries head_dim"], constants: Constants
+    ) -> Float32[Array, "heads query_blocks queries"]:
+        lost = of_heads(_required(constants, LOST_MEAN), query.shape[0]).astype(query.dtype)
+        return jnp.einsum("hbqd,hd->hbq", query, lost, preferred_element_type=jnp.float32)
 
     def fields(self, head_dim: int, key_block: int) -> Fields:
         return {PROJECTED_KEY: Field((_padded(min(self.rank, head_dim)),), "int8")}

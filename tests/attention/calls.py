@@ -9,13 +9,16 @@ import numpy as np
 
 from iceformer.attention import Attention, Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage
 from iceformer.attention import attend as dispatch
-from iceformer.attention.methods.low_rank import KEY_PROJECTION, PROJECTED_KEY, QUERY_PROJECTION
+from iceformer.attention.methods.low_rank import KEY_PROJECTION, LOST_MEAN, PROJECTED_KEY, QUERY_PROJECTION
 from iceformer.attention.two_stage import two_stage_attention as in_xla
 
 
 def constants_of(basis: Any) -> dict[str, Any]:
-    """The constants of `low_rank`, from projections [kv_heads, 2, head_dim, rank] of queries and keys."""
-    return {} if basis is None else {QUERY_PROJECTION: basis[:, 0], KEY_PROJECTION: basis[:, 1]}
+    """The constants of `low_rank`, from projections [kv_heads, 2, head_dim, rank] of queries and keys that lose nothing
+    of the mean key."""
+    if basis is None:
+        return {}
+    return {QUERY_PROJECTION: basis[:, 0], KEY_PROJECTION: basis[:, 1], LOST_MEAN: jnp.zeros(basis[:, 0, :, 0].shape)}
 
 
 def scattered(key: jax.Array, value: jax.Array, page: int, seed: int) -> tuple[KeyView, jax.Array]:

@@ -242,7 +242,7 @@ ffi::Error exact(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
 }
 
 ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                     Floats key_scale, Floats value_scale, Bytes projected, Queries projected_queries, Integers selecting, Vector slot, Vector offset,
+                     Floats key_scale, Floats value_scale, Bytes projected, Queries projected_queries, Floats offsets, Integers selecting, Vector slot, Vector offset,
                      Vector length, Integers table, ffi::Result<ffi::AnyBuffer> output, ffi::Result<Floats> lse,
                      int64_t query_block, bool causal, float scale, float softcap, int64_t budget, int64_t key_block,
                      int64_t candidate_blocks, int64_t sink, int64_t local, int64_t ranking_queries, int64_t least, float mass) {
@@ -258,13 +258,15 @@ ffi::Error two_stage(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer 
   const int64_t heads = call.rows * call.kv_heads, rank = projected.dimensions()[3];
   if (!has_shape(projected, {key.dimensions()[0], call.kv_heads, call.page, rank}) || rank < 4 || rank % 4 ||
       !has_shape(projected_queries, {heads, call.blocks(), call.lanes(), rank}) ||
+      (mass > 0 && !has_shape(offsets, {heads, call.blocks(), call.lanes()})) ||
       !has_shape(selecting, {call.rows, 2}) || call.page % key_block || ranking_queries < 1 ||
       ranking_queries > call.lanes())
     return ffi::Error::InvalidArgument(
-        "expected projected [pages, kv_heads, page, rank], projected_queries [heads, blocks, lanes, rank], selecting "
-        "[rows, 2], rank a positive multiple of 4, page one of key_block, and 1 to all of the lanes as "
+        "expected projected [pages, kv_heads, page, rank], projected_queries [heads, blocks, lanes, rank], offsets "
+        "[heads, blocks, lanes] by mass, selecting [rows, 2], rank a positive multiple of 4, page one of key_block, and 1 to all of the lanes as "
         "ranking_queries");
-  const LowRank low_rank = {projected.typed_data(), projected_queries.typed_data(), rank, ranking_queries};
+  const LowRank low_rank = {projected.typed_data(), projected_queries.typed_data(), mass > 0 ? offsets.typed_data() : nullptr,
+                            rank, ranking_queries};
   const Selection selection = {low_rank, budget, least, key_block, candidate_blocks, sink, local, mass};
   std::vector<Task> exact_tasks, tasks;
   for (int64_t head = 0; head < heads; ++head) {
@@ -343,7 +345,7 @@ ffi::Error choose(ffi::ThreadPool pool, Bytes projected, Floats queries, Vector 
         "expected a page of whole key blocks, exact_keys of at least the budget, and room for all blocks of the budget");
   const ffi::Error found = find_pages(call, table, keys[0]);
   if (found.failure()) return found;
-  const Choice choice = {{projected.typed_data(), queries.typed_data(), rank, query[1]}, key_block, budget, sink, local,
+  const Choice choice = {{projected.typed_data(), queries.typed_data(), nullptr, rank, query[1]}, key_block, budget, sink, local,
                          exact_keys, mass};
   std::fill_n(blocks->typed_data(), heads * most, 0);
   std::fill_n(counts->typed_data(), heads, 0);
@@ -444,6 +446,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_two_stage, iceformer::two_stage,
                                   .Arg<iceformer::Floats>()
                                   .Arg<iceformer::Bytes>()
                                   .Arg<iceformer::Queries>()
+                                  .Arg<iceformer::Floats>()
                                   .Arg<iceformer::Integers>()
                                   .Arg<iceformer::Vector>()
                                   .Arg<iceformer::Vector>()

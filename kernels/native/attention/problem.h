@@ -84,6 +84,7 @@ struct Attention {
 struct LowRank {
   const int8_t* keys;    // [pages, kv_heads, page, rank]: keys in the directions that stage 1 looks at
   const float* queries;  // [rows * kv_heads, blocks, lanes, rank]: the queries of each block, projected likewise
+  const float* offsets;  // [rows * kv_heads, blocks, lanes]: what the products lack of each query's; null if not asked
   int64_t rank;
   int64_t ranking_queries;  // how many queries of a block rank key blocks: those of the largest norm
 };

@@ -73,7 +73,12 @@ class TwoStage {
       score(0, near);
     }
     block_.log_sum_exp(block_.logits(), near, inverse_);
-    for (int64_t lane = 0; lane < block_.queries(); ++lane) beside_[block_.whole_lane(lane)] = inverse_[lane];
+    // In the terms of stage 1's estimates.
+    const float* offsets = selection_.low_rank.offsets + (task.head * call_.blocks() + task.block) * call_.lanes();
+    for (int64_t lane = 0; lane < block_.queries(); ++lane) {
+      const int64_t whole = block_.whole_lane(lane);
+      beside_[whole] = inverse_[lane] - offsets[whole] * call_.scale;
+    }
     const int64_t others = rank_blocks_by_mass(task, near_blocks);
     const int64_t candidates = add_blocks(chosen_, others, near);
     [[maybe_unused]] const Scope scope{};
