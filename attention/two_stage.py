@@ -56,6 +56,7 @@ class TwoStage(Selective):
 
     Attributes:
         method: the rule of stage 1: a name from the registry, or a method with its options, such as `LowRank(rank=16)`.
+            By mass all queries of a block take part: `query_share` of `LowRank` becomes 1.
         mass: share of the softmax weight that the selected keys hold, on average over the queries of a block, as stage
             1 estimates and stage 2 measures it; 0 selects the whole budget. None for 0.98 if the budget is a pair, and
             else for 0.
@@ -93,6 +94,8 @@ class TwoStage(Selective):
         self._check_budget()
         if isinstance(self.method, str):
             object.__setattr__(self, "method", make_method(self.method))
+        if self.mass:
+            object.__setattr__(self, "method", self.ranking.with_every_query)
         if self.query_block == 0:
             object.__setattr__(self, "query_block", _default_query_block(self.most_keys))
         if self.local == -1:

@@ -66,6 +66,7 @@ def test_by_mass_the_budget_is_a_least_and_a_most() -> None:
     config = TwoStage(mass=0.9, budget=2000)
     assert (config.least_keys, config.most_keys) == (512, 2000)
     assert TwoStage(mass=0.9, budget=400).least_keys == 400
+    assert config.method == LowRank(query_share=1.0)
     config = TwoStage(budget=2000)
     assert (config.least_keys, config.most_keys, config.exact_keys) == (2000, 2000, 2000)
     read = json.loads(json.dumps(attention_to_dict(TwoStage(mass=0.9, budget=(300, 2000)))))
