@@ -213,7 +213,7 @@ class TwoStage(Selective):
 
     def _offsets(
         self, query: Float[Array, "heads blocks lanes head_dim"], constants: Constants
-    ) -> Float32[Array, "heads blocks lanes"]:
+    ) -> Float32[Array, "_ _ _"]:
         """What stage 1's estimates lack of each query's logits. With a fixed budget nobody asks: an empty array."""
         if not self.mass:
             return jnp.zeros((0, 0, 0), jnp.float32)

@@ -212,7 +212,7 @@ def test_options_make_configurations(
         (["--compare", "exact=budget=512"], "a configuration has the name 'exact'"),
         (["--compare", "half"], "expected a new NAME=OPTION=VALUE"),
         (["--compare", "half=budgets=8"], "--compare half is budgets, expected one of:"),
-        (["--compare", "half=budget=many"], "budget is 'many', expected an integer"),
+        (["--compare", "half=budget=many"], "budget is 'many', expected a number of keys, or LEAST:MOST"),
         (["--compare", "half=attention=auto"], "attention is 'auto', expected one of: two_stage, exact"),
         (["--compare", "half=method=magic"], "method is 'magic', expected one of:"),
         (["--compare", "half=method.rank=8"], "name the method that it belongs to"),
