@@ -258,10 +258,12 @@ def test_two_stage_in_kernels(case: Case) -> None:
     mask = Mask(case["causal"], None, case["scale"], case["softcap"])
     selecting = config.selecting(rows, case["queries"], mask.causal)
 
+    no_offsets = jnp.zeros((0, 0, 0), jnp.float32)
+
     @jax.jit
     def call(query: jax.Array, key: jax.Array, value: jax.Array, projected: jax.Array, queries: jax.Array) -> Any:
         keys = KeyView(key, value, {"projected_key": projected}).padded(config.key_block)
-        return custom_calls.two_stage(config, Call(query, keys, rows, mask), queries, selecting)
+        return custom_calls.two_stage(config, Call(query, keys, rows, mask), queries, no_offsets, selecting)
 
     for instruction_set in kernels.instruction_sets():
         with kernels.using(instruction_set):

@@ -33,7 +33,7 @@ def test_select_takes_forced_then_best_with_ties_to_the_lower_index(importance, 
     ("options", "message"),
     [
         ({"budget": 0}, "budget is 0"),
-        ({"budget": (256, 1024)}, "only by mass"),
+        ({"budget": (256, 1024), "mass": 0.0}, "only by mass"),
         ({"budget": (1024, 256), "mass": 0.9}, "a least that is not above the most"),
         ({"budget": (0, 1024), "mass": 0.9}, "at least 1 key"),
         ({"mass": 1.0}, "mass is 1.0"),

@@ -170,8 +170,8 @@ def test_manifest_card_and_tables_say_what_was_chosen(mixed: Path) -> None:
     assert all(reason in card for reason in reasons)
     assert "| 200 | 2.0 | 1.0 | 0.50 |" in card
     chosen, computed, measured = attention_tables(info)
-    assert list(computed.columns[0].cells) == ["128"] * 3 + ["256"] * 3
-    assert list(computed.columns[2].cells) == ["2"] * 6
+    assert list(computed.columns[0].cells) == ["128"] * 4 + ["256"] * 4
+    assert list(computed.columns[2].cells) == ["2"] * 8
     assert list(chosen.columns[2].cells) == reasons
     assert list(measured.columns[3].cells) == ["2.00", "0.50"]
 
