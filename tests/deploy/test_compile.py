@@ -78,7 +78,8 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
     assert bucket.plan["decode"] == {"kind": "exact", "query_block": 256, "key_block": 512}
     assert bucket.plan["prompt"]["method"] == {"name": "low_rank", "rank": 4, "query_share": 0.5}
     constants = [name for name in session.info.weights.tensors if name.startswith("attention.")]
-    assert constants == [f"attention.{layer}.{of}_projection" for layer in (0, 1) for of in ("key", "query")]
+    names = ("key_projection", "lost_mean", "query_projection")
+    assert constants == [f"attention.{layer}.{name}" for layer in (0, 1) for name in names]
     found = {name: array.dtype for name, array in bucket.cache.layers[0].items()}
     assert found == {"key": "bfloat16", "value": "bfloat16", "projected_key": "int8"}
     assert bucket.cache.size_in_bytes == 2 * (2 * 2 * 64 * 16 * 2 + 2 * 64 * 4)
