@@ -141,12 +141,11 @@ def _by_mass(how: Selecting, block: QueryBlock, forced: Forced) -> Partial:
 
 def _sizes(unit: int, most: int) -> list[int]:
     """Numbers of candidate blocks that are compiled: of these the least that is enough is computed."""
-    sizes = {most}
-    size = max(1, unit // 4)
+    sizes, size = [], max(1, unit // 4)
     while size < most:
-        sizes.add(size)
+        sizes.append(size)
         size *= 2
-    return sorted(sizes | ({unit} if unit < most else set()))
+    return [*sizes, most]
 
 
 def _fewest(

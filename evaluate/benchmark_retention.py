@@ -18,7 +18,7 @@ from ..attention import Attention, Exact, TwoStage
 from ..convert.convert import convert_checkpoint
 from ..deploy.compile import compile as compile_checkpoint
 from ..deploy.session import Session, load
-from .line_retrieval import Record, make_record, pseudo_words
+from .line_retrieval import Record, longest_fit, make_record, pseudo_words
 from .processes import Report
 from .retention import Task, answers_right
 
@@ -197,14 +197,11 @@ class _Bench:
 
     def _task(self, name: str, seed: int) -> Task:
         """A record of nearly as many tokens as are wanted, and never more."""
-        lines = self._tokens // 12
-        while True:
-            task = Task.of(self._record(name, seed, lines), self._tokenizer)
-            excess = len(task.ids) / self._tokens
-            if excess <= 1:
-                return task
-            # How long a line is and how many questions follow it is drawn anew: the last steps must be small.
-            lines = int(lines * min(0.99, 1.05 / excess))
+
+        def make(lines: int) -> Task:
+            return Task.of(self._record(name, seed, lines), self._tokenizer)
+
+        return longest_fit(make, lambda task: len(task.ids), self._tokens)[0]
 
     def _record(self, name: str, seed: int, lines: int) -> Record:
         rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..deploy.tokenization import TextTokenizer
-from .line_retrieval import ANSWER_PREFIX, CLOSING, QUESTION, make_record, pseudo_words
+from .line_retrieval import ANSWER_PREFIX, CLOSING, QUESTION, Record, longest_fit, make_record, pseudo_words
 
 _GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _CITIES = (
@@ -108,14 +108,12 @@ def lines(setting: Setting) -> list[Example]:
     """LongEval's line retrieval: a record of lines, and the values of those that stand nearest to each depth."""
     words = pseudo_words(setting.rng, _WORDS)
     seed = int(setting.rng.integers(2**31))
-    count = setting.tokens // 12
-    while True:
+
+    def make(count: int) -> tuple[Record, str]:
         record = make_record(np.random.default_rng(seed), count, words, closing=16 * len(setting.depths))
-        context = record.text[: record.text.index(CLOSING)]
-        excess = setting.count(context) / setting.tokens
-        if excess <= 1:
-            break
-        count = int(count * min(0.99, 1.05 / excess))
+        return record, record.text[: record.text.index(CLOSING)]
+
+    (record, context), count = longest_fit(make, lambda made: setting.count(made[1]), setting.tokens)
     found = [(1 - question.distance / count, question) for question in record.questions]
     nearest = [min(found, key=lambda each: abs(each[0] - depth)) for depth in setting.depths]
     return [

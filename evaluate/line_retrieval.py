@@ -10,13 +10,16 @@ Source of the format: LongEval (Li et al., "How Long Can Open-Source LLMs Truly 
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ..host.text import lines_of, read_text
+
+Made = TypeVar("Made")
 
 INTRODUCTION = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -76,6 +79,24 @@ def _value(rng: np.random.Generator) -> int:
     if rng.random() < 0.5:
         return int(rng.integers(1, 50001))
     return int(rng.integers(1, 10 ** int(rng.integers(1, 7))))
+
+
+def longest_fit(make: Callable[[int], Made], count: Callable[[Made], int], tokens: int) -> tuple[Made, int]:
+    """What is made of as many lines as give nearly so many tokens and never more, and the number of lines.
+
+    Args:
+        make: of a number of lines.
+        count: the tokens of what was made.
+        tokens: at most.
+    """
+    lines = tokens // 12
+    while True:
+        made = make(lines)
+        excess = count(made) / tokens
+        if excess <= 1:
+            return made, lines
+        # How long a line is and how many questions follow it is drawn anew: the last steps must be small.
+        lines = int(lines * min(0.99, 1.05 / excess))
 
 
 def make_record(
