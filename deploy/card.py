@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..model.rounding import GROUP
+from ..model.rounding import GROUP, TIED_GROUP
 from .artifact import TOKENIZER
 from .generation_defaults import generation_rows
 from .inputs import COUNTS
@@ -122,7 +122,7 @@ def _attention_text(manifest: Manifest) -> str:
     return text
 
 
-_SCALES = {"int8": f" with a scale for every {GROUP} inputs of each output"}
+_SCALES = {"int8": f" with a scale for every {GROUP} inputs of each output, {TIED_GROUP} where it is tied"}
 
 
 def _weights_text(manifest: Manifest) -> str:

@@ -100,9 +100,9 @@ def compile(
         dtype: "float32" or "bfloat16", for weights, activations and KV cache.
         weights: "same" as dtype; "bfloat16": the kernels of linear layers, and an output layer tied to embeddings, are
             rounded to it, activations are not; "int8": these are quantised to int8 with a scale for every 64
-            inputs of each output, but for the projections of values, which are bfloat16; an output layer tied to
-            embeddings is rounded with them. The loss of accuracy is measured on the calibration text and recorded in
-            the manifest and the card.
+            inputs of each output (32 of a tied output layer), but for the projections of values, which are bfloat16; an
+            output layer tied to embeddings is rounded with them. The loss of accuracy is measured on the calibration
+            text and recorded in the manifest and the card.
         kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
             read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
         batch: for an encoder, rows per call; for a decoder, how many requests have a place in its KV cache and run

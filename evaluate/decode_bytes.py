@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ..attention import DecodeSelection
-from ..model.rounding import scale_groups
+from ..model.rounding import GROUP, TIED_GROUP, scale_groups
 
 _FORMS = ("llama", "qwen2", "qwen3", "granite")
 """Kinds of model that the formulas fit: four attention projections and a gated MLP in every layer."""
@@ -97,7 +97,7 @@ def weight_bytes(sizes: DecoderSizes, dtype: str, weights: str) -> int:
     linear, output = sizes.linear * _size(form), sizes.output * _size(form)
     if form == "int8":
         linear += sizes.value_projections + sizes.scales * _SCALE
-        output += scale_groups(sizes.hidden) * sizes.vocab * _SCALE
+        output += scale_groups(sizes.hidden, TIED_GROUP if sizes.tied else GROUP) * sizes.vocab * _SCALE
     return linear + output + sizes.norms * _size(dtype)
 
 
