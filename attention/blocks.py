@@ -1,9 +1,8 @@
 """How attention is cut into work: query blocks that are computed together, over flat keys, in loops with dynamic
 bounds.
 
-A query block holds the `query_block` consecutive queries of all query heads that share one KV head, so that grouped-
-query attention selects and gathers once a group. These are a block's lanes, group-major: lane = group * query_block +
-query.
+A query block holds `query_block` consecutive queries: of one query head where keys are selected, and where attention is
+exact of all that share one KV head. These are a block's lanes, group-major: lane = group * query_block + query.
 """
 
 from typing import NamedTuple

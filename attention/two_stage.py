@@ -32,8 +32,8 @@ from .strategy import Attended, Attention, Call, Selective, check_power_of_two
 
 MASS = 0.98
 """The mass of a budget that is a least and a most, if not said otherwise."""
-LEAST_BY_MASS = 512
-"""The least budget by mass, if not said otherwise."""
+LEAST_BY_MASS, MOST_BY_MASS = 512, 32768
+"""The least and the most keys by mass, if not said otherwise."""
 COMPENSATIONS = ("none", "block_mean")
 """What may stand in for the keys that are not selected."""
 
@@ -49,20 +49,20 @@ class SelectingBlocks(NamedTuple):
 class TwoStage(Selective):
     """Two-stage top-k attention: rank key blocks cheaply, rank their tokens exactly, attend to the best of these.
 
-    Every query block shares one selection per KV head: `budget` keys or, by `mass`, as few as hold that share of the
-    softmax weight, so that a head that looks at little reads little and one that looks everywhere reads much. The first
-    `sink` tokens, the query block itself and `local` tokens before it (and after it where attention is bidirectional)
-    are always selected and count as budget.
+    The queries of a block and a query head share a selection: by `mass` as few keys as hold that share of the softmax
+    weight, so that a head that looks at little reads little and one that looks everywhere reads much, or a `budget`
+    that is the same for all. The first `sink` tokens, the query block itself and `local` tokens before it (and after it
+    where attention is bidirectional) are always selected and count as budget.
 
     Attributes:
         method: the rule of stage 1: a name from the registry, or a method with its options, such as `LowRank(rank=16)`.
             By mass all queries of a block take part: `query_share` of `LowRank` becomes 1.
         mass: share of the softmax weight that the selected keys hold, on average over the queries of a block, as stage
-            1 estimates and stage 2 measures it; 0 selects the whole budget. None for 0.98 if the budget is a pair, and
-            else for 0.
+            1 estimates and stage 2 measures it; 0 selects the whole budget. None for 0.98 if the budget is a pair, as
+            it is by default, and else for 0.
         budget: number of keys that a query finally attends to; by mass the least and the most, or the most.
-        query_block: number of queries that share a selection. 0 chooses 128, and less for a budget below 1024, because
-            the queries of a block compete for the budget.
+        query_block: number of queries of a head that share a selection. 0 chooses 128, and less for a budget below
+            1024, because the queries of a block compete for it.
         key_block: number of keys that stage 1 ranks together.
         candidates: tokens that stage 1 leaves for stage 2, as a multiple of the budget; by mass it leaves as many as
             hold the mass.
@@ -79,8 +79,11 @@ class TwoStage(Selective):
     kind: ClassVar[str] = "two_stage"
 
     method: Method | str = "low_rank"
-    budget: int | tuple[int, int] = field(default=1024, metadata={"metavar": "KEYS or LEAST:MOST"})
-    mass: float | None = field(default=None, metadata={"default": f"0, and {MASS} if --budget is LEAST:MOST"})
+    budget: int | tuple[int, int] = field(
+        default=(LEAST_BY_MASS, MOST_BY_MASS),
+        metadata={"metavar": "KEYS or LEAST:MOST", "default": f"{LEAST_BY_MASS}:{MOST_BY_MASS}"},
+    )
+    mass: float | None = field(default=None, metadata={"default": f"{MASS}, and 0 if --budget is a number"})
     query_block: int = 0
     key_block: int = 8
     candidates: float = 1.5
@@ -203,13 +206,16 @@ class TwoStage(Selective):
     def attend_in_kernel(self, call: Call) -> Attended:
         method = self.ranking
         assert isinstance(method, LowRank)
+        query_rows, query_heads = call.query.shape[:2]
+        call = _row_of_each_head(call)
         query, keys, rows, mask, constants, _ = call
         rows = rows._replace(length=jnp.minimum(rows.length, keys.capacity))
         keys = self.indexed(keys.padded(self.key_block), constants)
         blocked = split_queries(query, keys.kv_heads, self.query_block)
         ranking = method.projected_queries(blocked, constants), self._offsets(blocked, constants)
         selecting = self.selecting(rows.settled(), query.shape[2], mask.causal)
-        return custom_calls.two_stage(self, call._replace(keys=keys, rows=rows), *ranking, selecting)[0]
+        attended = custom_calls.two_stage(self, call._replace(keys=keys, rows=rows), *ranking, selecting)[0]
+        return _swapped(attended, query_rows, keys.kv_heads).reshape(query_rows, query_heads, *attended.shape[2:])
 
     def _offsets(
         self, query: Float[Array, "heads blocks lanes head_dim"], constants: Constants
@@ -232,6 +238,21 @@ class TwoStage(Selective):
         )
 
 
+def _row_of_each_head(call: Call) -> Call:
+    """The same call with a row for each query head that shares a KV head: the kernel lets the heads of a row share a
+    selection."""
+    group = call.query.shape[1] // call.keys.kv_heads
+    query = _swapped(call.query, call.query.shape[0], group).reshape(-1, call.keys.kv_heads, *call.query.shape[2:])
+    return call._replace(query=query, rows=Rows(*(jnp.repeat(x, group) for x in call.rows)))
+
+
+def _swapped(
+    x: Float[Array, "_ _ queries width"], rows: int, inner: int
+) -> Float[Array, "{rows} {inner} outer queries width"]:
+    """Two counts of heads, of which `inner` is the faster one, in the other order."""
+    return jnp.swapaxes(x.reshape(rows, -1, inner, *x.shape[2:]), 1, 2)
+
+
 def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks) -> Attended:
     """Attention over the keys that each query block finds most important, in XLA.
 
@@ -240,27 +261,30 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
     Raises:
         ValueError: a relative position bias with compensation, whose mean keys have no distance.
     """
-    query, keys, rows, mask, constants, _ = call
+    query, keys, rows, mask, _, _ = call
     if mask.relative_bias is not None and config.compensation != "none":
         raise ValueError(
             f"compensation is {config.compensation!r}, which cannot go with a relative position bias, expected 'none'"
         )
-    kv_heads, queries = keys.kv_heads, query.shape[2]
+    query_heads, queries = query.shape[1:3]
+    group = query_heads // keys.kv_heads
+    constants = {name: jnp.repeat(constant, group, axis=0) for name, constant in call.constants.items()}
     seen = seen_lengths(rows, queries, keys.capacity, mask.causal)
-    blocked = split_queries(query, kv_heads, config.query_block)
+    blocked = split_queries(query, query_heads, config.query_block)
     heads, blocks, lanes = blocked.shape[:3]
-    index = jnp.arange(blocks)[:, None] * config.query_block + jnp.arange(lanes) % config.query_block
-    present = index < jnp.repeat(jnp.minimum(seen - rows.offset, queries), kv_heads)[:, None, None]
+    index = jnp.arange(blocks)[:, None] * config.query_block + jnp.arange(lanes)
+    present = index < jnp.repeat(jnp.minimum(seen - rows.offset, queries), query_heads)[:, None, None]
     ranking = config.ranking.ranking_queries(blocked, present, constants)
     ranking = ranking._replace(scale=ranking.scale * scale_of(mask, query.shape[3]))
-    keys = config.indexed(stage_1_keys(keys, config.key_block), constants)
+    keys = config.indexed(stage_1_keys(keys, config.key_block), call.constants)
     offsets = config.ranking.offsets(blocked, constants) * scale_of(mask, query.shape[3]) if config.mass else None
     sums = block_sums(keys) if config.compensation == "block_mean" else None
-    logits = Logits.of(mask, query.shape[3], kv_heads)
+    logits = Logits.of(mask, query.shape[3], query_heads)
     exact_key_block = min(EXACT_KEY_BLOCK, keys.capacity)
 
     def attend_head(head: Int[Array, ""], out: Array) -> Array:
-        row, kv_head = head // kv_heads, head % kv_heads
+        row, query_head = head // query_heads, head % query_heads
+        kv_head, logits_of = query_head // group, logits.of_head(query_head)
         slot, start, end = rows.slot[row], rows.offset[row], seen[row]
         count = valid_blocks(start, rows.length[row], blocks, config.query_block)
         first, last = selecting.first[row], selecting.last[row]
@@ -270,7 +294,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
 
         def selected(block: Int[Array, ""], out: Array) -> Array:
             ranks = RankingQueries(*(x[head, block] for x in ranking))
-            how = Selecting(config, keys, (slot, kv_head), logits.of_head(kv_head), sums)
+            how = Selecting(config, keys, (slot, kv_head), logits_of, sums)
             offset = None if offsets is None else offsets[head, block]
             part = selected_block(
                 how, QueryBlock(blocked[head, block], present[head, block], ranks, visibility_of(block), offset)
@@ -281,7 +305,7 @@ def two_stage_attention(config: TwoStage, call: Call, selecting: SelectingBlocks
             # The exact blocks stand before and behind the selected ones: one loop serves both.
             block = jnp.where(index < first, index, last + index - first)
             part = exact_block(
-                *(blocked[head, block], keys, (slot, kv_head), visibility_of(block), logits.of_head(kv_head)),
+                *(blocked[head, block], keys, (slot, kv_head), visibility_of(block), logits_of),
                 exact_key_block,
             )
             return out.at[head, block].set(part.output.astype(out.dtype))

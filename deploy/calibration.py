@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Float32
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import Attention
 from ..host.text import read_text
 from ..model.encoder import Encoder
 from ..model.registry import Model
+from ..model.rope import Rope, apply_rotary, rotary_tables
 from ..model.self_attention import LayerConstants
 from .artifact import TOKENIZER_CONFIG
 from .manifest import CalibrationInfo
 from .tokenization import TextTokenizer
 
 MAX_TOKENS = 4096
+_PLACES = 4
+"""Places in the longest row that the calibration text is moved to."""
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 
 
@@ -90,9 +93,14 @@ def calibration_ids(
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
 
 
-def calibrate(model: Model, strategies: Iterable[Attention], inputs: Any, tokens: int) -> LayerConstants:
+def calibrate(
+    model: Model, strategies: Iterable[Attention], inputs: Any, tokens: int, *, longest: int
+) -> LayerConstants:
     """The constants of each layer, from the model's queries and keys over one row with exact attention; none of layers
     with a sliding window, which attend exactly.
+
+    A rotary embedding turns the slow pairs of dimensions little over a short text: what is learned there would not hold
+    further on in a long one. So queries and keys count as they are, and as they would be at places up to `longest`.
 
     Args:
         model: the model.
@@ -100,21 +108,36 @@ def calibrate(model: Model, strategies: Iterable[Attention], inputs: Any, tokens
             one name is the same.
         inputs: as the model's `queries_and_keys` takes them, of one row.
         tokens: of the row.
+        longest: tokens of the longest row that will be attended to.
     """
     learners = {attention.rule: attention for attention in strategies}.values()
     graph, state = nnx.split(model)
     collect = jax.jit(lambda state, inputs, lengths: nnx.merge(graph, state).queries_and_keys(inputs, lengths))
     layers = collect(state, inputs, np.array([tokens], np.int32))
 
-    def learn(query: Array, key: Array) -> dict[str, Array]:
-        arrays = np.asarray(query[0], np.float32), np.asarray(key[0], np.float32)
+    def learn(query: Array, key: Array, rope: Rope | None) -> dict[str, Array]:
+        arrays = [_at_places(x[0].astype(jnp.float32), rope, longest - tokens) for x in (query, key)]
         learned = [attention.calibrate(*arrays) for attention in learners]
         return {name: jnp.asarray(array) for constants in learned for name, array in constants.items()}
 
     return tuple(
-        learn(query, key) if window is None else {}
-        for (query, key), window in zip(layers, model.config.windows, strict=True)
+        learn(query, key, rope) if window is None else {}
+        for (query, key), window, rope in zip(layers, model.config.windows, model.config.ropes, strict=True)
     )
+
+
+def _at_places(
+    x: Float[Array, "heads tokens head_dim"], rope: Rope | None, furthest: int
+) -> Float32[np.ndarray, "heads many head_dim"]:
+    """The same queries or keys moved on by 0 to `furthest` tokens; as they are where nothing rotates."""
+    if rope is None or furthest <= 0:
+        return np.asarray(x)
+    # What is there has been rotated once, and scaled then.
+    rope = replace(rope, attention_factor=1.0)
+    tokens = jnp.full(1, x.shape[1], jnp.int32)
+    starts = jnp.linspace(0, furthest, _PLACES).astype(jnp.int32)
+    moved = [apply_rotary(x[None], rotary_tables(rope, x.shape[2], start[None, None], tokens))[0] for start in starts]
+    return np.concatenate([np.asarray(each) for each in moved], axis=1)
 
 
 def _random_inputs(model: Encoder, source: object) -> CalibrationInputs:

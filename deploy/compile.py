@@ -164,7 +164,7 @@ def compile(
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")
-        constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
+        constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration, buckets[-1])
         entries = entries_class(model).of(model, constants)
         arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
         compiled = tuple(
@@ -291,14 +291,15 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _calibrate(
-    model: Model, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None
+    model: Model, choices: Sequence[Choice], checkpoint: Path, source: str | Path | ArrayLike | None, longest: int
 ) -> tuple[LayerConstants | None, CalibrationInfo | None]:
-    """The constants that the buckets' plans need of each layer and what they come from; None and None if none does."""
+    """The constants that the buckets' plans need of each layer, for rows of up to `longest` tokens, and what they come
+    from; None and None if none does."""
     strategies = {strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated}
     if not strategies:
         return None, None
     row = calibration_inputs(model, source, checkpoint / layout.TOKENIZER)
-    return calibrate(model, strategies, row.inputs, row.tokens), row.info
+    return calibrate(model, strategies, row.inputs, row.tokens, longest=longest), row.info
 
 
 def _round_weights(

@@ -1,4 +1,4 @@
-"""How near a configuration's attention is to exact attention, layer by layer and KV head by KV head."""
+"""How near a configuration's attention is to exact attention, layer by layer and head by head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ TOP_KEYS = 64
 class LayerFidelity:
     """One layer in one configuration, over some query blocks of a window of text.
 
-    Each figure is a mean over the queries of a block and the query heads of a KV head, by block and KV head.
+    Each figure is a mean over the queries of a block and query head, by block and query head.
 
     Attributes:
         configuration: its name.
@@ -53,10 +53,10 @@ class LayerFidelity:
 class Figures(NamedTuple):
     """What `LayerFidelity` has, as arrays."""
 
-    mass: Float32[Array, "blocks kv_heads"]
-    recall: Float32[Array, "blocks kv_heads"]
-    error: Float32[Array, "blocks kv_heads"]
-    keys: Int32[Array, "blocks kv_heads"]
+    mass: Float32[Array, "blocks query_heads"]
+    recall: Float32[Array, "blocks query_heads"]
+    error: Float32[Array, "blocks query_heads"]
+    keys: Int32[Array, "blocks query_heads"]
 
 
 def sampled_blocks(attentions: Sequence[TwoStage], tokens: int, count: int) -> tuple[int, ...]:
@@ -99,25 +99,26 @@ def measure_layer(
     """
     blocks, heads, queries, width = query.shape
     kv_heads, tokens = key.shape[1:3]
+    group = heads // kv_heads
     rows = Rows(jnp.zeros(blocks, jnp.int32), starts, jnp.full(blocks, tokens, jnp.int32))
     keys = KeyView(key, value)
     exact = attend(Exact(), query, keys, rows, mask)
     error = _relative_error(attend(attention, query, keys, rows, mask, constants), exact)
     selected = selected_keys(attention, query, key, rows, mask, constants)
-    grouped = query.reshape(blocks, kv_heads, -1, width)
 
     def of_head(index: Array) -> tuple[Array, Array]:
-        block, head = index // kv_heads, index % kv_heads
-        position = starts[block] + jnp.arange(heads // kv_heads * queries) % queries
-        logits = cap(matmul_transposed(grouped[block, head], key[0, head]) * scale_of(mask, width), mask.softcap)
+        block, head = index // heads, index % heads
+        position = starts[block] + jnp.arange(queries)
+        products = matmul_transposed(query[block, head], key[0, head // group])
+        logits = cap(products * scale_of(mask, width), mask.softcap)
         logits = jnp.where(jnp.arange(tokens) <= position[:, None], logits, MASKED)
         return _kept(logits, selected[block, head])
 
-    mass, recall = lax.map(of_head, jnp.arange(blocks * kv_heads))
+    mass, recall = lax.map(of_head, jnp.arange(blocks * heads))
     return Figures(
-        mass.reshape(blocks, kv_heads),
-        recall.reshape(blocks, kv_heads),
-        jnp.mean(error.reshape(blocks, kv_heads, -1), axis=2),
+        mass.reshape(blocks, heads),
+        recall.reshape(blocks, heads),
+        jnp.mean(error, axis=2),
         jnp.sum(selected, axis=2, dtype=jnp.int32),
     )
 

@@ -178,7 +178,9 @@ class Bench:
             return None
         if attention.rule not in self._constants:
             row = self._calibration_row
-            self._constants[attention.rule] = calibrate(self.model, [attention], row.inputs, row.tokens)
+            self._constants[attention.rule] = calibrate(
+                self.model, [attention], row.inputs, row.tokens, longest=self.options.capacity
+            )
         return self._constants[attention.rule]
 
     def reader(self, name: str) -> Reader:

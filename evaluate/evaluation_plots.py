@@ -36,7 +36,7 @@ def plots(result: Evaluation) -> Iterator[tuple[str, str, Figure]]:
         yield "by_position", "The model's predictions by position in a window.", _curves(result)
     for number, name in enumerate(result.configurations):
         if result.layers_of(name):
-            caption = f"{name}: attention by layer and KV head, means over queries and query blocks."
+            caption = f"{name}: attention by layer and query head, means over queries and query blocks."
             yield f"attention_{number}", caption, _attention_maps(result, name)
     for number, name in enumerate(result.configurations):
         for task in _tasks(result, name):
@@ -78,14 +78,14 @@ def _attention_maps(result: Evaluation, name: str) -> Figure:
         axes.set_title(f"{label}\nmean {form.format(table.mean())}", fontsize=9)
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
         axes.set_xticks(range(heads), [str(head) for head in range(heads)], fontsize=7)
-        axes.set_xlabel("KV head", fontsize=8)
+        axes.set_xlabel("query head", fontsize=8)
     figure.axes[0].set_ylabel("layer", fontsize=8)
     figure.suptitle(f"{name}: {speed(result, name)}", fontsize=10)
     return figure
 
 
 def _of_layer(result: Evaluation, name: str, layer: int, field: str) -> NDArray[Any]:
-    """A figure of a layer by KV head, the mean over texts and blocks."""
+    """A figure of a layer by query head, the mean over texts and blocks."""
     tables = [getattr(found, field) for found in result.layers_of(name) if found.layer == layer]
     return np.mean([np.mean(table, axis=0) for table in tables], axis=0)
 

@@ -33,8 +33,8 @@ _MEANINGS = {
     "same token": "share of positions at which the most likely next token is that of exact attention.",
     "KL": "Kullback-Leibler divergence KL(exact || configuration) of the next token, in nats.",
     "last quarter": "the same over the last quarter of every window, where there are the most keys.",
-    "mass": "share of the exact softmax that falls on the selected keys, mean over queries, layers and KV heads.",
-    "keys": "keys that a query block and KV head selects: mean, and most.",
+    "mass": "share of the exact softmax that falls on the selected keys, mean over queries, layers and heads.",
+    "keys": "keys that the queries of a block and head select: mean, and most.",
     "tasks": "right answers, and right answers with exact attention. An answer is right if every token of it is the "
     "most likely one. Known: the question ends the prompt, in its exact last block. Not known before: it comes after "
     "the context was read, and selects keys like every other query. Loss is that of the answer's log-probability.",

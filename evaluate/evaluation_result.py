@@ -116,7 +116,7 @@ class Evaluation:
         return [layer for layer in self.layers if layer.configuration == name]
 
     def attention_figures(self, name: str) -> dict[str, Any] | None:
-        """Means over layers, blocks and KV heads; None where they are not measured."""
+        """Means over layers, blocks and heads; None where they are not measured."""
         layers = self.layers_of(name)
         if not layers:
             return None

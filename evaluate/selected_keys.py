@@ -26,16 +26,17 @@ def selected_keys(
     rows: Rows,
     mask: Mask,
     constants: Constants,
-) -> Bool[Array, "blocks kv_heads tokens"]:
-    """Whether some query of a block gives each key a weight, for blocks that are rows of a call over the same keys.
+) -> Bool[Array, "blocks query_heads tokens"]:
+    """Whether some query of a block and head gives each key a weight, for blocks that are rows of a call over the same
+    keys.
 
     A key to which every query gives less than 1e-38 of its weight counts as not selected. What stands in for the keys
     that are left out (compensation) selects none of them.
     """
     if isinstance(attention, TwoStage):
         attention = replace(attention, compensation="none")
-    blocks, kv_heads, tokens = query.shape[0], key.shape[1], key.shape[2]
-    grouped = query.reshape(blocks, kv_heads, -1, *query.shape[2:])
+    (blocks, heads), tokens = query.shape[:2], key.shape[2]
+    group = heads // key.shape[1]
     columns = min(_COLUMNS, tokens)
     parts = -(-tokens // columns)
     position = jnp.arange(tokens)[:, None]
@@ -45,15 +46,15 @@ def selected_keys(
         ones = jnp.ones((1, 1, tokens), jnp.float32)
 
         def of_block(index: Array) -> Array:
-            block, head = index // kv_heads, index % kv_heads
-            one = KeyView(key[:, head][:, None], unit, value_scale=ones)
-            own: dict[str, Any] = {name: constant[head][None] for name, constant in constants.items()}
+            block, head = index // heads, index % heads
+            one = KeyView(key[:, head // group][:, None], unit, value_scale=ones)
+            own: dict[str, Any] = {name: constant[head // group][None] for name, constant in constants.items()}
             where = Rows(*(x[block][None] for x in rows))
-            weights = attend(attention, grouped[block, head][None], one, where, mask, own)
+            weights = attend(attention, query[block, head][None, None], one, where, mask, own)
             return jnp.any(weights > 0, axis=(0, 1, 2))
 
-        return lax.map(of_block, jnp.arange(blocks * kv_heads))
+        return lax.map(of_block, jnp.arange(blocks * heads))
 
     with kernels.disabled():
         found = lax.map(part, jnp.arange(parts))
-    return jnp.moveaxis(found, 0, 1).reshape(blocks, kv_heads, -1)[:, :, :tokens]
+    return jnp.moveaxis(found, 0, 1).reshape(blocks, heads, -1)[:, :, :tokens]

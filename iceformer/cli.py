@@ -803,8 +803,14 @@ def benchmark(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of every engine.")] = Dtype.FLOAT32,
     budget: Annotated[
-        int, typer.Option(help="Number of keys that a query attends to with two-stage attention or a selection.")
-    ] = 1024,
+        str | None,
+        typer.Option(
+            metavar="KEYS or LEAST:MOST",
+            help="Number of keys that a query attends to with two-stage attention or a selection; with two-stage "
+            "attention also the least and the most, by mass.",
+            show_default="1024; 512:32768 for prompts with --model",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed runs per engine and length, at least 3.")] = 3,
     threads: Annotated[int | None, typer.Option(help="Threads of every engine.", show_default="all cores")] = None,
     retention: Annotated[
@@ -862,7 +868,8 @@ def benchmark(
         options["engines"] = engines.replace(",", " ").split()
     shape = ModelShape(hidden, layers, heads, kv_heads, mlp, vocab)
     if decode:
-        chosen = DecodeOptions(budget=budget, **{name: given[name] for name in formats if name in given})
+        keys = {} if budget is None else {"budget": _one_budget(budget)}
+        chosen = DecodeOptions(**keys, **{name: given[name] for name in formats if name in given})
         peers = Peers(**{name: given[name] for name in places if name in given})
         with _steps() as report:
             result = run_decode_benchmark(
@@ -871,8 +878,10 @@ def benchmark(
         decode_plot(result, work / "benchmark.png")
         _print_benchmark(work, decode_table(result), decode_summary(result))
         return
+    # Random weights look everywhere: by mass they would need nearly every key.
+    by_default = TwoStage() if model else TwoStage(budget=1024)
     options |= {
-        "attention": TwoStage(budget=budget),
+        "attention": by_default if budget is None else TwoStage(budget=_budget("--budget", budget)),
         "retention": not attention_only if retention is None else retention,
         "retention_records": retention_records,
         "retention_tokens": retention_tokens,
@@ -1018,6 +1027,14 @@ def _budget(option: str, value: Any) -> int | tuple[int, int]:
         raise ValueError(f"{option} is {value!r}, expected a number of keys, or LEAST:MOST")
     least, most = int(numbers[0]), int(numbers[-1])
     return least if len(numbers) == 1 else (least, most)
+
+
+def _one_budget(value: str) -> int:
+    """A number of keys alone."""
+    keys = _budget("--budget", value)
+    if isinstance(keys, tuple):
+        raise ValueError(f"--budget is {value!r}, but new tokens attend to a fixed number of keys: give one number")
+    return keys
 
 
 def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Configuration"]:

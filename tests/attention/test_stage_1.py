@@ -32,7 +32,7 @@ def low_rank_logits(query: np.ndarray, key: np.ndarray, basis: np.ndarray) -> np
     projected_key = np.clip(np.round(key @ basis[1]), -127, 127)
     projected = query @ basis[0]
     norms = np.linalg.norm(projected, axis=1)
-    projected = projected[np.argsort(-norms)[: int(np.ceil(SHARE * 2 * BLOCK))]]
+    projected = projected[np.argsort(-norms)[: int(np.ceil(SHARE * BLOCK))]]
     unit = np.abs(projected).max(axis=1) / 127
     products = projected_key @ np.round(projected / unit[:, None]).T * unit
     return products.reshape(-1, KEY_BLOCK, len(unit)).max(axis=1)
@@ -102,10 +102,10 @@ def test_the_best_blocks_are_the_candidates(
 
     def check(where: str) -> None:
         attended = np.asarray(call(jnp.asarray(query), jnp.asarray(key), identity)).reshape(
-            2, 2, 2, KEYS // BLOCK, BLOCK, KEYS
+            2, 4, KEYS // BLOCK, BLOCK, KEYS
         )
         told, without_scale, without_cap = 0, 0, 0
-        for row, head, block in itertools.product(range(2), range(2), range(KEYS // BLOCK)):
+        for row, head, block in itertools.product(range(2), range(4), range(KEYS // BLOCK)):
             length, first = int(lengths[row]), block * BLOCK
             if first >= length or (causal and first + BLOCK <= BUDGET):
                 continue
@@ -113,9 +113,10 @@ def test_the_best_blocks_are_the_candidates(
             forced_start = max(first - LOCAL, 0) // KEY_BLOCK * KEY_BLOCK
             forced_end = first + BLOCK if causal else min(first + BLOCK + LOCAL, length)
             ranked = (forced_start if causal else length) // KEY_BLOCK
-            group = query[row, 2 * head : 2 * head + 2, queries].reshape(-1, HEAD_DIM).astype(np.float64)
-            logits = estimate(group, key[row, head].astype(np.float64), basis[head].astype(np.float64))[:ranked]
-            keys = np.asarray(attended[row, head, :, block].any(axis=(0, 1)))
+            kv_head, of_block = head // 2, query[row, head, queries].astype(np.float64)
+            seen = key[row, kv_head, : ranked * KEY_BLOCK].astype(np.float64)
+            logits = estimate(of_block, seen, basis[kv_head].astype(np.float64))
+            keys = np.asarray(attended[row, head, block].any(axis=0))
             chosen = np.asarray(keys.reshape(-1, KEY_BLOCK).any(axis=1))[:ranked]
             start = np.arange(ranked) * KEY_BLOCK
             forced = (start < SINK) | ((start >= forced_start) & (start < forced_end))

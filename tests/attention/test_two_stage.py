@@ -82,9 +82,8 @@ def test_every_row_is_an_exact_softmax_over_a_shared_selection(form, seed, name,
         assert not weights[row, :, :length][:, ~allowed[:length]].any(), "a masked key has weight"
         for start in range(0, length, BLOCK):
             queries = slice(start, min(start + BLOCK, length))
-            for kv_head in range(2):
-                group = slice(2 * kv_head, 2 * kv_head + 2)
-                attended = np.asarray(weights[row, group, queries].any(axis=(0, 1)))
+            for head in range(4):
+                attended = np.asarray(weights[row, head, queries].any(axis=0))
                 last_block = config.exact_last_block and queries.stop > length - BLOCK
                 # 60 keys are no whole number of query blocks: the block that ends at 64 selects.
                 few = max(config.least_keys, config.crossover)
@@ -92,7 +91,7 @@ def test_every_row_is_an_exact_softmax_over_a_shared_selection(form, seed, name,
                     attended[:] = True
                 else:
                     assert attended.sum() <= config.most_keys
-                chosen[row, group, queries] = attended
+                chosen[row, head, queries] = attended
                 forced = np.asarray(allowed[queries].any(axis=0)) & (np.arange(KEYS) < config.sink)
                 assert attended[forced].all(), "the sink is not selected"
                 assert attended[queries].all(), "the query block itself is not selected"
@@ -111,16 +110,14 @@ def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
     query, key, _ = random_inputs(3, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
     weights = attention_matrix(config, query, key, (KEYS, KEYS), causal)
     identity = np.broadcast_to(np.eye(KEYS), (2, 2, KEYS, KEYS))
-    exact = naive_attention(
-        query, key, identity, offset=np.zeros(2, int), lengths=np.full(2, KEYS), causal=causal
-    ).reshape(2, 2, 2, KEYS, KEYS)
+    exact = naive_attention(query, key, identity, offset=np.zeros(2, int), lengths=np.full(2, KEYS), causal=causal)
     start = 64
-    importance = exact[:, :, :, start : start + BLOCK].max(axis=(2, 3))
+    importance = exact[:, :, start : start + BLOCK].max(axis=2)
     end = start + BLOCK if causal else start + BLOCK + config.local
     importance[..., : config.sink] = importance[..., start - config.local : end] = np.inf
     best = np.argsort(-importance, axis=-1)[..., : config.budget]
-    attended = np.asarray(weights.reshape(2, 2, 2, KEYS, KEYS)[:, :, :, start : start + BLOCK].any(axis=(2, 3)))
-    for row, head in np.ndindex(2, 2):
+    attended = weights[:, :, start : start + BLOCK].any(axis=2)
+    for row, head in np.ndindex(2, 4):
         assert set(np.flatnonzero(attended[row, head])) == set(best[row, head])
 
 
@@ -211,16 +208,15 @@ def by_mass(mass: float, budget: tuple[int, int], **options: Any) -> TwoStage:
 
 
 def selected_and_exact(config: TwoStage, query: Any, key: Any, causal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What each block of each KV head selects [2, blocks, keys], and what its queries' exact weights are
-    [2, blocks, group * block, keys]; the projections are scaled to what int8 holds."""
+    """What each block of each head selects [4, blocks, keys], and what its queries' exact weights are
+    [4, blocks, block, keys]; the projections are scaled to what int8 holds."""
     identity, basis = jnp.eye(KEYS)[None, None].repeat(2, 1), FULL_RANK * jnp.asarray([1 / 20, 20.0])[:, None, None]
     rows = jnp.zeros(1, jnp.int32), jnp.full(1, KEYS)
     of_one_row: dict[str, Any] = {"offset": np.zeros(1, int), "lengths": np.full(1, KEYS)}
     call = partial(two_stage_attention, config, offset=rows[0], lengths=rows[1], causal=causal, basis=basis)
     weights = np.asarray(jax.jit(call)(jnp.asarray(query), jnp.asarray(key), identity))
     exact = naive_attention(query, key, np.asarray(identity), **of_one_row, causal=causal)
-    of_blocks = (x.reshape(2, 2, KEYS // BLOCK, BLOCK, KEYS).swapaxes(1, 2) for x in (weights, exact))
-    weights, exact = (x.reshape(2, KEYS // BLOCK, 2 * BLOCK, KEYS) for x in of_blocks)
+    weights, exact = (x.reshape(4, KEYS // BLOCK, BLOCK, KEYS) for x in (weights, exact))
     return np.asarray(weights.any(axis=2)), exact
 
 
@@ -247,7 +243,7 @@ def test_by_mass_a_head_that_looks_at_little_reads_little() -> None:
     query[:, :2] *= 8
     query[:, 2:] *= 0.1
     selected, _ = selected_and_exact(by_mass(0.9, (12, 80), exact_last_block=False), query, key, False)
-    peaked, diffuse = selected.sum(axis=2)
+    peaked, diffuse = np.split(selected.sum(axis=2), 2)
     assert peaked.max() < 60
     assert diffuse.min() > 70
     assert diffuse.max() <= 80
@@ -262,7 +258,7 @@ def test_by_mass_a_key_that_one_query_needs_is_selected() -> None:
     query[0, 0, asking] = 4 * key[0, 0, needle]
     selected, exact = selected_and_exact(by_mass(0.5, (20, 96), exact_last_block=False), query, key, True)
     assert exact[0, asking // BLOCK, asking % BLOCK, needle] > 0.9
-    assert exact[0, asking // BLOCK, :, needle].mean() < 0.1
+    assert exact[0, asking // BLOCK, :, needle].mean() < 0.2
     assert selected[0, asking // BLOCK, needle]
 
 
