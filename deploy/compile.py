@@ -318,9 +318,7 @@ def _contract(
     """The contract that is asked for, if one is: there must be something to choose, and it can be judged."""
     if retain is None and kl is None:
         if kv_dtype == AUTO:
-            raise ValueError(
-                f"kv_dtype is {AUTO!r}, but no contract chooses it: give retain or kl, or another kv_dtype"
-            )
+            raise ValueError(f"kv_dtype is {AUTO!r}, which a contract chooses: give retain or kl, or another kv_dtype")
         return None
     contract = Contract(retain, kl)
     if config.kind != "decoder":
