@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import iceformer
 from iceformer.attention import LowRank, Plan
 from iceformer.cli import app
+from iceformer.deploy import calibration, crossover
 from iceformer.deploy import contract as module
-from iceformer.deploy import crossover
 from iceformer.deploy.agreement import check_agreement
 from iceformer.deploy.contract import MASSES, Subject, Terms, fulfil, held_out_windows, ladder
 from iceformer.deploy.crossover import Choice, CrossoverTable
@@ -325,7 +325,6 @@ class TestHeldOutText:
             "retain 0.9 is judged on prompts, not on new tokens: leave decode out",
         ),
         ({"kv_dtype": "auto"}, "kv_dtype is 'auto', which a contract chooses: give retain or kl"),
-        ({"retain": 0.9}, r"calibration \(default text\) has \d+ tokens, expected at least \d+: 512 that calibrate"),
         (
             {"retain": 0.9, "calibration": np.full(CALIBRATING + 100, 5)},
             r"calibration \(ids\) has 612 tokens, expected at least 767: 512 that calibrate, and behind them 255 on "
@@ -339,6 +338,25 @@ def test_refuses(checkpoint: Path, tmp_path: Path, options: dict[str, Any], mess
     with pytest.raises(ValueError, match=message):
         iceformer.compile(checkpoint, tmp_path / "artifact", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "kind"), [(True, "text"), (False, "default text")])
+def test_refuses_texts_that_are_too_short(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool, kind: str
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Once upon a time")
+    monkeypatch.setattr(calibration, "DEFAULT_TEXT", text)
+    message = rf"calibration \({kind}\) has \d\d? tokens, expected at least 767: 512 .* give calibration=FILE"
+    with pytest.raises(ValueError, match=message):
+        iceformer.compile(
+            *(checkpoint, tmp_path / "artifact"),
+            buckets=(256,),
+            attention=iceformer.Auto(TWO_STAGE),
+            calibration=text if given else None,
+            retain=0.9,
+        )
+    assert list(tmp_path.iterdir()) == [text]
 
 
 def test_refuses_encoders(tmp_path: Path) -> None:
