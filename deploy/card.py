@@ -129,7 +129,9 @@ def _contract_text(manifest: Manifest) -> str:
         return ""
     asked, held_out = manifest.contract.asked, manifest.contract.held_out
     if asked.retain is not None:
-        bound = f"the most likely token is that of the reference at {asked.retain:.2%} of the positions at least"
+        bound = (
+            f"at a share of at least {asked.retain:g} of the positions, the most likely token is that of the reference"
+        )
     else:
         bound = f"the mean of KL(reference || configuration) is at most {asked.kl:g} nats"
     rows = evidence_rows(manifest)

@@ -39,7 +39,7 @@ class Contract:
         """The figure that the contract asks for, in words."""
         if self.retain is None:
             return f"has a divergence of {kl:.4g} nats"
-        return f"keeps {agreement:.2%} of the most likely tokens"
+        return f"keeps {agreement:.5g} of the most likely tokens"
 
 
 @dataclass(frozen=True)
