@@ -129,9 +129,7 @@ def _contract_text(manifest: Manifest) -> str:
         return ""
     asked, held_out = manifest.contract.asked, manifest.contract.held_out
     if asked.retain is not None:
-        bound = (
-            f"at a share of at least {asked.retain:g} of the positions, the most likely token is that of the reference"
-        )
+        bound = f"at {asked.retain:g} of the positions or more, the most likely token is that of the reference"
     else:
         bound = f"the mean of KL(reference || configuration) is at most {asked.kl:g} nats"
     rows = evidence_rows(manifest)
