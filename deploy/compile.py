@@ -28,13 +28,13 @@ from ..convert.generation_config import eos_token_ids, generation_settings
 from ..convert.json_file import read_json
 from ..convert.text import read_text_settings
 from ..host.files import check_absent, new_folder
-from ..model.decoder import DecoderConfig
+from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
 from ..model.registry import Model, ModelConfig, build
 from ..model.rounding import FORMATS, round_weights
 from ..model.self_attention import LayerConstants
 from . import artifact as layout
-from .calibration import calibrate, calibration_inputs
+from .calibration import MAX_TOKENS, calibrate, calibration_inputs
 from .card import card_text
 from .contract import Subject, Terms, fulfil, held_out_windows
 from .cpu import features_up_to
@@ -161,10 +161,12 @@ def compile(
     terms = None
     if contract is not None:
         assert isinstance(asked, Auto)
+        assert isinstance(config, DecoderConfig)
+        tokenizer, most = checkpoint / layout.TOKENIZER, config.max_tokens or MAX_TOKENS
         may_select = [capacity for capacity in buckets if needs_measurement(asked, (capacity,), timed)]
         judged = tuple(buckets) if rounds or kept != dtype else tuple(may_select)
         kv_dtypes = (kept, dtype) if kv_dtype == AUTO else (kept,)
-        windows, held_out = held_out_windows(calibration, checkpoint / layout.TOKENIZER, config, judged)
+        windows, held_out = held_out_windows(calibration, tokenizer, config.vocab_size, most, judged)
         terms = Terms(contract, asked.two_stage, kv_dtypes, windows, held_out)
     readings = 0 if terms is None else terms.most_readings
     entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
@@ -188,6 +190,8 @@ def compile(
         report("calibrating the attention")
         constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration)
         if terms is not None:
+            assert isinstance(floats, CausalLM)
+            assert isinstance(model, CausalLM)
             subject = Subject(floats, model, weights, constants, dtype, chunk)
             kept, choices = fulfil(terms, subject, buckets, choices, report)
             del subject

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 
 from ..attention import Attention, Exact, Plan, TwoStage, attention_to_dict
 from ..attention.two_stage import LEAST_BY_MASS
-from ..model.decoder import CausalLM, DecoderConfig
+from ..model.decoder import CausalLM
 from ..model.self_attention import LayerConstants
-from .calibration import MAX_TOKENS, calibrating_tokens, calibration_ids, held_out_ids, read_tokenizer
+from .calibration import calibrating_tokens, calibration_ids, held_out_ids, read_tokenizer
 from .crossover import Choice
 from .evidence import Contract, Evidence, described, name_of
 from .fidelity import Fidelity, comparison, first_of_last_quarter
@@ -87,32 +87,36 @@ class Subject:
 
 
 def held_out_windows(
-    source: str | Path | ArrayLike | None, tokenizer_json: Path, config: DecoderConfig, judged: Sequence[int]
+    source: str | Path | ArrayLike | None,
+    tokenizer_json: Path,
+    vocab_size: int,
+    max_tokens: int,
+    judged: Sequence[int],
 ) -> tuple[dict[int, list[Ids]], CalibrationInfo]:
     """Windows of what follows the tokens that calibrate: for each bucket `WINDOWS` of them, or the one that there is.
 
     Args:
         source: as `compile` takes it for calibration.
         tokenizer_json: the checkpoint's tokenizer.json, which need not exist.
-        config: of the model.
+        vocab_size: ids must be below it.
+        max_tokens: what the model takes at most.
         judged: capacities of the buckets, rising; with none of them nothing is read.
 
     Raises:
         ValueError: a text without a window of each length, or a bucket that is too short to be judged.
     """
-    limit = config.max_tokens or MAX_TOKENS
-    ids, info = held_out_ids(source, tokenizer_json, config.vocab_size, limit)
+    ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens)
     if not judged:
         return {}, info
     if judged[0] < _LEAST_TOKENS:
         raise ValueError(
             f"bucket {judged[0]} is too short to be judged by a contract, expected at least {_LEAST_TOKENS} tokens"
         )
-    tokenizer = read_tokenizer(tokenizer_json, config.vocab_size) if tokenizer_json.exists() else None
+    tokenizer = read_tokenizer(tokenizer_json, vocab_size) if tokenizer_json.exists() else None
     leading = leading_tokens(tokenizer)
-    calibrating, longest = calibrating_tokens(limit), judged[-1] - leading.size
+    calibrating, longest = calibrating_tokens(max_tokens), judged[-1] - leading.size
     if ids.size < longest:
-        found = ids.size + calibration_ids(source, tokenizer_json, config.vocab_size, limit)[1].tokens
+        found = ids.size + calibration_ids(source, tokenizer_json, vocab_size, max_tokens)[1].tokens
         raise ValueError(
             f"calibration ({info.kind}) has {found} tokens, expected at least {calibrating + longest}: {calibrating} "
             f"that calibrate, and behind them {longest} on which bucket {judged[-1]} is judged: give calibration=FILE"
