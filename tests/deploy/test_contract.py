@@ -27,6 +27,7 @@ from iceformer.deploy.steps import Steps
 from iceformer.deploy.tables import evidence_rows
 from iceformer.model.decoder import CausalLM
 
+from ..test_cli import run
 from .conftest import VOCABULARY
 
 TWO_STAGE = iceformer.TwoStage(method=LowRank(rank=4), budget=32, query_block=8, key_block=2, sink=4, local=4)
@@ -354,6 +355,28 @@ def test_refuses_texts_that_are_too_short(
             retain=0.9,
         )
     assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--retain 0.9 --kl 0.1", "retain is 0.9 and kl is 0.1, expected one of them"),
+        ("--kl 0", "kl is 0.0, expected a number of nats above 0"),
+        ("--kv-dtype auto", "kv_dtype is 'auto', which a contract chooses"),
+        ("--retain 0.9 --attention exact", "which leaves retain 0.9 no choice"),
+        # Of keys and values that may be rounded every bucket is judged, one without a choice too.
+        ("--retain 0.9 --kv-dtype auto", "behind them 127 on which bucket 128 is judged: give calibration=FILE"),
+    ],
+)
+def test_the_command_has_the_options(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Once upon a time")
+    arguments = ("--buckets", "128", "--calibration", text, *options.split())
+    code, _, err = run(capsys, "compile", checkpoint, tmp_path / "artifact", *arguments)
+    assert code == 1
+    assert message in " ".join(err.split())
 
 
 def test_refuses_encoders(tmp_path: Path) -> None:
