@@ -67,13 +67,29 @@ def _disagreements(manifest: Manifest) -> Iterator[str]:
         yield "has a measurement of no seconds in crossover"
     for bucket in manifest.buckets:
         where = f"in bucket {bucket.capacity}"
-        yield from (f"{what} {where}" for what in _of_bucket(manifest, bucket))
+        yield from (f"{what} {where}" for what in (*_of_bucket(manifest, bucket), *_of_evidence(manifest, bucket)))
     if manifest.model.kind == "encoder":
         first = manifest.buckets[0].entries["encode"]
         for bucket in manifest.buckets[1:]:
             entry = bucket.entries["encode"]
             if list(entry.arguments) != list(first.arguments) or list(entry.results) != list(first.results):
                 yield f"has other arguments or results in bucket {bucket.capacity} than in the first"
+
+
+def _of_evidence(manifest: Manifest, bucket: BucketInfo) -> Iterator[str]:
+    if not bucket.evidence:
+        return
+    if manifest.contract is None:
+        yield "has evidence but no contract"
+    if not all(_is_attention(each.attention) for each in bucket.evidence):
+        yield "has evidence of what is no attention"
+    chosen = [each for each in bucket.evidence if each.chosen]
+    if len(chosen) != 1:
+        yield f"has {len(chosen)} configurations that were chosen, expected one"
+    elif not chosen[0].holds:
+        yield "was compiled with a configuration that does not hold the contract"
+    elif (chosen[0].attention, chosen[0].kv_dtype) != (bucket.plan.get("prompt"), manifest.kv_dtype):
+        yield "was compiled with another configuration than the one that was chosen"
 
 
 def _of_model(model: ModelInfo) -> Iterator[str]:

@@ -80,16 +80,43 @@ def calibration_ids(
         FileNotFoundError: no such text file.
         ValueError: a text file for a model without tokenizer, no tokens at all, or an id outside the vocabulary.
     """
-    limit = min(max_tokens, MAX_TOKENS)
+    kind, ids = _all_ids(source, tokenizer_json, vocab_size, max_tokens)
+    return _recorded(kind, ids[: calibrating_tokens(max_tokens)])
+
+
+def held_out_ids(
+    source: str | Path | ArrayLike | None, tokenizer_json: Path, vocab_size: int, max_tokens: int
+) -> tuple[NDArray[np.int32], CalibrationInfo]:
+    """What of a text follows the ids that `calibration_ids` gives, which may be nothing, and its record.
+
+    Args and raises are those of `calibration_ids`.
+    """
+    kind, ids = _all_ids(source, tokenizer_json, vocab_size, max_tokens)
+    return _recorded(kind, ids[calibrating_tokens(max_tokens) :])
+
+
+def calibrating_tokens(max_tokens: int) -> int:
+    """Tokens of a text that calibrate, at most, a model that takes `max_tokens`."""
+    return min(max_tokens, MAX_TOKENS)
+
+
+def _all_ids(
+    source: str | Path | ArrayLike | None, tokenizer_json: Path, vocab_size: int, max_tokens: int
+) -> tuple[str, NDArray[Any]]:
+    """The kind of a text, and all of its ids."""
     if source is None and not tokenizer_json.exists():
-        kind, ids = "random ids", np.random.default_rng(0).integers(0, vocab_size, limit)
+        kind, ids = "random ids", np.random.default_rng(0).integers(0, vocab_size, calibrating_tokens(max_tokens))
     elif source is None:
         kind, ids = "default text", _encode(DEFAULT_TEXT, tokenizer_json, vocab_size)
     elif isinstance(source, str | Path):
         kind, ids = "text", _encode(Path(source), tokenizer_json, vocab_size)
     else:
         kind, ids = "ids", np.asarray(source)
-    ids = _check(ids, vocab_size)[:limit].astype(np.int32)
+    return kind, _check(ids, vocab_size)
+
+
+def _recorded(kind: str, ids: NDArray[Any]) -> tuple[NDArray[np.int32], CalibrationInfo]:
+    ids = ids.astype(np.int32)
     return ids, CalibrationInfo(kind, ids.size, hashlib.sha256(ids.tobytes()).hexdigest())
 
 

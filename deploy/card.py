@@ -10,11 +10,13 @@ from .manifest import Manifest, QuantizationError
 from .tables import (
     ATTENTION_OF,
     CROSSOVER_COLUMNS,
+    EVIDENCE_COLUMNS,
     MEGABYTE,
     code_rows,
     crossovers,
     describe_plan,
     describe_task,
+    evidence_rows,
     quantization_error_cells,
     text_rows,
 )
@@ -46,7 +48,7 @@ A {model.model_type} model ({model.kind}, for {describe_task(model)}) of {model.
 ## Attention
 
 {_attention_text(manifest)}
-{_weights_text(manifest)}{_cache_text(manifest)}
+{_contract_text(manifest)}{_weights_text(manifest)}{_cache_text(manifest)}
 ## Use
 
 ```python
@@ -120,6 +122,28 @@ def _attention_text(manifest: Manifest) -> str:
     for _, call, rows in crossovers(manifest):
         text += f"\n\nMeasured at compile time: {call}:\n\n{_markdown_table(CROSSOVER_COLUMNS, rows)}"
     return text
+
+
+def _contract_text(manifest: Manifest) -> str:
+    if manifest.contract is None:
+        return ""
+    asked, held_out = manifest.contract.asked, manifest.contract.held_out
+    if asked.retain is not None:
+        bound = f"at {asked.retain:g} of the positions or more, the most likely token is that of the reference"
+    else:
+        bound = f"the mean of KL(reference || configuration) is at most {asked.kl:g} nats"
+    rows = evidence_rows(manifest)
+    return f"""
+## Retention contract
+
+In every bucket, {bound}.
+The reference is exact attention with weights, keys and values in {manifest.dtype}. The positions are those in the last
+quarter of windows as long as the bucket, out of text that nothing was calibrated on ({held_out.kind},
+{held_out.tokens} tokens). The contract is about prompts and scoring; new tokens attend exactly. Seconds are those that
+the layers took for one window; KL and loss of log-probability are in nats.
+
+{_markdown_table(EVIDENCE_COLUMNS, rows) if rows else "Every bucket has the reference itself."}
+"""
 
 
 _SCALES = {"int8": f" with a scale for every {GROUP} inputs of each output, {TIED_GROUP} where it is tied"}

@@ -9,8 +9,7 @@ import datetime
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,27 @@ from ..convert.generation_config import eos_token_ids, generation_settings
 from ..convert.json_file import read_json
 from ..convert.text import read_text_settings
 from ..host.files import check_absent, new_folder
-from ..host.interrupts import check as check_interrupt
-from ..model.decoder import DecoderConfig
+from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
 from ..model.registry import Model, ModelConfig, build
 from ..model.rounding import FORMATS, round_weights
 from ..model.self_attention import LayerConstants
 from . import artifact as layout
-from .calibration import calibrate, calibration_inputs
+from .calibration import MAX_TOKENS, calibrate, calibration_inputs
 from .card import card_text
+from .contract import Subject, Terms, fulfil, held_out_windows
 from .cpu import features_up_to
 from .crossover import Choice, TimedCall, decide, needs_measurement
 from .decode_crossover import decide_decode, needs_decode_measurement
 from .entries import entries_class
+from .evidence import Contract
 from .generation_defaults import GenerationDefaults, read_defaults
 from .lowering import compile_bucket
 from .manifest import (
     SCHEMA,
     BucketInfo,
     CalibrationInfo,
+    ContractInfo,
     Environment,
     FileInfo,
     Manifest,
@@ -59,11 +60,14 @@ from .manifest import (
     entry_names,
 )
 from .quantization_error import kv_quantization_error, quantization_error
+from .steps import progress_of
 from .weights import cpu_device, described, write_weights
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("same", *FORMATS)
 KV_DTYPES = ("same", "int8")
+AUTO = "auto"
+"""The KV format that a contract chooses."""
 BUCKETS = {"decoder": (4096, 16384), "encoder": (128, 512, 4096, 16384)}
 """The buckets of each kind of model, if none are asked for. An encoder's row takes as long as its whole bucket does."""
 _TIMED_QUERIES = 2048
@@ -83,6 +87,8 @@ def compile(
     chunk: int = 2048,
     page: int | None = None,
     calibration: str | Path | ArrayLike | None = None,
+    retain: float | None = None,
+    kl: float | None = None,
     progress: bool = False,
 ) -> Path:
     """Compiles a checkpoint for this machine's kind of CPU and writes the artifact.
@@ -105,6 +111,7 @@ def compile(
             text and recorded in the manifest and the card.
         kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
             read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
+            "auto", with a contract: int8 if every bucket then fulfils it, else "same".
         batch: for an encoder, rows per call; for a decoder, how many requests have a place in its KV cache and run
             together.
         chunk: prompt tokens per call; must divide every bucket (a smaller bucket is one chunk). An encoder takes whole
@@ -114,7 +121,14 @@ def compile(
         calibration: for calibrating the attention method, if it needs that, and for measuring the error of int8
             weights, keys and values: a text file, token ids, or None for the text that ships with the package (seeded
             random ids for a model without a tokenizer, random numbers for images or sound). At most 4096 tokens are
-            used.
+            used. A contract is judged on what follows them, which must be as long as the longest bucket at least.
+        retain: the contract that every bucket keeps at least this share of the most likely tokens. With `attention`
+            left to `compile`, each bucket gets the first of these that does on held-out text, if it is faster than
+            exact attention: the fixed budget of `Auto`, if it has one, then masses from 0.95 to 0.995. What counts are
+            the positions in the last quarter of up to two windows as long as the bucket, and the token that is most
+            likely there with exact attention, floating-point weights, keys and values (both in `dtype`). `weights` and
+            `kv_dtype` are judged together with the attention. New tokens attend exactly.
+        kl: instead of `retain`, the largest mean divergence KL(exact || configuration) at these positions, in nats.
         progress: show a progress bar, and print a table at the end.
 
     Returns:
@@ -124,7 +138,8 @@ def compile(
         FileNotFoundError: the checkpoint does not exist or is incomplete.
         FileExistsError: the artifact exists.
         PermissionError, NotADirectoryError: the artifact cannot be created there.
-        ValueError: options that do not fit together, or code that another process could not load.
+        ValueError: options that do not fit together, a contract that nothing fulfils, or code that another process
+            could not load.
     """
     checkpoint, target = Path(checkpoint), Path(artifact)
     asked = Auto() if attention is None else Plan(attention) if isinstance(attention, Attention) else attention
@@ -132,39 +147,64 @@ def compile(
     raw_config = _read_config(checkpoint)
     _, config = build(raw_config)
     ends = _eos_token_ids(checkpoint, raw_config, config)
-    check_options(config, buckets=buckets, dtype=dtype, weights=weights, kv_dtype=kv_dtype, batch=batch, chunk=chunk)
+    contract = _contract(retain, kl, kv_dtype, asked, config)
+    cheapest = "int8" if kv_dtype == AUTO else kv_dtype
+    check_options(config, buckets=buckets, dtype=dtype, weights=weights, kv_dtype=cheapest, batch=batch, chunk=chunk)
     buckets = default_buckets(config, chunk) if buckets is None else buckets
     _check_page(page, config, buckets)
-    kept = dtype if kv_dtype == "same" else kv_dtype
+    kept = dtype if cheapest == "same" else cheapest
     timed = _timed_call(config, dtype, batch, chunk, kept)
     _check_decode(asked, config)
     measures = needs_measurement(asked, buckets, timed) + needs_decode_measurement(asked, buckets, timed)
     rounds = weights not in ("same", dtype)
+    weights = weights if rounds else "same"
+    terms = None
+    if contract is not None:
+        assert isinstance(asked, Auto)
+        assert isinstance(config, DecoderConfig)
+        tokenizer, most = checkpoint / layout.TOKENIZER, config.max_tokens or MAX_TOKENS
+        may_select = [capacity for capacity in buckets if needs_measurement(asked, (capacity,), timed)]
+        judged = tuple(buckets) if rounds or kept != dtype else tuple(may_select)
+        kv_dtypes = (kept, dtype) if kv_dtype == AUTO else (kept,)
+        windows, held_out = held_out_windows(calibration, tokenizer, config.vocab_size, most, judged)
+        terms = Terms(contract, asked.two_stage, kv_dtypes, windows, held_out)
+    readings = 0 if terms is None else terms.most_readings
     entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
-    steps = 2 + rounds + (kept == "int8") + measures + entry_count
+    steps = 2 + rounds + (kept == "int8") + measures + readings + entry_count
 
     # The folder first, so that one that cannot be written is known before the work.
     with (
         new_folder(target) as folder,
         jax.default_device(cpu_device()),
-        _reporter(steps, progress) as report,
+        progress_of(steps, progress) as report,
     ):
         report("loading the checkpoint")
-        model = load_model(checkpoint, dtype=dtype)
+        model = floats = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
         error = kv_error = None
         if rounds:
             report("rounding the weights")
             model, error = _round_weights(model, weights, checkpoint, calibration)
+        choices, measured = decide(asked, buckets, timed, report)
+        choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
+        report("calibrating the attention")
+        constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration, buckets[-1])
+        if terms is not None:
+            assert isinstance(floats, CausalLM)
+            assert isinstance(model, CausalLM)
+            subject = Subject(floats, model, weights, constants, dtype, chunk)
+            kept, choices = fulfil(terms, subject, buckets, choices, report)
+            del subject
+            if not _calibrated(choices):
+                constants = calibrated_on = None
+        del floats
         if kept == "int8":
             report("measuring the error of int8 keys and values")
             kv_error = kv_quantization_error(
                 model, calibration_inputs(model, calibration, checkpoint / layout.TOKENIZER)
             )
-        choices, measured = decide(asked, buckets, timed, report)
-        choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
-        report("calibrating the attention")
-        constants, calibrated_on = _calibrate(model, choices, checkpoint, calibration, buckets[-1])
+        elif kv_dtype == AUTO:
+            report.drop(1)
         entries = entries_class(model).of(model, constants)
         arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
         compiled = tuple(
@@ -189,13 +229,12 @@ def compile(
             model=info,
             crossover=measured,
             decode_crossover=measured_decode,
+            contract=None if terms is None else ContractInfo(terms.contract, terms.held_out),
             dtype=dtype,
             kv_dtype=kept,
             kv_error=kv_error,
             batch=batch,
-            weights=WeightsInfo(
-                write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights if rounds else "same", error
-            ),
+            weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, error),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),
             provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
@@ -277,6 +316,26 @@ def _check_decode(asked: Plan | Auto, config: ModelConfig) -> None:
         raise ValueError(f"decode is {asked.decode}, but an encoder writes no tokens: leave it out")
 
 
+def _contract(
+    retain: float | None, kl: float | None, kv_dtype: str, asked: Plan | Auto, config: ModelConfig
+) -> Contract | None:
+    """The contract that is asked for, if one is: there must be something to choose, and it can be judged."""
+    if retain is None and kl is None:
+        if kv_dtype == AUTO:
+            raise ValueError(f"kv_dtype is {AUTO!r}, which a contract chooses: give retain or kl, or another kv_dtype")
+        return None
+    contract = Contract(retain, kl)
+    if config.kind != "decoder":
+        raise ValueError(f"{contract} is about predictions of the next token, and an encoder makes none: leave it out")
+    if not isinstance(asked, Auto):
+        raise ValueError(f"attention is {asked}, which leaves {contract} no choice: leave it out, or give Auto(...)")
+    if asked.decode is not None:
+        raise ValueError(
+            f"decode is {asked.decode}, and {contract} is judged on prompts, not on new tokens: leave decode out"
+        )
+    return contract
+
+
 def _read_config(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's config.json, after a look whether the folder is a checkpoint at all."""
     if not checkpoint.is_dir():
@@ -295,11 +354,16 @@ def _calibrate(
 ) -> tuple[LayerConstants | None, CalibrationInfo | None]:
     """The constants that the buckets' plans need of each layer, for rows of up to `longest` tokens, and what they come
     from; None and None if none does."""
-    strategies = {strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated}
+    strategies = _calibrated(choices)
     if not strategies:
         return None, None
     row = calibration_inputs(model, source, checkpoint / layout.TOKENIZER)
     return calibrate(model, strategies, row.inputs, row.tokens, longest=longest), row.info
+
+
+def _calibrated(choices: Sequence[Choice]) -> set[Attention]:
+    """The strategies of the buckets' plans that need constants."""
+    return {strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated}
 
 
 def _round_weights(
@@ -395,32 +459,6 @@ def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
     patterns = (*tokenizer, *CHAT_TEMPLATES, layout.GENERATION_CONFIG)
     files = [file for pattern in patterns for file in sorted(checkpoint.glob(pattern))]
     return tuple(layout.write_file(folder, str(file.relative_to(checkpoint)), file.read_bytes()) for file in files)
-
-
-@contextmanager
-def _reporter(steps: int, show: bool) -> Iterator[Callable[[str], None]]:
-    """A function that moves a progress bar one step, to what begins now; it does nothing if `show` is false."""
-    if not show:
-        yield lambda description: check_interrupt()
-        return
-
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
-
-    from ..host.terminal import Description, progress_bar
-
-    columns = (Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with progress_bar(SpinnerColumn(), *columns) as bar:
-        task = bar.add_task("starting", total=steps)
-        started = 0
-
-        def report(description: str) -> None:
-            nonlocal started
-            check_interrupt()
-            bar.update(task, description=description, completed=started)
-            started += 1
-
-        yield report
-        bar.update(task, description="compiled", completed=steps)
 
 
 def _print_tables(manifest: Manifest) -> None:

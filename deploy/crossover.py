@@ -20,6 +20,7 @@ from jaxtyping import Array
 from ..attention import Attention, Auto, Constants, Exact, KeyView, Mask, Plan, Rows, TwoStage, attend
 from ..attention.keys import quantize
 from ..attention.shape import AttentionShape
+from .evidence import Evidence
 from .manifest import CrossoverRow
 
 _ROUNDS = (3, 15)
@@ -76,10 +77,11 @@ class CrossoverTable:
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan of a bucket, and one sentence that says why."""
+    """The plan of a bucket, one sentence that says why, and what was measured for a contract, if there is one."""
 
     plan: Plan
     reason: str
+    evidence: tuple[Evidence, ...] = ()
 
 
 def decide(

@@ -50,7 +50,7 @@ def compile_bucket(
         chunk: tokens of a row that one call takes.
         batch: rows of an encoder's call, or slots of a decoder's cache.
         page: tokens of the cache's pages; 0 where a slot is one page.
-        choice: the plan, and why it is that one.
+        choice: the plan, why it is that one, and the evidence for it.
         kv_dtype: of keys and values in the cache.
         report: called with a line of text before each entry.
 
@@ -63,7 +63,7 @@ def compile_bucket(
     for name, entry in entries.functions(capacity, chunk, batch, page).items():
         report(f"compiling {name} for {capacity} tokens")
         infos[name] = _compile_entry(folder, f"{capacity}/{name}", entry, entries, cache)
-    return BucketInfo(capacity, chunk, plan_to_dict(choice.plan), choice.reason, cache, infos)
+    return BucketInfo(capacity, chunk, plan_to_dict(choice.plan), choice.reason, choice.evidence, cache, infos)
 
 
 def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cache: CacheInfo) -> EntryInfo:

@@ -16,10 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from ..host import strict_json
+from .evidence import Contract, Evidence
 from .generation_defaults import GenerationDefaults
 from .records import read_record
 
-SCHEMA = 9
+SCHEMA = 10
 TAIL = 128
 """Tokens of the calls that read a prompt's end, at most."""
 TAIL_ENTRY = "prefill_tail"
@@ -297,6 +298,7 @@ class BucketInfo:
         chunk: tokens of a row that one call takes.
         plan: the attention of `prompt` (and scoring and encoding) and of `decode`, each with its `kind`.
         plan_reason: why it is that one, in a sentence.
+        evidence: what was measured for the contract; empty without one, and where exact attention keeps everything.
         cache: its KV cache.
         entries: its compiled functions by name.
     """
@@ -305,6 +307,7 @@ class BucketInfo:
     chunk: int
     plan: dict[str, dict[str, Any]]
     plan_reason: str
+    evidence: tuple[Evidence, ...]
     cache: CacheInfo
     entries: dict[str, EntryInfo]
 
@@ -346,7 +349,7 @@ class CrossoverRow:
 
 @dataclass(frozen=True)
 class CalibrationInfo:
-    """What the attention was calibrated on.
+    """What the attention was calibrated on, or what a contract was judged on.
 
     Attributes:
         kind: "default text", "text", "ids", "random ids" or "random inputs".
@@ -357,6 +360,19 @@ class CalibrationInfo:
     kind: str
     tokens: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class ContractInfo:
+    """A contract that every bucket fulfils.
+
+    Attributes:
+        asked: the contract.
+        held_out: the text that it was judged on, of which the calibration saw nothing.
+    """
+
+    asked: Contract
+    held_out: CalibrationInfo
 
 
 @dataclass(frozen=True)
@@ -380,6 +396,7 @@ class Manifest:
         model: what was compiled.
         crossover: what was measured to choose each bucket's attention; empty where it was as asked.
         decode_crossover: the same of new tokens, for one of them in one layer.
+        contract: what each bucket keeps of exact attention; None if nothing was asked.
         dtype: of activations, and of the weights that are not rounded.
         kv_dtype: of keys and values in the cache: `dtype`, or "int8" with a scale for each token and head.
         kv_error: what rounding keys and values cost, beside the weights as they are; None if they are not rounded.
@@ -397,6 +414,7 @@ class Manifest:
     model: ModelInfo
     crossover: tuple[CrossoverRow, ...]
     decode_crossover: tuple[CrossoverRow, ...]
+    contract: ContractInfo | None
     dtype: str
     kv_dtype: str
     kv_error: QuantizationError | None

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from .evidence import Contract, name_of
 from .generation_defaults import generation_rows
 from .manifest import BucketInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError
 
@@ -56,7 +57,10 @@ def attention_tables(manifest: Manifest) -> list[Table]:
     for bucket in manifest.buckets:
         table.add_row(str(bucket.capacity), describe_plan(bucket.plan), bucket.plan_reason)
     tables = [table, _dispatch_table(manifest)]
-    return [*tables, *(_crossover_table(*measured) for measured in crossovers(manifest))]
+    tables += [_crossover_table(*measured) for measured in crossovers(manifest)]
+    if manifest.contract is not None and (rows := evidence_rows(manifest)):
+        tables.append(_contract_table(manifest.contract.asked, rows))
+    return tables
 
 
 def _dispatch_table(manifest: Manifest) -> Table:
@@ -82,7 +86,18 @@ def _crossover_table(name: str, call: str, rows: Iterable[tuple[str, ...]]) -> T
     return table
 
 
+def _contract_table(asked: Contract, rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=f"contract: {asked}", caption="last quarter of held-out windows; seconds of one window")
+    for column in EVIDENCE_COLUMNS:
+        table.add_column(column, justify="left" if column in _WORDS else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 _LABELS_SHOWN = 8
+EVIDENCE_COLUMNS = ("bucket", "attention", "weights", "KV cache", "seconds", "same token", "KL", "loss", "contract")
+_WORDS = ("attention", "weights", "KV cache", "contract")
 CROSSOVER_COLUMNS = ("keys", "exact ms", "selecting ms", "ratio")
 
 
@@ -100,6 +115,25 @@ def _crossover_rows(measured: Iterable[CrossoverRow]) -> list[tuple[str, ...]]:
     return [
         (str(row.keys), _milliseconds(row.exact_seconds), _milliseconds(row.two_stage_seconds), f"{row.ratio:.2f}")
         for row in measured
+    ]
+
+
+def evidence_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """What was measured for the contract, as cells for `EVIDENCE_COLUMNS`: KL and loss in nats."""
+    return [
+        (
+            str(bucket.capacity),
+            name_of(each.attention),
+            manifest.dtype if each.weights == "same" else each.weights,
+            each.kv_dtype,
+            f"{each.seconds:.3g}",
+            f"{each.agreement:.2%}",
+            f"{each.kl:.4f}",
+            f"{each.loss:+.4f}",
+            f"{'holds' if each.holds else 'does not hold'}{', chosen' * each.chosen}",
+        )
+        for bucket in manifest.buckets
+        for each in bucket.evidence
     ]
 
 
@@ -152,6 +186,7 @@ def summary_table(manifest: Manifest) -> Table:
         **text_rows(manifest),
         **generation_rows(model.generation),
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
+        **_contract(manifest),
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
         f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
         **_kv_cache(manifest),
@@ -232,6 +267,13 @@ def _context(model: ModelInfo) -> str:
     if model.fixed_tokens is not None:
         return f"{model.fixed_tokens} tokens in every row"
     return "any number of tokens" if model.max_tokens is None else f"{model.max_tokens} tokens"
+
+
+def _contract(manifest: Manifest) -> dict[str, str]:
+    if manifest.contract is None:
+        return {}
+    held_out = manifest.contract.held_out
+    return {"contract": f"{manifest.contract.asked}, judged on {held_out.kind}, {held_out.tokens} held-out tokens"}
 
 
 def _kv_cache(manifest: Manifest) -> dict[str, str]:

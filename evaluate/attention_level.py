@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..attention import TwoStage
+from ..deploy.text_windows import Window
 from .attention_fidelity import LayerFidelity, block_size, measure_layer, sampled_blocks
 from .attention_recording import RecordedLayer, record_layers
 from .bench import Bench
 from .evaluation_result import Evaluation
 from .processes import Report
-from .windows import Window
 
 LEVEL = "attention"
 

@@ -15,15 +15,16 @@ from ..convert.checkpoint import CONFIG, load_model
 from ..deploy.artifact import TOKENIZER
 from ..deploy.calibration import CalibrationInputs, calibrate, calibration_inputs, read_tokenizer
 from ..deploy.compile import DTYPES
+from ..deploy.fidelity import BINS
+from ..deploy.reader import TAIL, Reader
+from ..deploy.text_windows import Text, Window, leading_tokens, windows_of
 from ..deploy.tokenization import TextTokenizer
 from ..model.decoder import CausalLM
 from ..model.rounding import round_weights
 from ..model.self_attention import LayerConstants
 from .configuration import Configuration
 from .examples import TASKS
-from .model_fidelity import BINS
-from .reader import TAIL, Reader
-from .windows import Text, Window, leading_tokens, read_ids, windows_of
+from .texts import read_ids
 
 _CHUNK = 2048
 _LEAST_TOKENS = 2 * BINS
@@ -186,13 +187,14 @@ class Bench:
     def reader(self, name: str) -> Reader:
         """The reader in a configuration."""
         if name not in self._readers:
+            configuration = self.configurations[name]
             self._readers[name] = Reader(
                 self.model_of(name),
-                self.configurations[name],
+                configuration.attention,
                 self.constants(name),
                 capacity=self.options.capacity,
                 chunk=self.options.chunk,
-                dtype=self.options.dtype,
+                kv_dtype=self.options.dtype if configuration.kv_dtype == "same" else configuration.kv_dtype,
             )
         return self._readers[name]
 

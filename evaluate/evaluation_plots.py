@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ..deploy.fidelity import BINS, Fidelity
 from .configuration import REFERENCE
 from .evaluation_result import Evaluation
-from .model_fidelity import BINS, Fidelity
 from .task_figures import TaskFigures, task_figures
 
 _CURVES: tuple[tuple[str, Callable[[Fidelity], float]], ...] = (

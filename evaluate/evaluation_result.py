@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..deploy.fidelity import Fidelity, last_quarter
 from ..deploy.records import read_record
 from ..host.files import replacing
 from .attention_fidelity import LayerFidelity
 from .benchmark_result import check_same_settings
 from .configuration import REFERENCE
-from .model_fidelity import Fidelity, last_quarter
 from .questions import Answer
 from .task_figures import task_figures
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from jaxtyping import Array
 
+from ..deploy.fidelity import Compare, binned, comparison
+from ..deploy.reader import Reader
+from ..deploy.text_windows import Window
 from .bench import Bench
 from .configuration import REFERENCE
 from .evaluation_result import Evaluation, WindowResult
-from .model_fidelity import Compare, binned, comparison
 from .processes import Report, busy_share
-from .reader import Reader
-from .windows import Window
 
 ROUNDS = 3
 """Timed passes of each configuration, at least."""

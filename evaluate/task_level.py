@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..deploy.reader import TAIL, Reader
+from ..deploy.text_windows import leading_tokens
 from ..deploy.tokenization import TextTokenizer
 from .bench import Bench
 from .evaluation_result import Evaluation
 from .examples import TASKS, Example, Setting
 from .processes import Report
 from .questions import Answer, Question
-from .reader import TAIL, Reader
-from .windows import leading_tokens
 
 LEVEL = "tasks"
 Piece = tuple[str, int, int]

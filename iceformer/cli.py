@@ -88,6 +88,14 @@ class CacheFormat(StrEnum):
     INT8 = "int8"
 
 
+class ChosenCacheFormat(StrEnum):
+    """Number format of the KV cache, or the choice of one by a contract."""
+
+    SAME = "same"
+    INT8 = "int8"
+    AUTO = "auto"
+
+
 class DecodeKind(StrEnum):
     """Attention of new tokens."""
 
@@ -99,7 +107,7 @@ class DecodeKind(StrEnum):
 _RANDOM_MODEL, _ATTENTION_ONLY, _RETENTION = "Random model", "Attention alone", "Retention"
 _SAMPLING = "Sampling (where nothing is given, as the model's generation_config.json asks)"
 _TASKS = "Tasks"
-_TWO_STAGE, _DECODE = "Two-stage attention", "Decoding"
+_TWO_STAGE, _DECODE, _CONTRACT = "Two-stage attention", "Decoding", "Retention contract (needs --calibration)"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `iceformer compile`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 SpecialTokens = Annotated[
@@ -292,12 +300,12 @@ def compile(
         ),
     ] = WeightFormat.SAME,
     kv_dtype: Annotated[
-        CacheFormat,
+        ChosenCacheFormat,
         typer.Option(
             help="Decoders: number format of the KV cache: same as --dtype, or int8 with one scale for each token and "
-            "head. The loss of accuracy is measured and reported."
+            "head. The loss of accuracy is measured and reported. auto: int8 if --retain or --kl then holds."
         ),
-    ] = CacheFormat.SAME,
+    ] = ChosenCacheFormat.SAME,
     batch: Annotated[
         int,
         typer.Option(help="Decoders: number of requests that run together. Encoders: rows per call."),
@@ -313,8 +321,28 @@ def compile(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text file for calibrating the method and measuring the error of rounded weights, keys and values.",
+            help="Text file for calibrating the method and measuring the error of rounded weights, keys and values. "
+            "A contract is judged on what follows the first 4096 tokens.",
             show_default="a text that ships with iceformer",
+        ),
+    ] = None,
+    retain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Decoders: choose for each bucket the cheapest attention that keeps this share of exact attention's "
+            "most likely tokens, such as 0.99, and fail if none does.",
+            show_default="no contract",
+            rich_help_panel=_CONTRACT,
+        ),
+    ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="The same by the mean divergence from exact attention's predictions that is allowed, such as 0.01.",
+            show_default="no contract",
+            rich_help_panel=_CONTRACT,
         ),
     ] = None,
     method: MethodName = None,
@@ -337,6 +365,8 @@ def compile(
         chunk=chunk,
         page=page,
         calibration=calibration,
+        retain=retain,
+        kl=kl,
         progress=True,
     )
     stdout.print(f"artifact: {path}", soft_wrap=True)

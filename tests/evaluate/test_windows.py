@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from iceformer.deploy.calibration import read_tokenizer
+from iceformer.deploy.text_windows import Text, leading_tokens, windows_of
 from iceformer.evaluate.questions import Answer
 from iceformer.evaluate.task_figures import task_figures
-from iceformer.evaluate.windows import Text, leading_tokens, read_ids, windows_of
+from iceformer.evaluate.texts import read_ids
 
 
 def text(name: str, tokens: int) -> Text:

@@ -1,17 +1,12 @@
-"""The texts of an evaluation, cut into windows of token ids."""
+"""Texts of token ids, and windows of them, as prompts by which a configuration is judged."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..deploy.tokenization import TextTokenizer
-from ..host import strict_json
-from ..host.text import decode
+from .tokenization import TextTokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,29 +37,6 @@ class Window:
     text: str
     start: int
     ids: NDArray[np.int32]
-
-
-def read_ids(file: Path, tokenizer: TextTokenizer | None, vocab_size: int) -> Text:
-    """A text as token ids: .npy and .json files hold ids, others are UTF-8 for the tokenizer.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: what is no text and no ids, or a text for a model without tokenizer.
-    """
-    data = file.read_bytes()
-    if file.suffix == ".npy":
-        ids: Any = np.load(file, allow_pickle=False)
-    elif file.suffix == ".json":
-        ids = np.asarray(strict_json.parse(data, str(file)))
-    elif tokenizer is None:
-        raise ValueError(f"the checkpoint has no tokenizer for {file}: give token ids as .npy or .json")
-    else:
-        ids = tokenizer.encode(decode(data, str(file)), add_special_tokens=False).ids
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
-        raise ValueError(f"{file} has shape {ids.shape} and dtype {ids.dtype}, expected a 1-D array of token ids")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{file} has ids {ids.min()}..{ids.max()}, expected ids from 0 to {vocab_size - 1}")
-    return Text(file.name, hashlib.sha256(data).hexdigest(), ids.astype(np.int32))
 
 
 def leading_tokens(tokenizer: TextTokenizer | None) -> NDArray[np.int32]:

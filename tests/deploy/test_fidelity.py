@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import iceformer
-from iceformer.evaluate.configuration import REFERENCE, Configuration, with_reference
-from iceformer.evaluate.model_fidelity import BINS, Fidelity, binned, comparison, last_quarter
-from iceformer.evaluate.reader import Reader
+from iceformer.deploy.fidelity import BINS, Fidelity, binned, comparison, first_of_last_quarter, last_quarter
+from iceformer.deploy.reader import Reader
 from iceformer.model.rounding import round_weights
 
 
@@ -50,6 +49,9 @@ def test_means_of_stretches_add_up(tokens: int) -> None:
     bins = binned(predictions, tokens)
     assert len(bins) == BINS
     whole, end = Fidelity.merged(bins), last_quarter(bins)
+    start = first_of_last_quarter(tokens)
+    at_once = Fidelity.of({name: values[start:] for name, values in predictions.items()})
+    assert asdict(at_once) == pytest.approx(asdict(end))
     assert whole.positions == tokens - 1
     for name, values in predictions.items():
         assert asdict(whole)[name] == pytest.approx(values.mean())
@@ -60,27 +62,12 @@ def test_means_of_stretches_add_up(tokens: int) -> None:
         Fidelity.merged([])
 
 
-@pytest.mark.parametrize("kv_dtype", ["same", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_a_reader_reads_as_the_model_does(model: Any, kv_dtype: str) -> None:
     ids = np.random.default_rng(1).integers(0, 288, 200).astype(np.int32)
-    configuration = Configuration(iceformer.Exact(), kv_dtype=kv_dtype)
-    reader = Reader(model, configuration, None, capacity=256, chunk=64, dtype="float32")
+    reader = Reader(model, iceformer.Exact(), None, capacity=256, chunk=64, kv_dtype=kv_dtype)
     hidden, seconds = reader.read(ids)
     assert seconds > 0
     difference = np.abs(np.asarray(model.logits(hidden)) - np.asarray(model(jnp.asarray(ids[None]))[0])).max()
-    assert (difference < 1e-3) == (kv_dtype == "same")
+    assert (difference < 1e-3) == (kv_dtype == "float32")
     assert difference < 1
-
-
-def test_refuses_configurations() -> None:
-    with pytest.raises(ValueError, match="is empty, expected at least one"):
-        with_reference({})
-    for name in ("", " ", REFERENCE):
-        with pytest.raises(ValueError, match="has the name"):
-            with_reference({name: Configuration()})
-    with pytest.raises(ValueError, match="weights is 'int4'"):
-        Configuration(weights="int4")
-    with pytest.raises(ValueError, match="kv_dtype is 'int4'"):
-        Configuration(kv_dtype="int4")
-    with pytest.raises(ValueError, match="for new tokens"):
-        Configuration(iceformer.DecodeSelection())

@@ -16,48 +16,45 @@ from jaxtyping import Array, Float, Int, Int32
 
 from ..attention import Attention, Plan, Rows, TwoStage
 from ..attention.cache import KVCache
-from ..deploy.entries import DecoderEntries, score_block, score_positions
 from ..model.decoder import CausalLM
 from ..model.self_attention import LayerConstants
-from .configuration import Configuration
+from .entries import DecoderEntries, score_block, score_positions
 
 PIECE, TAIL = 256, 512
 """Tokens of the calls that read a context's end, and of those that read what stands behind it."""
 
 
 class Reader:
-    """A model in one configuration, with room for one prompt.
+    """A model with one attention and one format of keys and values, with room for one prompt.
 
     Attributes:
-        model: with its weights in the configuration's format.
+        model: the model.
         exact_last_block: whether its attention treats the end of a prompt differently.
     """
 
     def __init__(
         self,
         model: CausalLM,
-        configuration: Configuration,
+        attention: Attention,
         constants: LayerConstants | None,
         *,
         capacity: int,
         chunk: int,
-        dtype: str,
+        kv_dtype: str,
     ) -> None:
         """
         Args:
             model: the model.
-            configuration: its attention, and its KV cache.
+            attention: of prompts, in the layers that see the whole sequence.
             constants: what the attention was calibrated to.
             capacity: tokens of the longest prompt, a multiple of `chunk`.
             chunk: tokens of one call.
-            dtype: of the KV cache, unless the configuration says otherwise.
+            kv_dtype: of the KV cache.
         """
         self.model, self._chunk, self._constants = model, chunk, constants
-        attention = configuration.attention
         self.exact_last_block = isinstance(attention, TwoStage) and attention.exact_last_block
         plan = Plan(attention)
-        kept = dtype if configuration.kv_dtype == "same" else configuration.kv_dtype
-        self._layers = replace(DecoderEntries.of(model, constants), plan=plan).cache(capacity, 1, kept, 0).layers
+        self._layers = replace(DecoderEntries.of(model, constants), plan=plan).cache(capacity, 1, kv_dtype, 0).layers
         self._graph, self._state = nnx.split(model)
         self._read = jax.jit(partial(self._hidden_states, plan), donate_argnums=2)
         self._score_known = jax.jit(partial(self._score, plan))

@@ -12,8 +12,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from ..deploy.entries import SCORE_BLOCK
 from ..model.decoder import CausalLM
+from .entries import SCORE_BLOCK
 
 BINS = 32
 """Stretches of equal length that a window's positions are averaged over."""
@@ -48,6 +48,12 @@ class Fidelity:
         return math.exp(self.loss)
 
     @classmethod
+    def of(cls, predictions: "Predictions") -> "Fidelity":
+        """Means over all positions of some predictions."""
+        means = {name: float(np.mean(values)) for name, values in predictions.items()}
+        return cls(predictions["kl"].size, **means)
+
+    @classmethod
     def merged(cls, parts: Iterable["Fidelity"]) -> "Fidelity":
         """Means over the positions of all parts.
 
@@ -70,6 +76,11 @@ class Fidelity:
             mean(part.agreement for part in parts),
             mean(part.kl for part in parts),
         )
+
+
+def first_of_last_quarter(tokens: int) -> int:
+    """The position at which the last quarter of a window of that many tokens begins."""
+    return tokens * 3 // 4
 
 
 def last_quarter(bins: tuple[Fidelity, ...]) -> Fidelity:
@@ -113,10 +124,7 @@ def binned(predictions: Predictions, tokens: int) -> tuple[Fidelity, ...]:
     """Means over `BINS` stretches of a window of that many tokens, of which the last predicts nothing."""
     edges = np.arange(1, BINS) * tokens // BINS
     parts = {name: np.split(values, edges) for name, values in predictions.items()}
-    return tuple(
-        Fidelity(parts["kl"][index].size, **{name: float(np.mean(part[index])) for name, part in parts.items()})
-        for index in range(BINS)
-    )
+    return tuple(Fidelity.of({name: part[index] for name, part in parts.items()}) for index in range(BINS))
 
 
 def _of_distributions(
