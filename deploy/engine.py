@@ -51,12 +51,21 @@ class Request:
 
 @dataclass(frozen=True)
 class PromptRead:
-    """So many tokens of a request's prompt are in the cache, of so many, and so many of them from earlier prompts."""
+    """More of a request's prompt is in the cache.
+
+    Attributes:
+        handle: of the request.
+        done: how many tokens of the prompt are in the cache.
+        total: how many the prompt has.
+        restored: how many an earlier prompt had left there.
+        seconds: since the engine began to read the prompt; what others wrote in between is in them.
+    """
 
     handle: int
     done: int
     total: int
     restored: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class _Running:
         pieces: how many calls' worth of the prompt is in the cache.
         read: tokens of the prompt that are in the cache.
         restored: how many of them an earlier prompt had left.
+        began: when the first piece of the prompt was begun, by `time.perf_counter`; None before.
         written: how many tokens the model wrote.
         last: the last of them, which is not in the cache yet.
         guesser: guesses the next ones; None where that is not wanted.
@@ -121,6 +131,7 @@ class _Running:
     pieces: int = 0
     read: int = 0
     restored: int = 0
+    began: float | None = None
     written: int = 0
     last: int = 0
     guesser: Guesser | None = None
@@ -188,6 +199,16 @@ class Engine:
         """Whether there is anything to do in a step."""
         self._sweep()
         return bool(self._running or self._events or any(place.waiting for place in self._places.values()))
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return sum(len(place.waiting) for place in self._places.values())
 
     def step(self) -> list[Event]:
         """One piece of the oldest prompt that is not done, and one token of every request whose prompt is, and those
@@ -305,6 +326,8 @@ class Engine:
 
     def _read(self, running: _Running) -> None:
         """Reads the next piece of a prompt."""
+        if running.began is None:
+            running.began = time.perf_counter()
         self._restore(running)
         bucket, ids, start, number = running.bucket, running.request.ids, running.read, running.pieces
         size = bucket.piece_sizes(len(ids))[number]
@@ -316,8 +339,10 @@ class Engine:
             self._sample(running, logits)
 
     def _tell_read(self, running: _Running) -> None:
-        total = len(running.request.ids)
-        self._events.append(PromptRead(running.handle, running.read, total, running.restored))
+        assert running.began is not None
+        seconds = time.perf_counter() - running.began
+        read, total = running.read, len(running.request.ids)
+        self._events.append(PromptRead(running.handle, read, total, running.restored, seconds))
 
     def _restore(self, running: _Running) -> None:
         """Takes the next pieces of a prompt from earlier prompts, as far as they are kept."""
