@@ -61,6 +61,12 @@ def serve(
         str,
         typer.Option(help="Memory of each artifact for what was read already, such as 500M or 2G; 0 for none."),
     ] = "1G",
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which clients may save what was read of a prompt, through /cache/save.", show_default="none"
+        ),
+    ] = None,
     overflow: Annotated[
         OverflowKind,
         typer.Option(
@@ -116,6 +122,8 @@ def serve(
         raise ModuleNotFoundError(
             f"iceformer serve needs {error.name}: pip install 'iceformer[serve]'", name=error.name
         ) from error
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         api_key=api_key,
         overflow=overflow.value,
@@ -126,6 +134,7 @@ def serve(
         max_choices=max_choices,
         max_tokens=max_tokens,
         max_body=read_size(max_body, "--max-body"),
+        cache_dir=cache_dir,
         cors_origins=tuple(cors_origin or ()),
     )
 

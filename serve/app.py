@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
-from . import encoding, texts, writing
+from . import caching, encoding, texts, writing
 from .errors import SERVER, ApiError, ClientGoneError
 from .middleware import LIVENESS, ApiKey, Observe, response
 from .page import page
@@ -26,6 +26,8 @@ from .schemas import (
     DetokenizeBody,
     EmbeddingBody,
     RerankBody,
+    RestoreBody,
+    SaveBody,
     TemplateBody,
     TokenizeBody,
 )
@@ -43,6 +45,8 @@ _POSTS: dict[str, tuple[Handler, type[Body]]] = {
     "/tokenize": (texts.tokenize, TokenizeBody),
     "/detokenize": (texts.detokenize, DetokenizeBody),
     "/apply-template": (texts.apply_template, TemplateBody),
+    "/cache/save": (caching.save, SaveBody),
+    "/cache/restore": (caching.restore, RestoreBody),
 }
 _GETS: dict[str, Handler] = {"/": page, "/v1/models": texts.models, "/v1/models/{name:path}": texts.model}
 _CLIENT_GONE = 499

@@ -58,10 +58,12 @@ def refused(param: str | None = None) -> Iterator[None]:
 
 def too_long(context: int, prompt: int, wanted: int, param: str) -> ApiError:
     """The prompt, or prompt and answer together, are longer than the context."""
-    asked = f"and {wanted} new tokens were asked for, {prompt + wanted} together" if wanted > 1 else "which leaves none"
+    asked = (
+        f" and {wanted} new tokens were asked for, {prompt + wanted} together" if wanted > 1 else ", which leaves none"
+    )
     return ApiError(
         400,
-        f"this model's context is {context} tokens, but the prompt has {prompt} tokens {asked}: shorten the prompt"
+        f"this model's context is {context} tokens, but the prompt has {prompt} tokens{asked}: shorten the prompt"
         f"{' or ask for fewer tokens' if wanted > 1 else ''}, or compile the model with a larger bucket",
         code=CONTEXT_LENGTH,
         param=param,

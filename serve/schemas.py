@@ -12,6 +12,7 @@ from .errors import ApiError
 Ids = list[int]
 
 _MOST_STOPS = 16
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _IGNORED = frozenset(
     {
         "cache_prompt",
@@ -140,6 +141,18 @@ class TokenizeBody(Body):
     messages: Messages | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
+
+
+class RestoreBody(Body):
+    """The body of `/cache/restore`."""
+
+    name: str = Field(pattern=_NAME)
+
+
+class SaveBody(TokenizeBody):
+    """The body of `/cache/save`: a prompt as in `/tokenize`, and the name that it gets."""
+
+    name: str = Field(pattern=_NAME)
 
 
 class DetokenizeBody(Body):

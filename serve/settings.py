@@ -1,6 +1,7 @@
 """`Settings`: what the server allows, and how long it waits."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 Overflow = Literal["error", "truncate-oldest"]
@@ -23,6 +24,7 @@ class Settings:
         max_inputs: texts that one request may ask to encode or to rank.
         max_tokens: new tokens that a request may ask for; None leaves it to the context.
         max_body: bytes of a request.
+        cache_dir: where prompts that were read can be saved; None for nowhere.
         cors_origins: from which web pages may ask; "*" for all.
 
     Raises:
@@ -40,6 +42,7 @@ class Settings:
     max_inputs: int = 2048
     max_tokens: int | None = None
     max_body: int = 32 << 20
+    cache_dir: Path | None = None
     cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..deploy.session import Session
 from .body import read
 from .errors import ApiError, refused
 from .prompts import chat_text
@@ -19,20 +20,25 @@ async def tokenize(service: Service, request: Request) -> Response:
     """Token ids of a text, or of a conversation as the chat template has it."""
     body = await read(request, TokenizeBody, service.settings)
     _, session = service.worker(request, body.model)
+    tokens = await asyncio.to_thread(ids_of, session, body)
+    context = session.info.buckets[-1].capacity
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context})
+
+
+def ids_of(session: Session, body: TokenizeBody) -> list[int]:
+    """The token ids of a text or of a conversation.
+
+    Raises:
+        ApiError: 400 for a request that has not one of them, or what cannot be tokenized.
+    """
     given = [each for each in (body.prompt, body.content, body.messages) if each is not None]
     if len(given) != 1:
         raise ApiError(400, f"the request has {len(given)} of prompt, content and messages, expected one")
-
-    def ids() -> list[int]:
-        text, special = given[0], body.add_special_tokens
-        if not isinstance(text, str):
-            text, special = chat_text(session, text, body.chat_template_kwargs), False
-        with refused("prompt"):
-            return session.tokenize(text, add_special_tokens=special).tolist()
-
-    tokens = await asyncio.to_thread(ids)
-    context = session.info.buckets[-1].capacity
-    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context})
+    text, special = given[0], body.add_special_tokens
+    if not isinstance(text, str):
+        text, special = chat_text(session, text, body.chat_template_kwargs), False
+    with refused("prompt"):
+        return session.tokenize(text, add_special_tokens=special).tolist()
 
 
 async def detokenize(service: Service, request: Request) -> Response:
