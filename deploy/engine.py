@@ -77,6 +77,7 @@ class TokenWritten:
         id: the token.
         finish_reason: why it is the last: "stop" at an end-of-sequence token, "length" after max_new_tokens, "capacity"
             when the bucket was full; None if it is not.
+        time: when it was chosen, in seconds, by `time.perf_counter`.
         logprobs: of the token, if they were asked for.
         proposed: how many guesses of this and later tokens were checked in the call that wrote it; 0 where that wrote
             others of the request before.
@@ -86,6 +87,7 @@ class TokenWritten:
     handle: int
     id: int
     finish_reason: FinishReason | None
+    time: float
     logprobs: TokenLogprobs | None = None
     proposed: int = 0
     guessed: bool = False
@@ -458,7 +460,8 @@ class Engine:
         asked = running.request.logprobs
         logprobs = None if asked is None else top_logprobs(logits, running.last, asked)
         guessed = running.last == guess
-        self._events.append(TokenWritten(running.handle, running.last, reason, logprobs, proposed, guessed))
+        now = time.perf_counter()
+        self._events.append(TokenWritten(running.handle, running.last, reason, now, logprobs, proposed, guessed))
 
     def _call(self, bucket: BucketInfo, entry: str, *arguments: NDArray[np.int32]) -> tuple[Any, ...]:
         table = self._places[bucket.capacity].slots.table

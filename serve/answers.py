@@ -2,9 +2,10 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from ..deploy.session import Session
 from .generation import Delta, Generation, Progress, Text, Token, timings, usage
@@ -12,28 +13,32 @@ from .generation import Delta, Generation, Progress, Text, Token, timings, usage
 _LEAST = -9999.0
 
 
-class Shape(Protocol):
+class Shape(ABC):
     """What differs between chat and plain text."""
 
-    prefix: str
-    whole_object: str
-    chunk_object: str
+    prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
 
+    @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """The choice of a chunk before the first token; None for none."""
 
+    @abstractmethod
     def delta(self, delta: Delta) -> dict[str, Any]:
         """The choice of a chunk."""
 
+    @abstractmethod
     def progress(self, index: int) -> dict[str, Any]:
         """The choice of a chunk that tells of the prompt."""
 
+    @abstractmethod
     def whole(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any]:
         """The choice of a whole answer."""
 
 
 @dataclass(frozen=True)
-class ChatShape:
+class ChatShape(Shape):
     """`chat.completion` and `chat.completion.chunk`."""
 
     session: Session
@@ -73,7 +78,7 @@ class ChatShape:
 
 
 @dataclass(frozen=True)
-class TextShape:
+class TextShape(Shape):
     """`text_completion`, whole and in chunks."""
 
     session: Session

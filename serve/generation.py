@@ -108,7 +108,7 @@ class Generation:
     timeout: float
     submitted: float = 0.0
     _tickets: list[Ticket] = field(default_factory=list)
-    _events: "asyncio.Queue[tuple[int, Event, float]]" = field(default_factory=asyncio.Queue)
+    _events: "asyncio.Queue[tuple[int, Event]]" = field(default_factory=asyncio.Queue)
 
     def submit(self) -> None:
         """Gives the texts to the worker.
@@ -118,10 +118,10 @@ class Generation:
         """
         loop = asyncio.get_running_loop()
 
-        def deliver(index: int) -> Callable[[Event, float], None]:
-            def put(event: Event, when: float) -> None:
+        def deliver(index: int) -> Callable[[Event], None]:
+            def put(event: Event) -> None:
                 with suppress(RuntimeError):  # The loop is closed, and nobody listens.
-                    loop.call_soon_threadsafe(self._events.put_nowait, (index, event, when))
+                    loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
             return put
 
@@ -147,7 +147,7 @@ class Generation:
         while any(text.finish_reason is None for text in self.texts):
             try:
                 async with asyncio.timeout(end - time.perf_counter()):
-                    index, event, when = await self._events.get()
+                    index, event = await self._events.get()
             except TimeoutError:
                 raise ApiError(
                     504,
@@ -158,18 +158,18 @@ class Generation:
                     headers={"x-should-retry": "false"},
                 ) from None
             if self.texts[index].finish_reason is None:
-                update = self._update(index, event, when)
+                update = self._update(index, event)
                 if update is not None:
                     yield update
 
-    def _update(self, index: int, event: Event, when: float) -> Update | None:
+    def _update(self, index: int, event: Event) -> Update | None:
         text = self.texts[index]
         if isinstance(event, RequestLost):
             raise ApiError(500, f"the text cannot be continued, because {event.why}", kind=SERVER, code="lost")
         if isinstance(event, PromptRead):
             text.progress = Progress(index, event.total, event.restored, event.done, event.seconds)
             return text.progress
-        text.first, text.last = text.first or when, when
+        text.first, text.last = text.first or event.time, event.time
         text.written += 1
         added = text.stream.push(event.id)
         reason = event.finish_reason

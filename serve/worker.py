@@ -18,7 +18,7 @@ from ..deploy.session import Session
 from .errors import RATE_LIMIT, SERVER, ApiError
 
 Result = TypeVar("Result")
-Deliver = Callable[[Event, float], None]
+Deliver = Callable[[Event], None]
 
 _LOG = logging.getLogger("iceformer.serve")
 _LOADING_SECONDS = 5
@@ -34,7 +34,7 @@ class Ticket:
 
     Attributes:
         request: the engine's.
-        deliver: takes an event of it and its time (`time.perf_counter`), in the worker's thread.
+        deliver: takes an event of it, in the worker's thread.
         submitted: when it came in.
         handle: the engine's; None before it is there.
         begun: whether anything was heard of it, or it has ended.
@@ -226,11 +226,10 @@ class Worker:
                 # The next step tells those who lost their place in the cache.
                 _LOG.exception("a call of the engine failed")
                 return True
-            now = time.perf_counter()
             for event in events:
                 ticket = self._tickets.get(event.handle)
                 if ticket is not None:
-                    self._tell(ticket, event, now)
+                    self._tell(ticket, event)
             self.prefix_bytes = session.prefixes.size_in_bytes
         return True
 
@@ -242,7 +241,7 @@ class Worker:
             ticket.handle = self._engine.add(ticket.request)
             self._tickets[ticket.handle] = ticket
 
-    def _tell(self, ticket: Ticket, event: Event, now: float | None = None) -> None:
+    def _tell(self, ticket: Ticket, event: Event) -> None:
         """Passes an event on, unless the request was cancelled."""
         with self._lock:
             if ticket.ended:
@@ -250,7 +249,7 @@ class Worker:
             self._begin(ticket)
             if isinstance(event, RequestLost) or getattr(event, "finish_reason", None) is not None:
                 self._finish(ticket)
-        ticket.deliver(event, time.perf_counter() if now is None else now)
+        ticket.deliver(event)
 
     def _begin(self, ticket: Ticket) -> None:
         """The prompt waits no longer."""

@@ -109,9 +109,13 @@ def test_it_tells_how_long_a_prompt_took_and_how_many_have_a_slot(engines: dict[
     assert (engine.running, engine.waiting) == (2, 1)
     seconds: dict[int, list[float]] = {handle: [] for handle in handles}
     began: dict[int, float] = {}
+    times: list[float] = []
     while engine.busy:
         before = time.perf_counter()
         for event in engine.step():
+            if isinstance(event, TokenWritten):
+                times.append(event.time)
+                assert before <= event.time <= time.perf_counter()
             if isinstance(event, PromptRead):
                 began.setdefault(event.handle, before)
                 seconds[event.handle].append(event.seconds)
@@ -119,6 +123,7 @@ def test_it_tells_how_long_a_prompt_took_and_how_many_have_a_slot(engines: dict[
     for handle in handles[1:]:
         assert seconds[handle] == sorted(seconds[handle])
         assert seconds[handle][-1] <= time.perf_counter() - began[handle]
+    assert times == sorted(times)
     assert (engine.running, engine.waiting) == (0, 0)
 
 

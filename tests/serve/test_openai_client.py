@@ -183,7 +183,7 @@ def test_a_request_alone_and_among_others_writes_the_same(served: Served, sessio
 
 
 def test_a_prompt_that_was_read_is_not_read_again(client: OpenAI) -> None:
-    prompt = "the wood and the stars " * 8
+    prompt = "the wood and the stars " * 16
     first = complete(client, prompt, 2)
     again = complete(client, prompt + "at night", 2)
     assert first.usage.prompt_tokens_details.cached_tokens == 0
