@@ -66,7 +66,7 @@ def test_what_is_no_json_object(served: Served, body: bytes) -> None:
         (CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"messages": []}}, None),
         (CHAT, {}, "messages"),
         (COMPLETION, {}, "prompt"),
-        (COMPLETION, {"prompt": ""}, None),
+        (COMPLETION, {"prompt": "", "add_special_tokens": False}, "prompt"),
         (COMPLETION, {"prompt": []}, "prompt"),
         (COMPLETION, {"prompt": [1, "two"]}, "prompt"),
         (COMPLETION, {"prompt": [VOCABULARY]}, "prompt"),

@@ -58,8 +58,8 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(served: Served, ses
     ids = session.tokenize(PROMPT).tolist()
     with slow_calls(served, 0.05):
         streams = [stream(served, prompt=ids, max_tokens=200) for _ in range(SLOTS)]
-        for each in streams:
-            assert next(events_of(each.__enter__()))
+        heard = [events_of(each.__enter__()) for each in streams]
+        assert all(next(events) for events in heard)
         served.until(lambda: served.metric(RUNNING) == SLOTS)
         streams[0].__exit__(None, None, None)
         assert served.until(lambda: served.metric(RUNNING) == SLOTS - 1, 1.0) < 1.0
