@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,12 @@ class Served:
     Attributes:
         url: where it listens.
         service: what is behind it.
+        clients: that were made for it, closed at its end.
     """
 
     url: str
     service: Service
+    clients: list[OpenAI] = field(default_factory=list)
 
     @property
     def worker(self) -> Worker:
@@ -57,7 +59,9 @@ class Served:
 
     def client(self, **options: Any) -> OpenAI:
         """The official client, which does not try again, so that a failure shows."""
-        return OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+        client = OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+        self.clients.append(client)
+        return client
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         """The response of a route."""
@@ -107,7 +111,10 @@ def serving(
         port = server.servers[0].sockets[0].getsockname()[1]
         if wait:
             assert ready.wait(_SECONDS)
-        yield Served(f"http://127.0.0.1:{port}", service)
+        served = Served(f"http://127.0.0.1:{port}", service)
+        yield served
+        for client in served.clients:
+            client.close()
     finally:
         server.should_exit = True
         thread.join(_SECONDS)

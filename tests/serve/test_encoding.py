@@ -85,7 +85,7 @@ def test_a_prompt_by_name(encoders: Served, sessions: dict[str, Session]) -> Non
     client = encoders.client()
     found = client.embeddings.create(model="embedder", input=TEXTS[0], extra_body={"prompt_name": "ask"})
     np.testing.assert_array_equal(vectors_of(found)[0], sessions["embedder"].encode(TEXTS[0], prompt_name="ask").pooled)
-    with pytest.raises(openai.BadRequestError, match="the model's prompts are: ask"):
+    with pytest.raises(openai.BadRequestError, match="the model's prompts are: .*ask"):
         client.embeddings.create(model="embedder", input="a", extra_body={"prompt_name": "other"})
 
 

@@ -185,7 +185,7 @@ def test_a_last_message_that_does_not_fit_is_refused(strict: Served) -> None:
 def test_the_oldest_tokens_are_dropped_but_the_first_special_one(
     strict: Served, session: Session, stream: bool
 ) -> None:
-    text = "the small fox counts the stars " * 30
+    text = "the small fox counts the stars " * 40
     ids = session.tokenize(text).tolist()
     assert len(ids) > CONTEXT
     body = {"model": "fox", "prompt": text, "max_tokens": 10, "logit_bias": NO_END, "stream": stream}
@@ -264,7 +264,7 @@ def test_readiness_waits_for_the_artifact(artifact: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"queue": 0}, {"timeout": 0}, {"drain": -1}, {"overflow": "maybe"}, {"api_key": " "}, {"max_tokens": 0}],
+    [{"queue": 0}, {"timeout": 0.0}, {"drain": -1.0}, {"ping": float("nan")}, {"api_key": " "}, {"max_tokens": 0}],
 )
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("api_key", "API key")):
