@@ -33,7 +33,7 @@ async def embed(service: Service, request: Request) -> Response:
     with refused("prompt_name"):
         prompt = choose_prompt(session.info, None, body.prompt_name)
     await asyncio.to_thread(_check_lengths, service, session, [(prompt, each) for each in body.inputs], "input")
-    inputs: list[Any] = [each if isinstance(each, str) else np.asarray(each) for each in body.inputs]
+    inputs: Any = [each if isinstance(each, str) else np.asarray(each) for each in body.inputs]
 
     def encode(session: Session, progress: Progress) -> list[Encoding]:
         return session.encode(

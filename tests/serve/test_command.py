@@ -21,8 +21,8 @@ def test_sigterm_lets_running_requests_end(artifact: Path) -> None:
     """A stream that has begun is whole, no new connection is taken, and the process ends with code 0."""
     command = [sys.executable, "-m", "iceformer", "serve", f"tale={artifact}", "--port", "0"]
     environment = {**os.environ, "ICEFORMER_API_KEY": "secret"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"listening at (\S+)", process.stdout.readline())

@@ -55,7 +55,7 @@ def test_a_chat_may_fill_the_context(client: OpenAI) -> None:
 
 def test_the_model_ends_its_text_itself(client: OpenAI, session: Session) -> None:
     """The bias makes the end the likeliest token."""
-    answer = client.completions.create(model="fox", prompt=PROMPT, logit_bias={"2": 1e4})
+    answer = client.completions.create(model="fox", prompt=PROMPT, logit_bias={"2": 10_000})
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 1
