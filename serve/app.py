@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from . import caching, encoding, texts, writing
-from .errors import SERVER, ApiError, ClientGoneError
+from .errors import CLIENT_GONE, SERVER, ApiError, ClientGoneError
 from .middleware import LIVENESS, ApiKey, Observe, response
 from .page import page
 from .record import of
@@ -49,7 +49,6 @@ _POSTS: dict[str, tuple[Handler, type[Body]]] = {
     "/cache/restore": (caching.restore, RestoreBody),
 }
 _GETS: dict[str, Handler] = {"/": page, "/v1/models": texts.models, "/v1/models/{name:path}": texts.model}
-_CLIENT_GONE = 499
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -167,4 +166,4 @@ async def _http_error(request: Request, error: Any) -> Response:
 
 async def _client_gone(request: Request, error: Any) -> Response:
     of(request).error = "client_gone"
-    return Response(status_code=_CLIENT_GONE)
+    return Response(status_code=CLIENT_GONE)

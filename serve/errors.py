@@ -7,6 +7,8 @@ from typing import Any
 INVALID, AUTHENTICATION, RATE_LIMIT = "invalid_request_error", "authentication_error", "rate_limit_error"
 SERVER, TIMEOUT = "server_error", "timeout_error"
 CONTEXT_LENGTH = "context_length_exceeded"
+CLIENT_GONE = 499
+"""Status in log and metrics, as in nginx; nobody is there to get it."""
 
 
 class ApiError(Exception):

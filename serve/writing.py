@@ -12,7 +12,7 @@ from ..deploy.generation_options import Choices, SamplingOptions, choices
 from ..deploy.session import Session
 from .answers import Answer, ChatShape, Shape, TextShape
 from .body import read
-from .errors import ApiError, ClientGoneError, refused
+from .errors import CLIENT_GONE, ApiError, ClientGoneError, refused
 from .generation import Generation, prepare, timings, usage
 from .prompts import Prompt, Room, chat_prompt, text_prompt
 from .record import of
@@ -86,8 +86,10 @@ async def _answer(
         ended = True
         generation.cancel()
         record.figures |= _figures(generation, n)
-        if isinstance(early, ClientGoneError | asyncio.CancelledError):
-            record.status, record.error = 499, "client_gone"
+        if isinstance(early, ClientGoneError):
+            record.status, record.error = CLIENT_GONE, "client_gone"
+        elif isinstance(early, asyncio.CancelledError):
+            record.error = "shutdown"
         elif isinstance(early, ApiError):
             record.error = early.code
         service.metrics.note_generation(worker.name, generation)
