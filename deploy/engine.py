@@ -51,12 +51,21 @@ class Request:
 
 @dataclass(frozen=True)
 class PromptRead:
-    """So many tokens of a request's prompt are in the cache, of so many, and so many of them from earlier prompts."""
+    """More of a request's prompt is in the cache.
+
+    Attributes:
+        handle: of the request.
+        done: how many tokens of the prompt are in the cache.
+        total: how many the prompt has.
+        restored: how many an earlier prompt had left there.
+        seconds: since the engine began to read the prompt; what others wrote in between is in them.
+    """
 
     handle: int
     done: int
     total: int
     restored: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class TokenWritten:
         id: the token.
         finish_reason: why it is the last: "stop" at an end-of-sequence token, "length" after max_new_tokens, "capacity"
             when the bucket was full; None if it is not.
+        time: when it was chosen, in seconds, by `time.perf_counter`.
         logprobs: of the token, if they were asked for.
         proposed: how many guesses of this and later tokens were checked in the call that wrote it; 0 where that wrote
             others of the request before.
@@ -77,6 +87,7 @@ class TokenWritten:
     handle: int
     id: int
     finish_reason: FinishReason | None
+    time: float
     logprobs: TokenLogprobs | None = None
     proposed: int = 0
     guessed: bool = False
@@ -107,6 +118,7 @@ class _Running:
         pieces: how many calls' worth of the prompt is in the cache.
         read: tokens of the prompt that are in the cache.
         restored: how many of them an earlier prompt had left.
+        began: when the first piece of the prompt was begun, by `time.perf_counter`; None before.
         written: how many tokens the model wrote.
         last: the last of them, which is not in the cache yet.
         guesser: guesses the next ones; None where that is not wanted.
@@ -121,6 +133,7 @@ class _Running:
     pieces: int = 0
     read: int = 0
     restored: int = 0
+    began: float | None = None
     written: int = 0
     last: int = 0
     guesser: Guesser | None = None
@@ -188,6 +201,16 @@ class Engine:
         """Whether there is anything to do in a step."""
         self._sweep()
         return bool(self._running or self._events or any(place.waiting for place in self._places.values()))
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return sum(len(place.waiting) for place in self._places.values())
 
     def step(self) -> list[Event]:
         """One piece of the oldest prompt that is not done, and one token of every request whose prompt is, and those
@@ -305,6 +328,8 @@ class Engine:
 
     def _read(self, running: _Running) -> None:
         """Reads the next piece of a prompt."""
+        if running.began is None:
+            running.began = time.perf_counter()
         self._restore(running)
         bucket, ids, start, number = running.bucket, running.request.ids, running.read, running.pieces
         size = bucket.piece_sizes(len(ids))[number]
@@ -316,8 +341,10 @@ class Engine:
             self._sample(running, logits)
 
     def _tell_read(self, running: _Running) -> None:
-        total = len(running.request.ids)
-        self._events.append(PromptRead(running.handle, running.read, total, running.restored))
+        assert running.began is not None
+        seconds = time.perf_counter() - running.began
+        read, total = running.read, len(running.request.ids)
+        self._events.append(PromptRead(running.handle, read, total, running.restored, seconds))
 
     def _restore(self, running: _Running) -> None:
         """Takes the next pieces of a prompt from earlier prompts, as far as they are kept."""
@@ -433,7 +460,8 @@ class Engine:
         asked = running.request.logprobs
         logprobs = None if asked is None else top_logprobs(logits, running.last, asked)
         guessed = running.last == guess
-        self._events.append(TokenWritten(running.handle, running.last, reason, logprobs, proposed, guessed))
+        now = time.perf_counter()
+        self._events.append(TokenWritten(running.handle, running.last, reason, now, logprobs, proposed, guessed))
 
     def _call(self, bucket: BucketInfo, entry: str, *arguments: NDArray[np.int32]) -> tuple[Any, ...]:
         table = self._places[bucket.capacity].slots.table

@@ -274,7 +274,7 @@ class Session:
                 "once for each"
             )
         ids = self._read_ids(prompt, "the prompt", add_special_tokens)
-        text = TextStream(self._tokenizer(), chosen.stop) if self.has_tokenizer else None
+        text = self.text_stream(chosen.stop) if self.has_tokenizer else None
         with self._turn():
             request = Request(ids, chosen.max_new_tokens, chosen.sampling, chosen.logprobs, chosen.speculate)
             handle = self._engine.add(request)
@@ -337,8 +337,14 @@ class Session:
         ids = self.tokenize(self.chat_prompt(messages, tools=tools), add_special_tokens=False)
         return self.generate(ids, max_new_tokens, temperature, seed, stream=stream, progress=progress, **options)
 
-    def chat_prompt(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> str:
         """The prompt that `chat` continues, special tokens included.
+
+        Args:
+            messages, tools: as in `chat`.
+            variables: others that the template knows, e.g. `enable_thinking`.
 
         Raises:
             ValueError: as `chat`.
@@ -346,7 +352,7 @@ class Session:
         template = (self._chat_template("tool_use") if tools else None) or self._chat_template(DEFAULT)
         if template is None:
             raise ValueError("this artifact has no chat template: use generate, with a prompt as the model expects it")
-        return template.render(messages, tools=tools)
+        return template.render(messages, tools=tools, **variables)
 
     def save_prefix(
         self,
@@ -391,7 +397,7 @@ class Session:
                 f"the prompt has {len(ids)} tokens, too few to keep: expected more than {bucket.tail}, the smallest "
                 "piece that is read at once"
             )
-        write_prefix(Path(folder), self._fingerprint(), bucket, pieces)
+        write_prefix(Path(folder), self.fingerprint, bucket, pieces)
         return sum(piece.tokens for piece in pieces)
 
     def load_prefix(self, folder: str | Path) -> int:
@@ -408,7 +414,7 @@ class Session:
         """
         self._check_entry("decode")
         with self._turn():
-            tokens, pieces = read_prefix(Path(folder), self._fingerprint(), self.info.buckets)
+            tokens, pieces = read_prefix(Path(folder), self.fingerprint, self.info.buckets)
             for piece in pieces:
                 self._prefixes.keep(piece)
         return tokens
@@ -512,6 +518,58 @@ class Session:
         """
         return self._tokenizer().decode(np.asarray(ids, np.int64).tolist())
 
+    def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """The text of token ids that come one at a time, up to a stop string.
+
+        Raises:
+            ValueError: the artifact has no tokenizer, or a stop string is empty.
+        """
+        return TextStream(self._tokenizer(), stop)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of a token alone, which may be a part of a character; those of its name for a special token.
+
+        Raises:
+            ValueError: the artifact has no tokenizer.
+        """
+        return self._tokenizer().token_bytes(id)
+
+    def count_tokens(self, *texts: str) -> int:
+        """How many tokens a text or a pair of texts has, with all special tokens and before anything is cut.
+
+        Raises:
+            ValueError: as `tokenize`.
+        """
+        return len(self._tokenizer().encode(*texts, add_special_tokens=True).ids)
+
+    def is_special(self, id: int) -> bool:
+        """Whether a token is a special one, which `detokenize` leaves out.
+
+        Raises:
+            ValueError: the artifact has no tokenizer.
+        """
+        return self._tokenizer().token(id) is None
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests, for a server that takes its steps itself.
+
+        One thread takes them, and calls `encode` between them. Such a session is not asked to `generate`, `chat`,
+        `score` or `save_prefix`, which take steps of their own.
+        """
+        self._check_open()
+        return self._engine
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """What is kept of earlier prompts."""
+        return self._prefixes
+
+    @property
+    def fingerprint(self) -> str:
+        """What the bits of a text depend on besides prompt and options, as hex."""
+        return fingerprint(self._artifact, self.tier)
+
     @property
     def has_tokenizer(self) -> bool:
         """Whether the artifact has a tokenizer, so that prompts may be text."""
@@ -522,9 +580,6 @@ class Session:
         if name not in self._templates:
             self._templates[name] = read_chat_template(self._artifact, name)
         return self._templates[name]
-
-    def _fingerprint(self) -> str:
-        return fingerprint(self._artifact, self.tier)
 
     def _file(self, path: str) -> FileInfo | None:
         return next((file for file in self.info.files if file.path == path), None)

@@ -1,7 +1,9 @@
 """Text to token ids and back, with the tokenizer.json of an artifact."""
 
 import json
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 from .manifest import ArtifactError
 
 _SHOWN = 40
+_WORD_START = "\u2581"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CLEANED = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
     *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
@@ -155,11 +159,29 @@ class TextTokenizer:
             raise ValueError(f"tokenizer.json cannot decode {str(id)[:_SHOWN]} ({_reason(error)})") from error
         return None if token in self._special else token
 
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of a token alone, which may be a part of a character; those of its name for a special token,
+        and none for an id that the tokenizer does not have.
+        """
+        token = self.token(id)
+        if token is None:
+            return (self._tokenizer.id_to_token(id) or "").encode()
+        kinds = self._decoder_kinds
+        if "ByteLevel" in kinds and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        if "ByteFallback" in kinds and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        return token.replace(_WORD_START, " ").encode()
+
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:
         """What makes text of tokens, step by step, as tokenizer.json describes it; empty if nothing does."""
         decoder = self._tokenizer.decoder
         return [] if decoder is None else _steps(json.loads(decoder.__getstate__()))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @cached_property
+    def _decoder_kinds(self) -> frozenset[str]:
+        return frozenset(step["type"] for step in self.decoder_steps)
 
     def _check_ids(self, ids: NDArray[np.int32]) -> None:
         limit = self._vocab_size
@@ -169,6 +191,18 @@ class TextTokenizer:
                 f"tokenizer.json gives {self._tokenizer.id_to_token(beyond)!r} the id {beyond}, but the model has "
                 f"{limit} ids: leave it out of the text, if the tokenizer belongs to this model"
             )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The bytes that the characters of byte-level tokens stand for, as in GPT-2's encoder: printable ones for
+    themselves, the others in order from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 def _cleans_up(settings: dict[str, Any], model: str) -> bool:

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -35,6 +34,8 @@ from .host.terminal import Description, progress_bar, stderr, stdout
 from .host.text import lines_of as split_lines
 from .host.text import read_stdin, read_text
 from .logit_bias import read_logit_bias
+from .serve_command import serve
+from .sizes import read_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -439,7 +440,7 @@ def chat(
 
     document = None if file is None else read_text(file)
     options = _writing_options(max_new_tokens or CHAT_TOKENS, stop, speculate, sampling)
-    with load(artifact, cache_ram=_bytes(cache_ram, "--cache-ram")) as session:
+    with load(artifact, cache_ram=read_size(cache_ram, "--cache-ram")) as session:
         options |= _logit_bias(session, logit_bias)
         if cache is not None:
             session.load_prefix(cache)
@@ -926,6 +927,9 @@ def benchmark(
     _print_benchmark(work, benchmark_table(result), summary(result))
 
 
+app.command()(serve)
+
+
 def _print_benchmark(work: Path, table: "Table", lines: list[str]) -> None:
     stdout.print(table)
     for line in lines:
@@ -969,14 +973,6 @@ def _show_speed(written: Written, until_first: float) -> None:
             style="dim",
             soft_wrap=True,
         )
-
-
-def _bytes(text: str, what: str) -> int:
-    """A number of bytes, with K, M or G for powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{what} is {text!r}, expected a number of bytes such as 500M or 2G")
-    return int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
 
 
 def _ids(session: "Session", text: str) -> Any:

@@ -473,7 +473,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
     assert all(command in out for command in ("convert", "compile", "generate", "score", "inspect"))
-    for command in ("convert", "compile", "generate", "score", "inspect"):
+    for command in ("convert", "compile", "generate", "score", "inspect", "serve"):
         assert run(capsys, command, "--help")[0] == 0
 
 

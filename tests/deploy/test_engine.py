@@ -1,5 +1,6 @@
 """Several requests at once through the engine: each writes what it writes alone."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,34 @@ def test_a_short_request_does_not_wait_for_a_long_prompt(engines: dict[str, Call
     assert [event.done for event in events if isinstance(event, PromptRead) and event.handle == long] == [32, 64, 96]
     # One token with its prompt, then one in each step.
     assert sum(isinstance(event, TokenWritten) and event.handle == short for event in events) == 5
+
+
+def test_it_tells_how_long_a_prompt_took_and_how_many_have_a_slot(engines: dict[str, Callable[[], Engine]]) -> None:
+    """The clock of a prompt starts with its first piece, not when it gets a slot, and runs while others write."""
+    engine = engines["whole slots"]()
+    start = time.perf_counter()
+    handles = [engine.add(request(index)) for index in (0, 2, 1)]
+    assert (engine.running, engine.waiting) == (0, 3)
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 1)
+    seconds: dict[int, list[float]] = {handle: [] for handle in handles}
+    began: dict[int, float] = {}
+    times: list[float] = []
+    while engine.busy:
+        before = time.perf_counter()
+        for event in engine.step():
+            if isinstance(event, TokenWritten):
+                times.append(event.time)
+                assert before <= event.time <= time.perf_counter()
+            if isinstance(event, PromptRead):
+                began.setdefault(event.handle, before)
+                seconds[event.handle].append(event.seconds)
+                assert 0 < event.seconds <= time.perf_counter() - start
+    for handle in handles[1:]:
+        assert seconds[handle] == sorted(seconds[handle])
+        assert seconds[handle][-1] <= time.perf_counter() - began[handle]
+    assert times == sorted(times)
+    assert (engine.running, engine.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("memory", ["whole slots", "pages"])

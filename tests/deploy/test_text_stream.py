@@ -128,6 +128,22 @@ def test_random_texts(name: str, text: str) -> None:
     assert "".join(found) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+@given(text=st.one_of(st.sampled_from(["Hello world", "日本語 🦊 café"]), st.text("Helo wrd'nt.,?! é日🦊\n\x00\xad")))
+@settings(max_examples=150, deadline=None)
+def test_the_bytes_of_all_tokens_are_those_of_the_text(name: str, text: str) -> None:
+    tokenizer, _ = TOKENIZERS[name]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids.tolist()
+    joined = b"".join(tokenizer.token_bytes(id) for id in ids)
+    assert joined.decode() == tokenizer.decode_as_is(ids)
+
+
+def test_the_bytes_of_special_and_unknown_tokens() -> None:
+    tokenizer, size = TOKENIZERS["byte fallback"]
+    assert [tokenizer.token_bytes(id) for id in (1, 3, 3 + 0xF0, size)] == [b"<s>", b"\x00", b"\xf0", b""]
+    assert TOKENIZERS["metaspace"][0].token_bytes(999_999) == b""
+
+
 @pytest.mark.parametrize("name", MAKERS)
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
