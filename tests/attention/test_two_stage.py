@@ -116,7 +116,7 @@ def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
     end = start + BLOCK if causal else start + BLOCK + config.local
     importance[..., : config.sink] = importance[..., start - config.local : end] = np.inf
     best = np.argsort(-importance, axis=-1)[..., : config.budget]
-    attended = weights[:, :, start : start + BLOCK].any(axis=2)
+    attended = np.asarray(weights[:, :, start : start + BLOCK].any(axis=2))
     for row, head in np.ndindex(2, 4):
         assert set(np.flatnonzero(attended[row, head])) == set(best[row, head])
 
