@@ -90,7 +90,7 @@ def serving(
     artifacts: dict[str, Path], *, load: Callable[[Path], Session] = iceformer.load, wait: bool = True, **settings: Any
 ) -> Iterator[Served]:
     """A server of artifacts on a free port, until the block ends."""
-    asked = Settings(**settings)
+    asked = Settings(**{"drain": 5.0, **settings})
     workers = {name: Worker(name, lambda path=path: load(path), asked.queue) for name, path in artifacts.items()}
     service, ready = Service(workers, asked, Metrics(workers)), threading.Event()
 
@@ -100,7 +100,9 @@ def serving(
             ready.set()
 
     app = create_app(service, loaded)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=round(asked.drain)
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

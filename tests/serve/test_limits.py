@@ -5,6 +5,8 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,21 @@ def test_a_request_that_takes_too_long(artifact: Path, stream: bool) -> None:
         assert (response.status_code, response.headers["x-should-retry"]) == (504, "false")
         last = response.json()
     assert last["error"]["code"] == "timeout"
+
+
+def test_requests_that_are_not_done_when_the_server_stops(artifact: Path) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 200, "logit_bias": NO_END}
+    with ThreadPoolExecutor(2) as pool:
+        with ExitStack() as stack, serving({"fox": artifact}, drain=1.0) as served:
+            stack.enter_context(slow_calls(served, 0.1))
+            answers = [
+                pool.submit(served.post, COMPLETION, json={**body, "stream": stream}) for stream in (False, True)
+            ]
+            served.until(lambda: served.worker.running == 2)
+        whole, streamed = (answer.result() for answer in answers)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "shutdown")
+    *_, last = [event for event in events_of(streamed) if event != "done"]
+    assert last["error"]["code"] == "shutdown"
 
 
 def test_the_oldest_messages_are_dropped(strict: Served, session: Session) -> None:
