@@ -24,7 +24,7 @@ def serve(
     artifacts: Annotated[
         list[str],
         typer.Argument(
-            metavar="ARTIFACT...",
+            metavar="ARTIFACT",
             help="Folders written by `iceformer compile`. Clients ask for each by the name of its folder, or by "
             "NAME if it is given as NAME=ARTIFACT.",
         ),

@@ -58,6 +58,11 @@ def refused(param: str | None = None) -> Iterator[None]:
         raise ApiError(400, str(error), param=param) from error
 
 
+def stopping() -> ApiError:
+    """The server ends, and has given the request the time that it had."""
+    return ApiError(503, "the server stops: try again when it is back", kind=SERVER, code="shutdown")
+
+
 def too_long(context: int, prompt: int, wanted: int, param: str) -> ApiError:
     """The prompt, or prompt and answer together, are longer than the context."""
     asked = (

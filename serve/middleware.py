@@ -52,7 +52,7 @@ class Observe:
                 route = scope.get("route")
                 record.route = getattr(route, "path", "other")
                 self._metrics.note(record)
-                if record.route not in _QUIET or record.status >= 500:
+                if record.route not in _QUIET or record.error is not None:
                     LOG.info(record.line())
 
 

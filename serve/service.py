@@ -10,7 +10,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from ..deploy.session import Progress, Session
-from .errors import TIMEOUT, ApiError
+from .errors import TIMEOUT, ApiError, stopping
 from .metrics import Metrics
 from .record import of
 from .settings import Settings
@@ -69,7 +69,7 @@ class Service:
         """The result of a function in the worker's thread, which ends at its next progress when nobody waits for it.
 
         Raises:
-            ApiError: 429 or 503, as `Worker.run`; 504 after the time-out.
+            ApiError: 429 or 503, as `Worker.run`; 504 after the time-out; 503 where the server stops.
             ClientGoneError: the client left.
         """
         unwanted = threading.Event()
@@ -82,6 +82,8 @@ class Service:
         try:
             async with asyncio.timeout(self.settings.timeout):
                 return await until_gone(asyncio.wrap_future(future), request.receive)
+        except asyncio.CancelledError:
+            raise stopping() from None
         except TimeoutError:
             raise ApiError(
                 504,

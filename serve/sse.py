@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import SERVER, ApiError, ClientGoneError
+from .errors import SERVER, ApiError, ClientGoneError, stopping
 
 _LOG = logging.getLogger("iceformer.serve")
 _PING = b": ping\n\n"
@@ -44,6 +44,9 @@ class EventStream(Response):
             await until_gone(self._send_all(send), receive)
         except ClientGoneError as gone:
             early = gone
+        except asyncio.CancelledError:
+            early = stopping()
+            await send({"type": "http.response.body", "body": _data(early.body()) + _DONE})
         except BaseException as error:
             early = error
             raise

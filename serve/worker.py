@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..deploy.engine import Engine, Event, Request, RequestLost
+from ..deploy.engine import Engine, Event, PromptRead, Request, RequestLost
 from ..deploy.session import Session
 from .errors import RATE_LIMIT, SERVER, ApiError
 
@@ -230,7 +230,8 @@ class Worker:
                 ticket = self._tickets.get(event.handle)
                 if ticket is not None:
                     self._tell(ticket, event)
-            self.prefix_bytes = session.prefixes.size_in_bytes
+            if any(isinstance(event, PromptRead) for event in events):
+                self.prefix_bytes = session.prefixes.size_in_bytes
         return True
 
     def _add(self, ticket: Ticket) -> None:

@@ -12,7 +12,7 @@ from ..deploy.generation_options import Choices, SamplingOptions, choices
 from ..deploy.session import Session
 from .answers import Answer, ChatShape, Shape, TextShape
 from .body import read
-from .errors import CLIENT_GONE, ApiError, ClientGoneError, refused
+from .errors import CLIENT_GONE, ApiError, ClientGoneError, refused, stopping
 from .generation import Generation, prepare, timings, usage
 from .prompts import Prompt, Room, chat_prompt, text_prompt
 from .record import of
@@ -88,8 +88,6 @@ async def _answer(
         record.figures |= _figures(generation, n)
         if isinstance(early, ClientGoneError):
             record.status, record.error = CLIENT_GONE, "client_gone"
-        elif isinstance(early, asyncio.CancelledError):
-            record.error = "shutdown"
         elif isinstance(early, ApiError):
             record.error = early.code
         service.metrics.note_generation(worker.name, generation)
@@ -102,6 +100,9 @@ async def _answer(
     early: BaseException | None = None
     try:
         return JSONResponse(await until_gone(answer.whole(), request.receive))
+    except asyncio.CancelledError:
+        early = stopping()
+        raise early from None
     except BaseException as error:
         early = error
         raise

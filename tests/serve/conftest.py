@@ -36,6 +36,7 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<s>{{ name | default('assistant') }}: {% endif %}"
 )
 _SECONDS = 60.0
+_NO_KEEPING = httpx2.Limits(max_keepalive_connections=0)
 
 
 @dataclass
@@ -46,11 +47,13 @@ class Served:
         url: where it listens.
         service: what is behind it.
         clients: that were made for it, closed at its end.
+        http: another one, with a connection for each request.
     """
 
     url: str
     service: Service
     clients: list[OpenAI] = field(default_factory=list)
+    http: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=_SECONDS, limits=_NO_KEEPING))
 
     @property
     def worker(self) -> Worker:
@@ -65,11 +68,11 @@ class Served:
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         """The response of a route."""
-        return httpx2.get(f"{self.url}{path}", timeout=_SECONDS, **options)
+        return self.http.get(f"{self.url}{path}", **options)
 
     def post(self, path: str, **options: Any) -> httpx2.Response:
         """The response of a route."""
-        return httpx2.post(f"{self.url}{path}", timeout=_SECONDS, **options)
+        return self.http.post(f"{self.url}{path}", **options)
 
     def metric(self, line: str) -> float:
         """A figure of /metrics; 0 where there is none yet."""
@@ -90,7 +93,7 @@ def serving(
     artifacts: dict[str, Path], *, load: Callable[[Path], Session] = iceformer.load, wait: bool = True, **settings: Any
 ) -> Iterator[Served]:
     """A server of artifacts on a free port, until the block ends."""
-    asked = Settings(**settings)
+    asked = Settings(**{"drain": 5.0, **settings})
     workers = {name: Worker(name, lambda path=path: load(path), asked.queue) for name, path in artifacts.items()}
     service, ready = Service(workers, asked, Metrics(workers)), threading.Event()
 
@@ -100,7 +103,9 @@ def serving(
             ready.set()
 
     app = create_app(service, loaded)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=round(asked.drain)
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -113,7 +118,7 @@ def serving(
             assert ready.wait(_SECONDS)
         served = Served(f"http://127.0.0.1:{port}", service)
         yield served
-        for client in served.clients:
+        for client in (*served.clients, served.http):
             client.close()
     finally:
         server.should_exit = True

@@ -136,7 +136,7 @@ def test_an_unknown_model(client: OpenAI) -> None:
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", CHAT, 405)])
 def test_unknown_routes(served: Served, method: str, path: str, status: int) -> None:
-    response = httpx2.request(method, f"{served.url}{path}")
+    response = served.http.request(method, f"{served.url}{path}")
     assert response.status_code == status
     error_of(response)
 

@@ -5,6 +5,8 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,22 @@ def test_a_request_that_takes_too_long(artifact: Path, stream: bool) -> None:
     assert last["error"]["code"] == "timeout"
 
 
+def test_requests_that_are_not_done_when_the_server_stops(artifact: Path) -> None:
+    def ask(stream: bool) -> httpx2.Response:
+        body = {"prompt": PROMPT, "max_tokens": 200, "logit_bias": NO_END, "stream": stream}
+        return httpx2.post(f"{served.url}{COMPLETION}", json=body, timeout=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        with ExitStack() as stack, serving({"fox": artifact}, drain=1.0) as served:
+            stack.enter_context(slow_calls(served, 0.1))
+            answers = [pool.submit(ask, stream) for stream in (False, True)]
+            served.until(lambda: served.worker.running == 2)
+        whole, streamed = (answer.result() for answer in answers)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "shutdown")
+    *_, last = [event for event in events_of(streamed) if event != "done"]
+    assert last["error"]["code"] == "shutdown"
+
+
 def test_the_oldest_messages_are_dropped(strict: Served, session: Session) -> None:
     system = {"role": "system", "content": "You count stars."}
     turns = [
@@ -203,9 +221,9 @@ def test_the_oldest_tokens_are_dropped_but_the_first_special_one(
 
 def test_other_origins(strict: Served, served: Served) -> None:
     asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
-    preflight = httpx2.options(f"{strict.url}{COMPLETION}", headers=asked)
+    preflight = strict.http.options(f"{strict.url}{COMPLETION}", headers=asked)
     assert preflight.headers["access-control-allow-origin"] == "https://example.org"
-    other = httpx2.options(f"{strict.url}{COMPLETION}", headers={**asked, "Origin": "https://example.com"})
+    other = strict.http.options(f"{strict.url}{COMPLETION}", headers={**asked, "Origin": "https://example.com"})
     assert "access-control-allow-origin" not in other.headers
     answer = served.get("/v1/models", headers=asked)
     assert "access-control-allow-origin" not in answer.headers
@@ -232,7 +250,7 @@ def test_metrics_count(served: Served) -> None:
         "firsts": 'iceformer_time_to_first_token_seconds_count{model="fox"}',
     }
     before = {name: served.metric(line) for name, line in names.items()}
-    with httpx2.stream(
+    with served.http.stream(
         "POST", f"{served.url}{COMPLETION}", json={"prompt": "b", "max_tokens": 4, "logit_bias": NO_END, "stream": True}
     ) as response:
         assert list(events_of(response))[-1] == "done"

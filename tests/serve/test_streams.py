@@ -20,7 +20,7 @@ def long_prompt(session: Session, seed: str) -> list[int]:
 
 def stream(served: Served, **fields: Any) -> Any:
     body = {"logit_bias": NO_END, "stream": True, **fields}
-    return httpx2.stream("POST", f"{served.url}{COMPLETION}", json=body, timeout=60)
+    return served.http.stream("POST", f"{served.url}{COMPLETION}", json=body)
 
 
 def test_headers_and_pings_come_before_the_prompt_is_read(served: Served) -> None:
