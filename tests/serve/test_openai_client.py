@@ -1,11 +1,14 @@
 """The official `openai` client, unchanged: what it gets is what the session writes."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from openai import OpenAI
 
+import iceformer
 from iceformer.deploy.session import Generation, Session
 
 from .conftest import CONTEXT, MESSAGES, NO_END, PROMPT, Served
@@ -168,18 +171,29 @@ def test_logprobs_of_a_completion(client: OpenAI, session: Session) -> None:
     assert logprobs.text_offset == [sum(lengths[:place]) for place in range(5)]
 
 
-def test_a_request_alone_and_among_others_writes_the_same(served: Served, session: Session) -> None:
-    """Twelve at once in two slots, some of them streamed; prompts share beginnings."""
+def test_a_request_writes_the_same_alone_among_others_and_after_a_cache_hit(served: Served, artifact: Path) -> None:
+    """Two hundred mixed requests, sixteen at a time in two slots: short and long prompts that share beginnings, each of
+    them ten times, streamed and whole. Alone, they run without a prefix cache.
+    """
     client = served.client()
-    prompts = [PROMPT[: 10 + 2 * index] * (1 + index % 3) for index in range(12)]
-    expected = [alone(session, prompt, 5 + index).text for index, prompt in enumerate(prompts)]
+    prompts = [PROMPT[: 10 + 3 * (index % 7)] * (2 + 2 * (index % 6)) + str(index % 4) for index in range(20)]
+    with iceformer.load(artifact, cache_ram=0) as session:
+        expected = [alone(session, prompt, 4 + index).text for index, prompt in enumerate(prompts)]
 
-    def ask(index: int) -> str:
-        answer = complete(client, prompts[index], 5 + index, stream=index % 2 == 1)
-        return "".join(chunk.choices[0].text for chunk in answer) if index % 2 else answer.choices[0].text
+    def ask(number: int) -> tuple[str, int]:
+        index, stream = number % 20, number % 3 == 1
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = complete(client, prompts[index], 4 + index, **options)
+        if not stream:
+            return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
+        *chunks, last = answer
+        return "".join(chunk.choices[0].text for chunk in chunks), last.usage.prompt_tokens_details.cached_tokens
 
-    with ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(ask, range(12))) == expected
+    order = np.random.default_rng(0).permutation(200).tolist()
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, order))
+    assert [text for text, _ in answers] == [expected[number % 20] for number in order]
+    assert sum(cached > 0 for _, cached in answers) > 50
 
 
 def test_a_prompt_that_was_read_is_not_read_again(client: OpenAI) -> None:
