@@ -177,7 +177,7 @@ def measure(two_stage: TwoStage, timed: TimedCall, capacity: int) -> CrossoverTa
     # The last block of a prompt attends exactly in one chunk of many, so it is left out.
     two_stage = replace(_of_known_cost(two_stage), crossover=0, exact_last_block=False)
     budget = two_stage.least_keys
-    keys = stored(*arrays[1:], timed.kv_dtype)
+    keys = stored(arrays[1], arrays[2], timed.kv_dtype)
     calls = tuple(_timed(strategy, arrays[0], keys, constants, shape.causal) for strategy in (Exact(), two_stage))
 
     def places() -> Iterator[tuple[int, int, int]]:
