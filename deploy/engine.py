@@ -77,7 +77,7 @@ class TokenWritten:
         id: the token.
         finish_reason: why it is the last: "stop" at an end-of-sequence token, "length" after max_new_tokens, "capacity"
             when the bucket was full; None if it is not.
-        time: when it was chosen, in seconds, by `time.perf_counter`.
+        time: when it was chosen, in seconds, by `time.perf_counter`; events that differ in it alone are equal.
         logprobs: of the token, if they were asked for.
         proposed: how many guesses of this and later tokens were checked in the call that wrote it; 0 where that wrote
             others of the request before.
@@ -87,7 +87,7 @@ class TokenWritten:
     handle: int
     id: int
     finish_reason: FinishReason | None
-    time: float
+    time: float = field(compare=False)
     logprobs: TokenLogprobs | None = None
     proposed: int = 0
     guessed: bool = False
