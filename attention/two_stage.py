@@ -30,7 +30,7 @@ from .selected_block import QueryBlock, Selecting, selected_block
 from .selection import stage_1_keys
 from .strategy import Attended, Attention, Call, Selective, check_power_of_two
 
-MASS = 0.98
+MASS = 0.97
 """The mass of a budget that is a least and a most, if not said otherwise."""
 LEAST_BY_MASS, MOST_BY_MASS = 512, 32768
 """The least and the most keys by mass, if not said otherwise."""
@@ -58,7 +58,7 @@ class TwoStage(Selective):
         method: the rule of stage 1: a name from the registry, or a method with its options, such as `LowRank(rank=16)`.
             By mass all queries of a block take part: `query_share` of `LowRank` becomes 1.
         mass: share of the softmax weight that the selected keys hold, on average over the queries of a block, as stage
-            1 estimates and stage 2 measures it; 0 selects the whole budget. None for 0.98 if the budget is a pair, as
+            1 estimates and stage 2 measures it; 0 selects the whole budget. None for 0.97 if the budget is a pair, as
             it is by default, and else for 0.
         budget: number of keys that a query finally attends to; by mass the least and the most, or the most.
         query_block: number of queries of a head that share a selection. 0 chooses 128, and less for a budget below
