@@ -17,7 +17,7 @@ from ..attention import Attention
 from ..host.text import read_text
 from ..model.encoder import Encoder
 from ..model.registry import Model
-from ..model.rope import Rope, apply_rotary, rotary_tables
+from ..model.rope import Rope, RotaryTables, apply_rotary, rotary_tables
 from ..model.self_attention import LayerConstants
 from .artifact import TOKENIZER_CONFIG
 from .manifest import CalibrationInfo
@@ -142,8 +142,11 @@ def calibrate(
     collect = jax.jit(lambda state, inputs, lengths: nnx.merge(graph, state).queries_and_keys(inputs, lengths))
     layers = collect(state, inputs, np.array([tokens], np.int32))
 
+    # Layers with the same rotary embedding share its tables.
+    moves = {rope: _moves(rope, model.config.head_dim, tokens, longest) for rope in dict.fromkeys(model.config.ropes)}
+
     def learn(query: Array, key: Array, rope: Rope | None) -> dict[str, Array]:
-        arrays = [_at_places(x[0].astype(jnp.float32), rope, longest - tokens) for x in (query, key)]
+        arrays = [_at_places(x[0].astype(jnp.float32), moves[rope]) for x in (query, key)]
         learned = [attention.calibrate(*arrays) for attention in learners]
         return {name: jnp.asarray(array) for constants in learned for name, array in constants.items()}
 
@@ -153,18 +156,25 @@ def calibrate(
     )
 
 
-def _at_places(
-    x: Float[Array, "heads tokens head_dim"], rope: Rope | None, furthest: int
-) -> Float32[np.ndarray, "heads many head_dim"]:
-    """The same queries or keys moved on by 0 to `furthest` tokens; as they are where nothing rotates."""
-    if rope is None or furthest <= 0:
-        return np.asarray(x)
+def _moves(rope: Rope | None, head_dim: int, tokens: int, longest: int) -> RotaryTables | None:
+    """What moves a row of so many tokens on by none, and up to the end of the longest row, at `_PLACES` places; None
+    where nothing rotates or there is no room."""
+    if rope is None or longest <= tokens:
+        return None
     # What is there has been rotated once, and scaled then.
     rope = replace(rope, attention_factor=1.0)
-    tokens = jnp.full(1, x.shape[1], jnp.int32)
-    starts = jnp.linspace(0, furthest, _PLACES).astype(jnp.int32)
-    moved = [apply_rotary(x[None], rotary_tables(rope, x.shape[2], start[None, None], tokens))[0] for start in starts]
-    return np.concatenate([np.asarray(each) for each in moved], axis=1)
+    starts = jnp.linspace(0, longest - tokens, _PLACES).astype(jnp.int32)
+    return rotary_tables(rope, head_dim, starts[:, None], jnp.full(_PLACES, tokens, jnp.int32))
+
+
+def _at_places(
+    x: Float[Array, "heads tokens head_dim"], moves: RotaryTables | None
+) -> Float32[np.ndarray, "heads many head_dim"]:
+    """The same queries or keys at all places; as they are where there are no moves."""
+    if moves is None:
+        return np.asarray(x)
+    moved = apply_rotary(jnp.broadcast_to(x, (_PLACES, *x.shape)), moves)
+    return np.asarray(jnp.moveaxis(moved, 0, 1).reshape(x.shape[0], -1, x.shape[2]))
 
 
 def _random_inputs(model: Encoder, source: object) -> CalibrationInputs:

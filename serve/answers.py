@@ -13,9 +13,15 @@ from .generation import Delta, Generation, Progress, Text, Token, timings, usage
 _LEAST = -9999.0
 
 
+@dataclass(frozen=True)
 class Shape(ABC):
-    """What differs between chat and plain text."""
+    """What differs between chat and plain text.
 
+    Attributes:
+        session: knows what tokens stand for.
+    """
+
+    session: Session
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
@@ -41,7 +47,6 @@ class Shape(ABC):
 class ChatShape(Shape):
     """`chat.completion` and `chat.completion.chunk`."""
 
-    session: Session
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -81,7 +86,6 @@ class ChatShape(Shape):
 class TextShape(Shape):
     """`text_completion`, whole and in chunks."""
 
-    session: Session
     prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"

@@ -10,7 +10,7 @@ from flax import nnx
 
 from iceformer.attention import LowRank, TwoStage
 from iceformer.attention.methods.low_rank import KEY_PROJECTION
-from iceformer.deploy.calibration import _PLACES, _at_places, calibrate
+from iceformer.deploy.calibration import _PLACES, _at_places, _moves, calibrate
 from iceformer.model.registry import build
 from iceformer.model.rope import Rope, apply_rotary, rotary_tables
 
@@ -35,7 +35,7 @@ def rotated(x: np.ndarray, rope: Rope, start: int) -> np.ndarray:
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_tokens_are_what_they_would_be_at_later_positions(rope: Rope) -> None:
     x = np.random.default_rng(0).standard_normal((2, TOKENS, HEAD_DIM)).astype(np.float32)
-    moved = _at_places(jnp.asarray(rotated(x, rope, 0)), rope, 300)
+    moved = _at_places(jnp.asarray(rotated(x, rope, 0)), _moves(rope, HEAD_DIM, TOKENS, TOKENS + 300))
     assert moved.shape == (2, _PLACES * TOKENS, HEAD_DIM)
     for place, start in enumerate((0, 100, 200, 300)):
         expected = rotated(x, rope, start)
@@ -44,8 +44,8 @@ def test_tokens_are_what_they_would_be_at_later_positions(rope: Rope) -> None:
 
 def test_without_rotation_or_room_they_stay_as_they_are() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, TOKENS, HEAD_DIM)), jnp.float32)
-    np.testing.assert_array_equal(_at_places(x, None, 300), x)
-    np.testing.assert_array_equal(_at_places(x, Rope(), 0), x)
+    np.testing.assert_array_equal(_at_places(x, _moves(None, HEAD_DIM, TOKENS, TOKENS + 300)), x)
+    np.testing.assert_array_equal(_at_places(x, _moves(Rope(), HEAD_DIM, TOKENS, TOKENS)), x)
 
 
 def test_a_projection_from_a_short_text_keeps_logits_far_into_a_long_row() -> None:
