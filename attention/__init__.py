@@ -2,7 +2,7 @@
 
 from .cache import Field, KVCache, LayerCache, extend
 from .decode_selection import DecodeSelection
-from .dispatch import attend, attend_and_keep, listening
+from .dispatch import attend, attend_and_keep, heard, listening
 from .exact import Exact
 from .keys import KeyView
 from .methods import METHODS, Constants, LowRank, MeanPool, Method, PageBound, Sparq, make_method
@@ -38,6 +38,7 @@ __all__ = [
     "attend_and_keep",
     "attention_to_dict",
     "extend",
+    "heard",
     "listening",
     "make_method",
     "plan_to_dict",

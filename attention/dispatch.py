@@ -65,13 +65,20 @@ def attend_and_keep(attention: Attention, call: Call) -> tuple[Attended, State]:
 
 @contextmanager
 def listening() -> Iterator[Counter[str]]:
-    """Counts the calls of attention that are traced inside, by what computes them and why."""
+    """Counts the calls of attention that are traced inside, by what computes them and why; who listens outside does not
+    hear of them."""
     counter: Counter[str] = Counter()
     token = _listener.set(counter)
     try:
         yield counter
     finally:
         _listener.reset(token)
+
+
+def heard(calls: Counter[str]) -> None:
+    """Tells those who listen of calls that were traced before, and now count again."""
+    if (counter := _listener.get()) is not None:
+        counter.update(calls)
 
 
 def _check(mask: Mask) -> None:

@@ -54,6 +54,11 @@ class Plan:
         """What both ask the cache to keep."""
         return {name: kept for strategy in self.strategies for name, kept in strategy.fields(head_dim).items()}
 
+    def first_like(self, layer: int) -> int:
+        """The first layer, counted from 0, in which both amount to what they do in this one."""
+        found = [(self.prompt.of_layer(index), self.decode.of_layer(index)) for index in range(layer + 1)]
+        return found.index(found[layer])
+
     def state(self, layer: int, kv_heads: int) -> Mapping[str, jax.ShapeDtypeStruct]:
         """What decoding asks the cache to keep of each slot in a layer, counted from 0."""
         return self.decode.of_layer(layer).state(kv_heads)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ..model.registry import Model
 from ..model.rope import Rope, RotaryTables, apply_rotary, rotary_tables
 from ..model.self_attention import LayerConstants
 from .artifact import TOKENIZER_CONFIG
+from .examples import SUFFIX, read_examples
 from .manifest import CalibrationInfo
 from .tokenization import TextTokenizer
 
@@ -70,8 +71,8 @@ def calibration_ids(
     """Ids [tokens], at most `max_tokens` and `MAX_TOKENS` of them, and their record.
 
     Args:
-        source: a text file, token ids, or None for the text that ships with the package (for a model without
-            tokenizer: seeded random ids).
+        source: a text file, a file of examples, whose first context counts, token ids, or None for the text that ships
+            with the package (for a model without tokenizer: seeded random ids).
         tokenizer_json: the checkpoint's tokenizer.json, which need not exist.
         vocab_size: ids must be below it.
         max_tokens: what the model takes at most.
@@ -95,6 +96,11 @@ def held_out_ids(
     return _recorded(kind, ids[calibrating_tokens(max_tokens) :])
 
 
+def is_task(source: object) -> TypeGuard[str | Path]:
+    """Whether a source for calibration is a file of examples."""
+    return isinstance(source, str | Path) and Path(source).suffix == SUFFIX
+
+
 def calibrating_tokens(max_tokens: int) -> int:
     """Tokens of a text that calibrate, at most, a model that takes `max_tokens`."""
     return min(max_tokens, MAX_TOKENS)
@@ -108,6 +114,8 @@ def _all_ids(
         kind, ids = "random ids", np.random.default_rng(0).integers(0, vocab_size, calibrating_tokens(max_tokens))
     elif source is None:
         kind, ids = "default text", _encode(DEFAULT_TEXT, tokenizer_json, vocab_size)
+    elif is_task(source):
+        kind, ids = "task", _encode_context(Path(source), tokenizer_json, vocab_size)
     elif isinstance(source, str | Path):
         kind, ids = "text", _encode(Path(source), tokenizer_json, vocab_size)
     else:
@@ -197,11 +205,19 @@ def read_tokenizer(tokenizer_json: Path, vocab_size: int | None) -> TextTokenize
 
 
 def _encode(text: Path, tokenizer_json: Path, vocab_size: int) -> NDArray[Any]:
+    return _tokenizer_for(text, tokenizer_json, vocab_size).encode(read_text(text)).ids
+
+
+def _encode_context(task: Path, tokenizer_json: Path, vocab_size: int) -> NDArray[Any]:
+    return _tokenizer_for(task, tokenizer_json, vocab_size).encode(read_examples(task)[0].context).ids
+
+
+def _tokenizer_for(text: Path, tokenizer_json: Path, vocab_size: int) -> TextTokenizer:
     if not text.is_file():
         raise FileNotFoundError(f"{text} is not a file: calibration takes a text file or an array of token ids")
     if not tokenizer_json.exists():
         raise ValueError(f"the checkpoint has no tokenizer for the calibration text {text.name}: give token ids")
-    return read_tokenizer(tokenizer_json, vocab_size).encode(read_text(text)).ids
+    return read_tokenizer(tokenizer_json, vocab_size)
 
 
 def _check(ids: NDArray[Any], vocab_size: int) -> NDArray[Any]:

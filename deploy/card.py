@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..model.rounding import GROUP, TIED_GROUP
 from .artifact import TOKENIZER
+from .evidence import positions_of
 from .generation_defaults import generation_rows
 from .inputs import COUNTS
 from .manifest import Manifest, QuantizationError
@@ -137,10 +138,10 @@ def _contract_text(manifest: Manifest) -> str:
 ## Retention contract
 
 In every bucket, {bound}.
-The reference is exact attention with weights, keys and values in {manifest.dtype}. The positions are those in the last
-quarter of windows as long as the bucket, out of text that nothing was calibrated on ({held_out.kind},
-{held_out.tokens} tokens). The contract is about prompts and scoring; new tokens attend exactly. Seconds are those that
-the layers took for one window; KL and loss of log-probability are in nats.
+The reference is exact attention with weights, keys and values in {manifest.dtype}. The positions are those of
+{positions_of(held_out.kind)}, in what nothing was calibrated on ({held_out.kind}, {held_out.tokens} tokens). The
+contract is about prompts and scoring; new tokens attend exactly. Seconds are those that the layers took for one prompt;
+KL and loss of log-probability are in nats.
 
 {_markdown_table(EVIDENCE_COLUMNS, rows) if rows else "Every bucket has the reference itself."}
 """

@@ -36,13 +36,14 @@ from ..model.self_attention import LayerConstants
 from . import artifact as layout
 from .calibration import MAX_TOKENS, calibrate, calibration_inputs
 from .card import card_text
-from .contract import Subject, Terms, fulfil, held_out_windows
+from .contract import Subject, Terms, fulfil
 from .cpu import features_up_to
 from .crossover import Choice, TimedCall, decide, needs_measurement
 from .decode_crossover import decide_decode, needs_decode_measurement
 from .entries import entries_class
 from .evidence import Contract
 from .generation_defaults import GenerationDefaults, read_defaults
+from .held_out import held_out_prompts
 from .lowering import compile_bucket
 from .manifest import (
     SCHEMA,
@@ -121,13 +122,16 @@ def compile(
         calibration: for calibrating the attention method, if it needs that, and for measuring the error of int8
             weights, keys and values: a text file, token ids, or None for the text that ships with the package (seeded
             random ids for a model without a tokenizer, random numbers for images or sound). At most 4096 tokens are
-            used. A contract is judged on what follows them, which must be as long as the longest bucket at least.
+            used. A contract is judged on what follows them, which must be as long as the longest bucket at least. Or a
+            task, a .jsonl file of examples with `context`, `question`, `answer_prefix` and `answer`: its first context
+            calibrates, and a contract is judged on the answers to questions over the others.
         retain: the contract that every bucket keeps at least this share of the most likely tokens. With `attention`
             left to `compile`, each bucket gets the first of these that does on held-out text, if it is faster than
             exact attention: the fixed budget of `Auto`, if it has one, then masses from 0.95 to 0.995. What counts are
-            the positions in the last quarter of up to two windows as long as the bucket, and the token that is most
-            likely there with exact attention, floating-point weights, keys and values (both in `dtype`). `weights` and
-            `kv_dtype` are judged together with the attention. New tokens attend exactly.
+            the positions in the last quarter of up to two windows as long as the bucket, or the tokens of the answers
+            of up to 16 examples of a task, and the token that is most likely there with exact attention, floating-point
+            weights, keys and values (both in `dtype`). `weights` and `kv_dtype` are judged together with the attention.
+            New tokens attend exactly.
         kl: instead of `retain`, the largest mean divergence KL(exact || configuration) at these positions, in nats.
         progress: show a progress bar, and print a table at the end.
 
@@ -166,8 +170,8 @@ def compile(
         may_select = [capacity for capacity in buckets if needs_measurement(asked, (capacity,), timed)]
         judged = tuple(buckets) if rounds or kept != dtype else tuple(may_select)
         kv_dtypes = (kept, dtype) if kv_dtype == AUTO else (kept,)
-        windows, held_out = held_out_windows(calibration, tokenizer, config.vocab_size, most, judged)
-        terms = Terms(contract, asked.two_stage, kv_dtypes, windows, held_out)
+        prompts, held_out = held_out_prompts(calibration, tokenizer, config.vocab_size, most, judged)
+        terms = Terms(contract, asked.two_stage, kv_dtypes, prompts, held_out)
     readings = 0 if terms is None else terms.most_readings
     entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
     steps = 2 + rounds + (kept == "int8") + measures + readings + entry_count

@@ -1,40 +1,30 @@
 """The retention contract: for each bucket the cheapest attention, and for all one format of keys and values, that keep
 what was asked of exact attention.
 
-Windows of held-out text, each as long as its bucket, go through the model as prompts do, in one configuration after
-another. Speed and retention of a configuration come from the same reading.
+Held-out prompts go through the model in one configuration after another. Speed and retention of a configuration come
+from the same reading.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
-from jaxtyping import Array, Int32
-from numpy.typing import ArrayLike
+from jaxtyping import Array
 
 from ..attention import Attention, Exact, Plan, TwoStage, attention_to_dict
 from ..attention.two_stage import LEAST_BY_MASS
 from ..model.decoder import CausalLM
 from ..model.self_attention import LayerConstants
-from .calibration import calibrating_tokens, calibration_ids, held_out_ids, read_tokenizer
 from .crossover import Choice
 from .evidence import Contract, Evidence, described, name_of
-from .fidelity import Fidelity, comparison, first_of_last_quarter
+from .fidelity import Fidelity, comparison
+from .held_out import Prompts
 from .manifest import CalibrationInfo
 from .reader import Reader
 from .steps import Steps
-from .text_windows import Text, leading_tokens, windows_of
 
 MASSES = (0.95, 0.98, 0.99, 0.995)
 """What is tried by mass, from the cheapest on."""
-WINDOWS = 2
-"""Windows of the held-out text that a bucket is judged on, at most."""
-_LEAST_TOKENS = 64
-"""Of a window: its last quarter must say something."""
-
-Ids = Int32[np.ndarray, " tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +35,20 @@ class Terms:
         contract: what is asked.
         two_stage: from which the ladder is made.
         kv_dtypes: formats of keys and values to choose from, the cheapest first.
-        windows: held-out tokens, by the capacity of each bucket that is judged, which is their length.
-        held_out: the record of the text that they come from.
+        prompts: held-out prompts of each bucket that is judged.
+        held_out: the record of what they come from.
     """
 
     contract: Contract
     two_stage: TwoStage
     kv_dtypes: tuple[str, ...]
-    windows: Mapping[int, list[Ids]]
+    prompts: Prompts
     held_out: CalibrationInfo
 
     @property
     def most_readings(self) -> int:
-        """How often the windows of a bucket are read, for all buckets together and at most."""
-        return sum(1 + len(self.kv_dtypes) + len(ladder(self.two_stage, capacity)) for capacity in self.windows)
+        """How often the prompts of a bucket are read, for all buckets together and at most."""
+        return sum(1 + len(self.kv_dtypes) + len(ladder(self.two_stage, capacity)) for capacity in self.prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,50 +76,6 @@ class Subject:
         return self.weights != "same" or kv_dtype != self.dtype
 
 
-def held_out_windows(
-    source: str | Path | ArrayLike | None,
-    tokenizer_json: Path,
-    vocab_size: int,
-    max_tokens: int,
-    judged: Sequence[int],
-) -> tuple[dict[int, list[Ids]], CalibrationInfo]:
-    """Windows of what follows the tokens that calibrate: for each bucket `WINDOWS` of them, or the one that there is.
-
-    Args:
-        source: as `compile` takes it for calibration.
-        tokenizer_json: the checkpoint's tokenizer.json, which need not exist.
-        vocab_size: ids must be below it.
-        max_tokens: what the model takes at most.
-        judged: capacities of the buckets, rising; with none of them nothing is read.
-
-    Raises:
-        ValueError: a text without a window of each length, or a bucket that is too short to be judged.
-    """
-    ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens)
-    if not judged:
-        return {}, info
-    if judged[0] < _LEAST_TOKENS:
-        raise ValueError(
-            f"bucket {judged[0]} is too short to be judged by a contract, expected at least {_LEAST_TOKENS} tokens"
-        )
-    tokenizer = read_tokenizer(tokenizer_json, vocab_size) if tokenizer_json.exists() else None
-    leading = leading_tokens(tokenizer)
-    calibrating, longest = calibrating_tokens(max_tokens), judged[-1] - leading.size
-    if ids.size < longest:
-        found = ids.size + calibration_ids(source, tokenizer_json, vocab_size, max_tokens)[1].tokens
-        raise ValueError(
-            f"calibration ({info.kind}) has {found} tokens, expected at least {calibrating + longest}: {calibrating} "
-            f"that calibrate, and behind them {longest} on which bucket {judged[-1]} is judged: give calibration=FILE"
-        )
-    text = Text(info.kind, info.sha256, ids)
-    counts = {capacity: min(WINDOWS, ids.size // (capacity - leading.size)) for capacity in judged}
-    windows = {
-        capacity: [window.ids for window in windows_of([text], capacity, count, leading)]
-        for capacity, count in counts.items()
-    }
-    return windows, info
-
-
 def ladder(two_stage: TwoStage, capacity: int) -> tuple[TwoStage, ...]:
     """What is tried in a bucket instead of exact attention, by rising cost: the fixed budget that was asked for, if it
     is one, then by mass. A least and a most that were asked for bound the masses too; else the most is the bucket."""
@@ -149,7 +95,7 @@ def fulfil(
     those that may select climb the ladder up to the first configuration that does too, and take that if it was faster.
 
     Args:
-        terms: the contract, with windows of every bucket in which it is a question.
+        terms: the contract, with prompts of every bucket in which it is a question.
         subject: the model.
         buckets: capacities, rising.
         choices: what is faster in each bucket, whatever it keeps.
@@ -175,18 +121,18 @@ def fulfil(
 
 
 class _Judge:
-    """Reads the windows of buckets in one configuration after another, and compares each with the reference.
+    """Reads the prompts of buckets in one configuration after another, and compares each with the reference.
 
     Attributes:
-        readings: how often the windows of a bucket were read.
+        readings: how often the prompts of a bucket were read.
     """
 
     def __init__(self, terms: Terms, subject: Subject, report: Callable[[str], None]) -> None:
         self.readings = 0
-        self._contract, self._windows, self._subject, self._report = terms.contract, terms.windows, subject, report
+        self._contract, self._prompts, self._subject, self._report = terms.contract, terms.prompts, subject, report
         self._compare = comparison(subject.reference, subject.model)
         self._references: dict[int, tuple[list[Array], float]] = {}
-        self._measured: dict[int, dict[tuple[Attention, str], Evidence]] = {capacity: {} for capacity in self._windows}
+        self._measured: dict[int, dict[tuple[Attention, str], Evidence]] = {capacity: {} for capacity in self._prompts}
 
     def measure(self, capacity: int, attention: Attention, kv_dtype: str) -> Evidence:
         """What a configuration keeps, which is measured once."""
@@ -241,8 +187,8 @@ class _Judge:
         if attention != Exact() or subject.is_rounded(kv_dtype):
             ends, seconds = self._read(subject.model, capacity, attention, kv_dtype)
         parts = [
-            Fidelity.of(self._compare(before, after, ids[first_of_last_quarter(capacity) :]))
-            for before, after, ids in zip(exact, ends, self._windows[capacity], strict=True)
+            Fidelity.of(self._compare(before, after, prompt.ids[prompt.first :]))
+            for before, after, prompt in zip(exact, ends, self._prompts[capacity], strict=True)
         ]
         kept = Fidelity.merged(parts)
         return Evidence(
@@ -265,7 +211,7 @@ class _Judge:
         return self._references[capacity]
 
     def _read(self, model: CausalLM, capacity: int, attention: Attention, kv_dtype: str) -> tuple[list[Array], float]:
-        """Hidden states of the last quarter of each window, and the median seconds of a window."""
+        """Hidden states of the positions that count of each prompt, and the median seconds of a prompt."""
         subject = self._subject
         self.readings += 1
         weights = "same" if model is subject.reference else subject.weights
@@ -273,6 +219,7 @@ class _Judge:
         chunk = min(subject.chunk, capacity)
         reader = Reader(model, attention, subject.constants, capacity=capacity, chunk=chunk, kv_dtype=kv_dtype)
         reader.warm_up()
-        readings = [reader.read(ids) for ids in self._windows[capacity]]
-        ends = [hidden[first_of_last_quarter(capacity) :] for hidden, _ in readings]
+        prompts = self._prompts[capacity]
+        readings = [reader.read(prompt.ids) for prompt in prompts]
+        ends = [hidden[prompt.first :] for (hidden, _), prompt in zip(readings, prompts, strict=True)]
         return ends, statistics.median(seconds for _, seconds in readings)

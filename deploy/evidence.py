@@ -9,8 +9,8 @@ from typing import Any
 class Contract:
     """What every bucket keeps of the reference: exact attention, floating-point weights, keys and values as they are.
 
-    Both configurations predict the tokens of held-out windows as long as the bucket, and are compared in the last
-    quarter of each, where there are the most keys to choose from. One of the two bounds is given, the other is None.
+    Both configurations predict the tokens of held-out prompts, and are compared at `positions_of` these. One of the two
+    bounds is given, the other is None.
 
     Attributes:
         retain: the least share of these positions at which the most likely token is that of the reference.
@@ -54,7 +54,7 @@ class Evidence:
         kl: mean of KL(reference || configuration) there, in nats.
         loss: by how much the mean log-probability of the text's own tokens falls there, in nats.
         positions: how many.
-        seconds: that the model's layers took for a window, the median over the windows.
+        seconds: that the model's layers took for a prompt, the median over the prompts.
         holds: whether it fulfils the contract.
         chosen: whether the bucket is compiled with it.
     """
@@ -72,6 +72,12 @@ class Evidence:
 
     def __str__(self) -> str:
         return described(self.attention, self.weights, self.kv_dtype)
+
+
+def positions_of(held_out: str) -> str:
+    """The positions at which a contract is judged, from the kind of what it is judged on: in a text those with the most
+    keys to choose from."""
+    return "the tokens of the answers" if held_out == "task" else "the last quarter of windows as long as the bucket"
 
 
 def name_of(attention: Mapping[str, Any]) -> str:

@@ -352,7 +352,7 @@ class CalibrationInfo:
     """What the attention was calibrated on, or what a contract was judged on.
 
     Attributes:
-        kind: "default text", "text", "ids", "random ids" or "random inputs".
+        kind: "default text", "text", "task", "ids", "random ids" or "random inputs".
         tokens: how many.
         sha256: of the ids as int32, or of the random inputs as float32.
     """
@@ -368,7 +368,7 @@ class ContractInfo:
 
     Attributes:
         asked: the contract.
-        held_out: the text that it was judged on, of which the calibration saw nothing.
+        held_out: the text or task that it was judged on, of which the calibration saw nothing.
     """
 
     asked: Contract

@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .evidence import Contract, name_of
+from .evidence import name_of, positions_of
 from .generation_defaults import generation_rows
-from .manifest import BucketInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError
+from .manifest import BucketInfo, ContractInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError
 
 MEGABYTE = 1e6
 ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
@@ -59,7 +59,7 @@ def attention_tables(manifest: Manifest) -> list[Table]:
     tables = [table, _dispatch_table(manifest)]
     tables += [_crossover_table(*measured) for measured in crossovers(manifest)]
     if manifest.contract is not None and (rows := evidence_rows(manifest)):
-        tables.append(_contract_table(manifest.contract.asked, rows))
+        tables.append(_contract_table(manifest.contract, rows))
     return tables
 
 
@@ -86,8 +86,9 @@ def _crossover_table(name: str, call: str, rows: Iterable[tuple[str, ...]]) -> T
     return table
 
 
-def _contract_table(asked: Contract, rows: Iterable[tuple[str, ...]]) -> Table:
-    table = Table(title=f"contract: {asked}", caption="last quarter of held-out windows; seconds of one window")
+def _contract_table(contract: ContractInfo, rows: Iterable[tuple[str, ...]]) -> Table:
+    caption = f"{positions_of(contract.held_out.kind)}; seconds of one prompt"
+    table = Table(title=f"contract: {contract.asked}", caption=caption)
     for column in EVIDENCE_COLUMNS:
         table.add_column(column, justify="left" if column in _WORDS else "right")
     for row in rows:
@@ -273,7 +274,7 @@ def _contract(manifest: Manifest) -> dict[str, str]:
     if manifest.contract is None:
         return {}
     held_out = manifest.contract.held_out
-    return {"contract": f"{manifest.contract.asked}, judged on {held_out.kind}, {held_out.tokens} held-out tokens"}
+    return {"contract": f"{manifest.contract.asked}, judged on {held_out.kind}, {held_out.tokens} tokens"}
 
 
 def _kv_cache(manifest: Manifest) -> dict[str, str]:

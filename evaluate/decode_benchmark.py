@@ -21,7 +21,7 @@ from .benchmark import check_engines, measure_length, output_path, start_or_resu
 from .benchmark_result import Benchmark
 from .benchmark_retention import Retention
 from .decode_bytes import DecoderSizes, cache_bytes, file_bytes, our_cache_bytes, weight_bytes
-from .decode_engines import DECODE_ENGINES, GENAI, OURS, DecodeJob, extra_tokens
+from .decode_engines import DECODE_ENGINES, GENAI, OURS, DecodeJob, written_tokens
 from .processes import Job, Report
 from .shapes import ModelShape, write_random_model
 
@@ -38,7 +38,7 @@ class DecodeOptions:
 
     Attributes:
         batch: requests that decode together.
-        new_tokens: of each request, at least 3: the second comes with the first.
+        new_tokens: of each request in a run, at least 3.
         weights: of our engines, "same", "bfloat16" or "int8", as `iceformer.compile` takes it.
         kv_dtype: of our engines, "same" or "int8".
         budget: keys of the engine `selection`, and of two-stage attention in prompts.
@@ -111,7 +111,7 @@ def run_decode_benchmark(
         options: what is decoded, `DecodeOptions()` if not given.
         peers: where engines of others are.
         dtype: "float32" or "bfloat16", of our engines and of sdpa.
-        rounds: timed generations of each engine at each depth, at least 3.
+        rounds: timed runs of each engine at each depth, at least 3.
         threads: of every engine, all that this process may use if not given.
         report: called with a line of text at each step.
 
@@ -148,7 +148,9 @@ def run_decode_benchmark(
         form = work / f"{engine}-{length}" if engine in OURS else source
         if engine in OURS and not form.exists():
             report(f"{length} tokens: compiling {engine}")
-            compile_engine(engine, source, work / "checkpoint", form, length=length, dtype=dtype, options=options)
+            compile_engine(
+                engine, source, work / "checkpoint", form, length=length, dtype=dtype, options=options, rounds=rounds
+            )
         return DecodeJob(
             engine=engine,
             length=length,
@@ -158,6 +160,7 @@ def run_decode_benchmark(
             token_bytes=token_bytes(engine, config, length, dtype, options, peers.gguf),
             vocab=config["vocab_size"],
             new_tokens=options.new_tokens,
+            rounds=rounds,
             batch=options.batch,
             form=str(form),
             gguf=str(peers.gguf or ""),
@@ -173,7 +176,15 @@ def run_decode_benchmark(
 
 
 def compile_engine(
-    engine: str, source: Path, checkpoint: Path, artifact: Path, *, length: int, dtype: str, options: DecodeOptions
+    engine: str,
+    source: Path,
+    checkpoint: Path,
+    artifact: Path,
+    *,
+    length: int,
+    dtype: str,
+    options: DecodeOptions,
+    rounds: int,
 ) -> None:
     """Writes the artifact of one of our engines.
 
@@ -185,11 +196,12 @@ def compile_engine(
         length: of the prompt, in tokens.
         dtype: "float32" or "bfloat16".
         options: of the benchmark.
+        rounds: of the benchmark.
     """
     if not checkpoint.exists():
         convert_checkpoint(source, checkpoint)
     chunk = min(_CHUNK, length)
-    needed = length + options.new_tokens + extra_tokens(options.batch, length, chunk)
+    needed = length + written_tokens(options.new_tokens, rounds, options.batch, length)
     compile_checkpoint(
         checkpoint,
         artifact,
@@ -223,7 +235,7 @@ def token_bytes(
     assert gguf, "checked before"
     weights = file_bytes(sizes, gguf.stat().st_size)
     if engine in GENAI:
-        return weights + cache_bytes(sizes, depth, "int8", _GENAI_SCALES)
+        return weights + options.batch * cache_bytes(sizes, depth, "int8", _GENAI_SCALES)
     return weights + cache_bytes(sizes, depth, "float16")
 
 
@@ -236,5 +248,5 @@ def _unsupported(batch: int, llama_bench: str | None, peers: Peers) -> dict[str,
             f"{given} is not an executable" if given else "llama-bench is not on PATH (--llama-bench)"
         )
     if batch > 1:
-        reasons |= dict.fromkeys((*GENAI, "llama_cpp"), f"it runs one request here, and the batch is {batch}")
+        reasons["llama_cpp"] = f"its benchmark runs one request, and the batch is {batch}"
     return reasons

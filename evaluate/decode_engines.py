@@ -1,21 +1,23 @@
 """The engines that decode after a long prompt, ours and others', on the same model and token ids.
 
 `python -m iceformer.evaluate.decode_engines JSON` is the process of the engine that the JSON describes, see
-`serving.py`. One run is a whole generation; its seconds are those of a token, from the first new token to the last.
+`serving.py`. The prompts are read once, to warm up. A run writes the next tokens of each row, and its seconds are those
+of a token; only llama.cpp, whose benchmark keeps nothing, reads the prompt again for each run.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..deploy.manifest import TAIL
 from .processes import Job
 from .serving import Engine, serve
 
@@ -29,7 +31,8 @@ class DecodeJob(Job):
 
     Attributes:
         vocab: ids are below this.
-        new_tokens: of each row, at least 2.
+        new_tokens: of each row in a run.
+        rounds: runs that are timed, after the one that warms up.
         batch: rows that decode together.
         form: what the engine opens: an artifact of ours, or a Hugging Face folder.
         gguf: the model as a GGUF file, for engines that read that.
@@ -41,6 +44,7 @@ class DecodeJob(Job):
 
     vocab: int
     new_tokens: int
+    rounds: int = 3
     batch: int = 1
     form: str = ""
     gguf: str = ""
@@ -60,9 +64,16 @@ def prompts(job: DecodeJob) -> NDArray[np.int32]:
     return np.random.default_rng(job.seed).integers(0, job.vocab, (job.batch, job.length)).astype(np.int32)
 
 
-def extra_tokens(batch: int, length: int, chunk: int) -> int:
-    """Tokens that the first row writes at most while the prompts of the others are read, a chunk a step."""
-    return (batch - 1) * -(-length // chunk)
+def written_tokens(new_tokens: int, rounds: int, batch: int, length: int) -> int:
+    """Tokens that a row writes at most.
+
+    Args:
+        new_tokens: of a run.
+        rounds: runs that are timed; one more warms up.
+        batch: rows. The first writes while the prompts of the others are read, a piece a step.
+        length: of a prompt.
+    """
+    return 2 + new_tokens * (rounds + 1) + (batch - 1) * -(-length // TAIL)
 
 
 def ours(job: DecodeJob) -> Engine:
@@ -75,28 +86,22 @@ def ours(job: DecodeJob) -> Engine:
     artifact = open_artifact(Path(job.form))
     model = replace(artifact.manifest.model, eos_token_ids=())  # random ids may be followed by any token
     requests = Requests(Runner(replace(artifact, manifest=replace(artifact.manifest, model=model))))
-    most = job.new_tokens + extra_tokens(job.batch, job.length, artifact.manifest.buckets[0].chunk)
+    most = written_tokens(job.new_tokens, job.rounds, job.batch, job.length)
 
-    def run() -> float:
+    def step() -> Iterator[int]:
+        """Handles of the rows that a step wrote to."""
+        for event in requests.step():
+            if isinstance(event, RequestLost):
+                raise RuntimeError(event.why)
+            if isinstance(event, TokenWritten):
+                yield event.handle
+
+    def read() -> None:
         reading = {requests.add(Request(ids, most, speculate=False)) for ids in prompts(job)}
-        handles = tuple(reading)
         while reading:
-            for event in requests.step():
-                if isinstance(event, RequestLost):
-                    raise RuntimeError(event.why)
-                if isinstance(event, TokenWritten):
-                    reading.discard(event.handle)
-        # The step that ends a prompt also writes its second token.
-        start = time.perf_counter()
-        steps = job.new_tokens - 2
-        for _ in range(steps):
-            requests.step()
-        seconds = (time.perf_counter() - start) / steps
-        for handle in handles:
-            requests.cancel(handle)
-        return seconds
+            reading.difference_update(step())
 
-    return _warmed_up_by(run)
+    return _engine(read, lambda: sum(1 for _ in step()), job)
 
 
 def sdpa(job: DecodeJob) -> Engine:
@@ -108,18 +113,19 @@ def sdpa(job: DecodeJob) -> Engine:
     model = AutoModelForCausalLM.from_pretrained(
         job.form, dtype=getattr(torch, job.dtype), attn_implementation="sdpa", local_files_only=True
     )
-    ids = torch.from_numpy(prompts(job).astype(np.int64))
+    result: Any = None
 
-    def run() -> float:
+    def call(ids: torch.Tensor, **options: Any) -> int:
+        nonlocal result
         with torch.inference_mode():
-            result = model(ids, use_cache=True, logits_to_keep=1)
-            start = time.perf_counter()
-            for _ in range(job.new_tokens - 1):
-                token = result.logits[:, -1:].argmax(-1)
-                result = model(token, past_key_values=result.past_key_values, use_cache=True, logits_to_keep=1)
-            return (time.perf_counter() - start) / (job.new_tokens - 1)
+            result = model(ids, use_cache=True, logits_to_keep=1, **options)
+        return len(ids)
 
-    return _warmed_up_by(run)
+    return _engine(
+        lambda: call(torch.from_numpy(prompts(job).astype(np.int64))),
+        lambda: call(result.logits[:, -1:].argmax(-1), past_key_values=result.past_key_values),
+        job,
+    )
 
 
 def llama_cpp(job: DecodeJob) -> Engine:
@@ -140,13 +146,33 @@ def llama_cpp(job: DecodeJob) -> Engine:
         (test,) = json.loads(printed)
         return test["avg_ns"] / test["n_gen"] / 1e9
 
-    return _warmed_up_by(run)
+    def warm_up() -> None:
+        run()
+
+    return Engine(run, warm_up)
 
 
-def _warmed_up_by(run: Callable[[], float]) -> Engine:
-    """An engine that has nothing to compare: after random ids, rounding decides which token is likeliest."""
+def _engine(read: Callable[[], object], step: Callable[[], int], job: DecodeJob) -> Engine:
+    """An engine that reads its prompts and some tokens more to warm up.
+
+    It has nothing to compare: after random ids, rounding decides which token is likeliest.
+
+    Args:
+        read: reads the prompts of all rows.
+        step: writes a token of each row, and gives the number of rows.
+        job: what is decoded.
+    """
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(job.new_tokens):
+            rows = step()
+            if rows != job.batch:
+                raise RuntimeError(f"a step wrote to {rows} rows, expected all {job.batch}")
+        return (time.perf_counter() - start) / job.new_tokens
 
     def warm_up() -> None:
+        read()
         run()
 
     return Engine(run, warm_up)

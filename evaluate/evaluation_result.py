@@ -13,10 +13,10 @@ import numpy as np
 from ..deploy.fidelity import Fidelity, last_quarter
 from ..deploy.records import read_record
 from ..host.files import replacing
+from .answers import Answer
 from .attention_fidelity import LayerFidelity
 from .benchmark_result import check_same_settings
 from .configuration import REFERENCE
-from .questions import Answer
 from .task_figures import task_figures
 
 RESULT = "evaluation.json"

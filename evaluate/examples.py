@@ -1,7 +1,6 @@
 """Questions over a long context: passkey, needle and line retrieval, generated from a seed.
 
-An example has kvpress's fields: a context, a question, the beginning of the answer, the answer, and how many tokens it
-may take. Examples with one context are second questions over it.
+Examples with one context are second questions over it.
 """
 
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..deploy.examples import Example
 from ..deploy.tokenization import TextTokenizer
 from .line_retrieval import ANSWER_PREFIX, CLOSING, QUESTION, Record, longest_fit, make_record, pseudo_words
 
@@ -25,23 +25,13 @@ _WORDS = 4000
 
 
 @dataclass(frozen=True)
-class Example:
-    """One question.
+class HiddenAnswer(Example):
+    """A question whose answer stands somewhere in the context.
 
     Attributes:
-        context: the long text.
-        question: what stands behind it.
-        answer_prefix: the beginning of the answer, which is given.
-        answer: what is to follow.
-        max_new_tokens: that the answer may take.
         depth: share of the context that stands before what the question asks for.
     """
 
-    context: str
-    question: str
-    answer_prefix: str
-    answer: str
-    max_new_tokens: int
     depth: float
 
 
@@ -68,7 +58,7 @@ class Setting:
         return self.tokenizer.encode(text, add_special_tokens=False).ids.size
 
 
-def passkey(setting: Setting) -> list[Example]:
+def passkey(setting: Setting) -> list[HiddenAnswer]:
     """Keys of five digits in a text that repeats itself (Mohtashami and Jaggi, arXiv 2305.16300), one at each depth."""
     names, numbers = _facts(setting, 5)
     hidden = [
@@ -77,12 +67,12 @@ def passkey(setting: Setting) -> list[Example]:
     ]
     context, depths = _hide(setting, _GRASS * (2 * setting.tokens // setting.count(_GRASS) + 1), hidden)
     return [
-        Example(context, f"What is the pass key of {name}?", f"The pass key of {name} is", f" {number}", 16, depth)
+        HiddenAnswer(context, f"What is the pass key of {name}?", f"The pass key of {name} is", f" {number}", 16, depth)
         for name, number, depth in zip(names, numbers, depths, strict=True)
     ]
 
 
-def needle(setting: Setting) -> list[Example]:
+def needle(setting: Setting) -> list[HiddenAnswer]:
     """Numbers of seven digits in ordinary text, as in RULER (Hsieh et al., arXiv 2404.06654), one at each depth."""
     names, numbers = _facts(setting, 7)
     subject = "the special magic number for {} mentioned in the provided text"
@@ -92,7 +82,7 @@ def needle(setting: Setting) -> list[Example]:
     ]
     context, depths = _hide(setting, setting.filler, hidden)
     return [
-        Example(
+        HiddenAnswer(
             context,
             f"What is {subject.format(name)}?",
             f"The{subject.format(name)[3:]} is",
@@ -104,7 +94,7 @@ def needle(setting: Setting) -> list[Example]:
     ]
 
 
-def lines(setting: Setting) -> list[Example]:
+def lines(setting: Setting) -> list[HiddenAnswer]:
     """LongEval's line retrieval: a record of lines, and the values of those that stand nearest to each depth."""
     words = pseudo_words(setting.rng, _WORDS)
     seed = int(setting.rng.integers(2**31))
@@ -117,7 +107,7 @@ def lines(setting: Setting) -> list[Example]:
     found = [(1 - question.distance / count, question) for question in record.questions]
     nearest = [min(found, key=lambda each: abs(each[0] - depth)) for depth in setting.depths]
     return [
-        Example(
+        HiddenAnswer(
             context,
             CLOSING.strip() + " " + QUESTION.format(key=question.key).strip(),
             ANSWER_PREFIX.format(key=question.key),
@@ -129,7 +119,7 @@ def lines(setting: Setting) -> list[Example]:
     ]
 
 
-TASKS: dict[str, Callable[[Setting], list[Example]]] = {"passkey": passkey, "needle": needle, "lines": lines}
+TASKS: dict[str, Callable[[Setting], list[HiddenAnswer]]] = {"passkey": passkey, "needle": needle, "lines": lines}
 """Each gives one example for each depth, all over one context."""
 
 

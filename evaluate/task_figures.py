@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .answers import Answer
 from .configuration import REFERENCE
-from .questions import Answer
 from .retention import retention
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..deploy.examples import Example, Question
 from ..deploy.reader import TAIL, Reader
 from ..deploy.text_windows import leading_tokens
 from ..deploy.tokenization import TextTokenizer
+from .answers import Answer
 from .bench import Bench
 from .evaluation_result import Evaluation
-from .examples import TASKS, Example, Setting
+from .examples import TASKS, HiddenAnswer, Setting
 from .processes import Report
-from .questions import Answer, Question
 
 LEVEL = "tasks"
 Piece = tuple[str, int, int]
@@ -49,7 +50,7 @@ def ask_questions(work: Path, result: Evaluation, bench: Bench, report: Report) 
     return result
 
 
-def make_examples(bench: Bench, tokenizer: TextTokenizer, piece: Piece) -> list[Example]:
+def make_examples(bench: Bench, tokenizer: TextTokenizer, piece: Piece) -> list[HiddenAnswer]:
     """The examples of a task over one context, which depend on the seed, the task, the length and the number only."""
     task, tokens, sample = piece
     options = bench.options

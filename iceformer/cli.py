@@ -323,7 +323,8 @@ def compile(
         Path | None,
         typer.Option(
             help="Text file for calibrating the method and measuring the error of rounded weights, keys and values. "
-            "A contract is judged on what follows the first 4096 tokens.",
+            "A contract is judged on what follows the first 4096 tokens; or on a task, a .jsonl file of questions with "
+            "their contexts and answers.",
             show_default="a text that ships with iceformer",
         ),
     ] = None,
@@ -784,7 +785,9 @@ def benchmark(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        typer.Option(help="New tokens of each request, at least 3.", show_default="32", rich_help_panel=_DECODE),
+        typer.Option(
+            help="New tokens of each request in a run, at least 3.", show_default="32", rich_help_panel=_DECODE
+        ),
     ] = None,
     weights: Annotated[
         WeightFormat | None,

@@ -1,14 +1,17 @@
 """Layers, in the orders of norm, attention and MLP that architectures share, and the loop over them."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..attention import KVCache, LayerCache
+from ..attention import KVCache, LayerCache, heard, listening
 from .rope import Rope, rotary_tables
 from .self_attention import LayerCall, LayerConstants, Norm, SelfAttention
 
@@ -125,16 +128,45 @@ def run_layers(
         if rope is not None
     }
     caches: list[LayerCache] = []
+    # Outside of a trace, jit would compile; an observer wants values of the trace that it is called in.
+    run = _traced_once() if isinstance(hidden, jax.core.Tracer) and call.observe is None else _run
     for index, layer in enumerate(layers):
         rope = config.ropes[index]
         layer_call = replace(
             call,
-            layer=index,
+            layer=call.plan.first_like(index),
             rotary=None if rope is None else tables[rope],
             cache=None if cache is None else cache[index],
             constants={} if constants is None else constants[index],
         )
-        hidden, layer_cache = layer(hidden, layer_call)
+        hidden, layer_cache = run(layer, hidden, layer_call)
         if layer_cache is not None:
             caches.append(layer_cache)
     return hidden, None if cache is None else tuple(caches)
+
+
+RunLayer = Callable[[nnx.Module, Float[Array, "rows tokens hidden_size"], LayerCall], Any]
+
+
+def _run(layer: Any, hidden: Float[Array, "rows tokens hidden_size"], call: LayerCall) -> Any:
+    return layer(hidden, call)
+
+
+def _traced_once() -> RunLayer:
+    """Calls layers, and traces those that are alike but for the values of their parameters only once."""
+    calls: dict[Hashable, Counter[str]] = {}
+
+    @partial(jax.jit, static_argnums=0, inline=True)
+    def traced(graph: Any, state: Any, hidden: Array, call: LayerCall) -> Any:
+        return nnx.merge(graph, state)(hidden, call)
+
+    def run(layer: nnx.Module, hidden: Float[Array, "rows tokens hidden_size"], call: LayerCall) -> Any:
+        graph, state = nnx.split(layer)
+        with listening() as new:
+            result = traced(graph, state, hidden, call)
+        leaves, tree = jax.tree.flatten((state, hidden, call))
+        key = graph, tree, tuple((x.shape, x.dtype) for x in leaves)
+        heard(calls.setdefault(key, new))
+        return result
+
+    return run

@@ -21,9 +21,14 @@ LayerConstants = tuple[Constants, ...]
 """What calibration learned, layer by layer; nothing of a layer that attends exactly."""
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "rotary", "cache", "table", "constants"),
+    meta_fields=("plan", "decoding", "in_turn", "layer", "observe"),
+)
 @dataclass(frozen=True)
 class LayerCall:
-    """What a layer's attention is computed with in one call, besides its input.
+    """What a layer's attention is computed with in one call, besides its input. A pytree of its arrays.
 
     Attributes:
         rows: of the call.
@@ -31,7 +36,7 @@ class LayerCall:
         decoding: whether the call decodes, and takes that attention of the plan.
         in_turn: whether rows of one token each may be consecutive tokens of one slot, the first first, none of which
             may see what a later one leaves.
-        layer: number of the layer, from 0.
+        layer: number of the layer, from 0, or of one in which the plan amounts to the same.
         rotary: tables of this layer's rotary embedding, None for a layer without.
         cache: what earlier calls left of this layer, None to attend to this call's tokens only.
         table: the pages of each slot of the cache; None where a slot is one page.

@@ -17,9 +17,11 @@ from iceformer.cli import app
 from iceformer.deploy import calibration, crossover
 from iceformer.deploy import contract as module
 from iceformer.deploy.agreement import check_agreement
-from iceformer.deploy.contract import MASSES, Subject, Terms, fulfil, held_out_windows, ladder
+from iceformer.deploy.contract import MASSES, Subject, Terms, fulfil, ladder
 from iceformer.deploy.crossover import Choice, CrossoverTable
 from iceformer.deploy.evidence import Contract, Evidence
+from iceformer.deploy.examples import read_examples
+from iceformer.deploy.held_out import Prompt, held_out_prompts
 from iceformer.deploy.manifest import ArtifactError, CalibrationInfo, CrossoverRow, Manifest, parse_manifest
 from iceformer.deploy.reader import Reader
 from iceformer.deploy.session import Session
@@ -134,8 +136,8 @@ def chosen(
 ) -> tuple[str, tuple[Choice, ...]]:
     """What is chosen for a bucket of 128 tokens, or this and one of 256; a window each."""
     buckets = (SMALL, LARGE)[: len(choices)]
-    windows = {capacity: [np.arange(capacity, dtype=np.int32)] for capacity in buckets}
-    terms = Terms(contract, TWO_STAGE, kv_dtypes, windows, CalibrationInfo("ids", 1000, "0" * 64))
+    prompts = {capacity: [Prompt(np.arange(capacity, dtype=np.int32), capacity * 3 // 4)] for capacity in buckets}
+    terms = Terms(contract, TWO_STAGE, kv_dtypes, prompts, CalibrationInfo("ids", 1000, "0" * 64))
     subject = Subject(FLOATS, FLOATS if weights == "same" else ROUNDED, weights, None, "float32", 64)
     return fulfil(terms, subject, buckets, choices, steps or Steps(100, lambda **_: None))
 
@@ -292,22 +294,87 @@ class TestChoice:
 class TestHeldOutText:
     def test_windows_follow_what_calibrates(self, checkpoint: Path) -> None:
         ids = np.random.default_rng(0).integers(4, VOCABULARY, CALIBRATING + 300)
-        windows, info = held_out_windows(ids, checkpoint / "tokenizer.json", VOCABULARY, CALIBRATING, (128, 256))
+        prompts, info = held_out_prompts(ids, checkpoint / "tokenizer.json", VOCABULARY, CALIBRATING, (128, 256))
         assert (info.kind, info.tokens) == ("ids", 300)
-        assert {capacity: len(each) for capacity, each in windows.items()} == {128: 2, 256: 1}
-        for capacity, each in windows.items():
-            for window in each:
-                assert window[0] == 1, "the token that begins a text"
-                assert window.size == capacity
+        assert {capacity: len(each) for capacity, each in prompts.items()} == {128: 2, 256: 1}
+        for capacity, each in prompts.items():
+            for prompt in each:
+                assert prompt.ids[0] == 1, "the token that begins a text"
+                assert (prompt.ids.size, prompt.first) == (capacity, capacity * 3 // 4)
         # Of 300 tokens, the middles of both halves, and of the whole.
-        np.testing.assert_array_equal(windows[128][0][1:], ids[CALIBRATING:][11:138])
-        np.testing.assert_array_equal(windows[128][1][1:], ids[CALIBRATING:][161:288])
-        np.testing.assert_array_equal(windows[256][0][1:], ids[CALIBRATING:][22:277])
+        np.testing.assert_array_equal(prompts[128][0].ids[1:], ids[CALIBRATING:][11:138])
+        np.testing.assert_array_equal(prompts[128][1].ids[1:], ids[CALIBRATING:][161:288])
+        np.testing.assert_array_equal(prompts[256][0].ids[1:], ids[CALIBRATING:][22:277])
 
     def test_refuses_short_buckets(self, checkpoint: Path) -> None:
         ids = np.full(2000, 5)
         with pytest.raises(ValueError, match="bucket 32 is too short to be judged by a contract, expected at least 64"):
-            held_out_windows(ids, checkpoint / "tokenizer.json", VOCABULARY, CALIBRATING, (32, 128))
+            held_out_prompts(ids, checkpoint / "tokenizer.json", VOCABULARY, CALIBRATING, (32, 128))
+
+
+class TestTask:
+    """The file of examples has a first context that calibrates, one of three questions, and a long one."""
+
+    @pytest.fixture
+    def task(self, tmp_path: Path) -> Path:
+        words = ["the", "line", "of", "this", "record", "is", "a", "number", "and", "then", "another", "one"]
+        rng = np.random.default_rng(0)
+
+        def example(context: str, number: int, **more: object) -> dict[str, object]:
+            return {"context": context, "question": "Which?", "answer_prefix": "It is", "answer": f"{number}", **more}
+
+        first, short, long = (" ".join(rng.choice(words, count)) for count in (40, 20, 55))
+        examples = [example(first, 1), *(example(short, 10 + index) for index in range(3))]
+        examples += [example(first, 2), example(long, 77, answer=["77", "78"], max_new_tokens=5, task="other")]
+        file = tmp_path / "task.jsonl"
+        file.write_text("\n\n".join(json.dumps(each) for each in examples) + "\n")
+        return file
+
+    def test_answers_to_questions_over_other_contexts_count(self, checkpoint: Path, task: Path) -> None:
+        tokenizer = calibration.read_tokenizer(checkpoint / "tokenizer.json", VOCABULARY)
+        sizes = [tokenizer.encode(each.context).ids.size for each in read_examples(task)]
+        buckets = (sizes[1] + 40, sizes[-1] + 60)
+        assert buckets[0] < sizes[-1]
+        prompts, info = held_out_prompts(task, checkpoint / "tokenizer.json", VOCABULARY, 512, buckets)
+        assert [len(prompts[capacity]) for capacity in buckets] == [3, 1]
+        assert (info.kind, info.tokens) == ("task", sum(prompt.ids.size for x in prompts.values() for prompt in x))
+        answers = [tokenizer.decode(prompt.ids[prompt.first + 1 :].tolist()) for x in prompts.values() for prompt in x]
+        assert [answer.strip() for answer in answers] == ["10", "11", "12", "77, 78"]
+        for prompt in prompts[buckets[0]]:
+            assert tokenizer.decode(prompt.ids[: prompt.first + 1].tolist()).strip().endswith("It is")
+        context = calibration.calibration_ids(task, checkpoint / "tokenizer.json", VOCABULARY, 512)
+        assert context[1].kind == "task"
+        np.testing.assert_array_equal(context[0], tokenizer.encode(read_examples(task)[0].context).ids)
+
+    def test_a_bucket_without_an_example_is_refused(self, checkpoint: Path, task: Path) -> None:
+        message = r"calibration \(task.jsonl\) has no example of 501 to 512 tokens for bucket 512 among the 4 behind"
+        with pytest.raises(ValueError, match=message):
+            held_out_prompts(task, checkpoint / "tokenizer.json", VOCABULARY, 512, (500, 512))
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{", "line 1 is not JSON"),
+            ("[]", "line 1 is not an object, expected one with context, question, answer_prefix, answer"),
+            ('{"context": "a", "question": "b"}', "line 1 has no text for answer"),
+            ('{"context": "a", "question": "", "answer": "c"}', "line 1 has no text for question"),
+            ('{"context": "a", "question": "b", "answer": 3}', "line 1 has no text for answer"),
+            ('{"context": "a", "question": "b", "answer": "c", "max_new_tokens": 0}', "max_new_tokens is 0"),
+            ("", "has no lines"),
+        ],
+    )
+    def test_refuses_other_lines(self, tmp_path: Path, line: str, message: str) -> None:
+        file = tmp_path / "task.jsonl"
+        file.write_text(line)
+        with pytest.raises(ValueError, match=message):
+            read_examples(file)
+
+    def test_blanks_are_where_a_model_writes_them(self, tmp_path: Path) -> None:
+        file = tmp_path / "task.jsonl"
+        lines = [("It is", "5"), ("Answer:", "5"), ("value <", "5>"), ("", "5"), ("It is ", "5")]
+        made = [{"context": "a", "question": "b", "answer_prefix": x, "answer": y} for x, y in lines]
+        file.write_text("\n".join(map(json.dumps, made)))
+        assert [each.answer for each in read_examples(file)] == [" 5", " 5", "5>", "5", "5"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from iceformer.evaluate.benchmark_result import Benchmark
 from iceformer.evaluate.benchmark_retention import Retention
 from iceformer.evaluate.decode_benchmark import DecodeOptions, Peers, run_decode_benchmark, token_bytes
 from iceformer.evaluate.decode_bytes import DecoderSizes, cache_bytes, file_bytes, our_cache_bytes, weight_bytes
-from iceformer.evaluate.decode_engines import GENAI, DecodeJob, extra_tokens, prompts
+from iceformer.evaluate.decode_engines import GENAI, DecodeJob, prompts, written_tokens
 from iceformer.evaluate.decode_report import decode_plot, decode_summary, decode_table
 from iceformer.evaluate.processes import Timing, time_in_turn
 from iceformer.evaluate.shapes import ModelShape, write_random_model
@@ -206,7 +206,7 @@ def test_bytes_of_a_token_by_engine(tmp_path: Path) -> None:
     assert of("selection") == of("exact"), "the budget covers all keys"
     assert of("sdpa") == weight_bytes(SIZES, "bfloat16", "same") + 3 * keys * 16 * 2
     for engine in GENAI:
-        assert of(engine) == file_bytes(SIZES, 10_000) + keys * (16 + 8)
+        assert of(engine) == file_bytes(SIZES, 10_000) + 3 * keys * (16 + 8)
     assert of("llama_cpp") == file_bytes(SIZES, 10_000) + keys * 16 * 2
     assert cache_bytes(SIZES, 50, "float32") == keys * 16 * 4
 
@@ -217,7 +217,7 @@ def test_bytes_of_other_models_are_not_known(change: dict[str, Any]) -> None:
     assert token_bytes("exact", CONFIG | change, 50, "float32", DecodeOptions(), None) == 0
 
 
-def test_ours_are_timed_between_the_first_token_and_the_last(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ours_read_their_prompts_once_and_are_timed_behind_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a step that reads a prompt takes 100 s, and any other 1 s."""
     clock, steps = [0.0], []
     step = Requests.step
@@ -232,22 +232,23 @@ def test_ours_are_timed_between_the_first_token_and_the_last(run: Run, monkeypat
     monkeypatch.setattr(decode_engines.time, "perf_counter", lambda: clock[0])
     given = job("selection", form=str(run.work / f"selection-{DEPTH}"))
     engine = decode_engines.ours(given)
-    assert engine.run() == 1.0
-    assert [isinstance(event, PromptRead) for events in steps for event in events].count(True) == 1
-    assert [isinstance(event, TokenWritten) for events in steps for event in events].count(True) == NEW
-    steps.clear()
-    assert engine.run() == 1.0, "a run leaves nothing behind"
     assert engine.output() is None
+    assert [engine.run() for _ in range(given.rounds)] == [1.0] * given.rounds
+    assert [isinstance(event, PromptRead) for events in steps for event in events].count(True) == 1
+    assert len(steps) == 1 + NEW * (given.rounds + 1)
+    assert all(isinstance(event, TokenWritten) for events in steps[1:] for event in events)
+    with pytest.raises(RuntimeError, match="a step wrote to 0 rows, expected all 1"):
+        engine.run()
 
 
 def test_a_lost_request_ends_the_measurement(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Requests, "step", lambda requests: [RequestLost(0, "the model is broken")])
     engine = decode_engines.ours(job("selection", form=str(run.work / f"selection-{DEPTH}")))
     with pytest.raises(RuntimeError, match="the model is broken"):
-        engine.run()
+        engine.output()
 
 
-def test_sdpa_is_timed_between_the_first_token_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_reads_its_prompts_once_and_is_timed_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, widths = [0.0], []
 
     def model(ids: torch.Tensor, **_: Any) -> SimpleNamespace:
@@ -258,8 +259,10 @@ def test_sdpa_is_timed_between_the_first_token_and_the_last(monkeypatch: pytest.
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(decode_engines.time, "perf_counter", lambda: clock[0])
-    assert decode_engines.sdpa(job("sdpa", batch=2)).run() == 1.0
-    assert widths == [(2, DEPTH), *[(2, 1)] * (NEW - 1)]
+    engine = decode_engines.sdpa(job("sdpa", batch=2))
+    engine.output()
+    assert engine.run() == engine.run() == 1.0
+    assert widths == [(2, DEPTH), *[(2, 1)] * (3 * NEW)]
 
 
 def test_llama_cpp_fills_the_cache_before_it_is_timed(tmp_path: Path) -> None:
@@ -285,44 +288,51 @@ def test_llama_cpp_fills_the_cache_before_it_is_timed(tmp_path: Path) -> None:
 
 
 _GENAI = """
-import json, os, types
+import json, os, time, types
 SchedulerConfig = SparseAttentionConfig = GenerationConfig = lambda **given: types.SimpleNamespace(**given)
 SparseAttentionMode = types.SimpleNamespace(XATTENTION="xattention")
-TokenizedInputs = lambda ids, mask: (ids, mask)
-class LLMPipeline:
-    def __init__(self, model, device, scheduler_config, **options):
-        sparse = getattr(scheduler_config, "sparse_attention_config", None)
-        self.told = [model, device, options, sparse and sparse.mode]
-    def generate(self, inputs, config):
-        told = [*self.told, inputs[0].tolist(), inputs[1].tolist(), vars(config)]
+class Handle:
+    left = 0
+    def can_read(self):
+        return self.left > 0
+    def read(self):
+        self.left -= 1
+class ContinuousBatchingPipeline:
+    def __init__(self, model, scheduler, device, options):
+        sparse = getattr(scheduler, "sparse_attention_config", None)
+        self.told = [model, device, options, scheduler.cache_size, sparse and sparse.mode]
+        self.handles, self.steps = [], 0
+    def add_request(self, number, ids, config):
+        self.told += [number, ids.tolist(), vars(config)]
+        self.handles.append(Handle())
+        return self.handles[-1]
+    def step(self):
+        self.steps += 1
+        time.sleep(0.2 if self.steps <= 3 else 0.01)
+        for handle in self.handles[: self.steps]:
+            handle.left += 1
         with open(os.environ["GENAI_TOLD"], "w") as file:
-            json.dump(told, file)
-        mean = types.SimpleNamespace(mean=250.0)
-        return types.SimpleNamespace(perf_metrics=types.SimpleNamespace(get_tpot=lambda: mean))
+            json.dump([self.steps, *self.told], file)
 """
 
 
 @pytest.mark.parametrize(("engine", "sparse"), list(zip(GENAI, (None, "xattention"), strict=True)))
-def test_openvino_genai_gives_its_own_time_of_a_token(
+def test_openvino_genai_reads_its_prompts_once_and_is_timed_behind_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, sparse: str | None
 ) -> None:
-    """In an interpreter that has only the peer's packages; here they are made up."""
+    """In an interpreter that has only the peer's packages; here they are made up, and read a prompt a step."""
     (tmp_path / "openvino.py").write_text("Tensor = lambda array: array\n")
     (tmp_path / "openvino_genai.py").write_text(_GENAI)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("GENAI_TOLD", str(tmp_path / "told.json"))
-    given = job(engine, gguf="a.gguf", length=5, output=str(tmp_path / "out.npy"))
+    given = job(engine, gguf="a.gguf", length=5, batch=3, output=str(tmp_path / "out.npy"))
     (timing,) = time_in_turn([given], {}, 3, lambda step: None)
-    assert (timing.skipped, timing.seconds) == ("", (0.25, 0.25, 0.25))
-    assert json.loads((tmp_path / "told.json").read_text()) == [
-        "a.gguf",
-        "CPU",
-        {"INFERENCE_NUM_THREADS": 1},
-        sparse,
-        prompts(given).tolist(),
-        [[1] * 5],
-        {"max_new_tokens": NEW, "ignore_eos": True, "do_sample": False},
-    ]
+    assert (timing.skipped, len(timing.seconds)) == ("", 3)
+    assert all(0.01 <= seconds < 0.2 for seconds in timing.seconds)
+    config = {"max_new_tokens": 5, "ignore_eos": True, "do_sample": False}
+    rows = [x for row, ids in enumerate(prompts(given).tolist()) for x in (row, [ids], config)]
+    options = {"INFERENCE_NUM_THREADS": 1}
+    assert json.loads((tmp_path / "told.json").read_text()) == [3 + 4 * NEW, "a.gguf", "CPU", options, 6, sparse, *rows]
 
 
 def test_every_engine_gets_the_same_ids_and_room_for_its_neighbours() -> None:
@@ -330,8 +340,8 @@ def test_every_engine_gets_the_same_ids_and_room_for_its_neighbours() -> None:
     assert (ids.shape, ids.dtype) == ((3, DEPTH), np.int32)
     assert 0 <= ids.min() < ids.max() < 128
     np.testing.assert_array_equal(ids, prompts(job("sdpa", batch=3)))
-    assert extra_tokens(1, 5000, 2048) == 0
-    assert extra_tokens(4, 5000, 2048) == 3 * 3, "the first writes while three prompts of three chunks are read"
+    assert written_tokens(10, 3, 1, 5000) == 42
+    assert written_tokens(10, 3, 4, 5000) == 42 + 3 * 40, "the first writes while three prompts are read"
 
 
 def test_peers_that_cannot_run_are_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,10 +352,8 @@ def test_peers_that_cannot_run_are_skipped_with_the_reason(tmp_path: Path, monke
     options: dict[str, Any] = {"shape": SHAPE, "lengths": (8,), "peers": peers}
     one = run_decode_benchmark(tmp_path / "one", engines=("llama_cpp",), **options)
     assert [timing.skipped for timing in one.timings] == ["llama-bench is not on PATH (--llama-bench)"]
-    engines = (*GENAI, "llama_cpp")
-    more = run_decode_benchmark(tmp_path / "more", engines=engines, **options, options=DecodeOptions(batch=2))
-    assert [timing.engine for timing in more.timings] == list(engines)
-    assert {timing.skipped for timing in more.timings} == {"it runs one request here, and the batch is 2"}
+    two = run_decode_benchmark(tmp_path / "two", engines=("llama_cpp",), **options, options=DecodeOptions(batch=2))
+    assert [timing.skipped for timing in two.timings] == ["its benchmark runs one request, and the batch is 2"]
 
 
 @pytest.mark.parametrize(

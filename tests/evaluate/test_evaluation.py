@@ -14,12 +14,12 @@ import pytest
 
 import iceformer
 from iceformer.attention import LowRank
+from iceformer.deploy.examples import Question
 from iceformer.evaluate.bench import Bench, Options
 from iceformer.evaluate.configuration import Configuration, with_reference
 from iceformer.evaluate.evaluation import evaluate_checkpoint
 from iceformer.evaluate.evaluation_report import notes, summary_rows, write_report
 from iceformer.evaluate.evaluation_result import Evaluation, load_evaluation
-from iceformer.evaluate.questions import Question
 from iceformer.evaluate.task_level import make_examples
 
 from ..model.cases import ENCODERS

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from iceformer.deploy.calibration import read_tokenizer
+from iceformer.deploy.examples import ROOM, Example, Question
 from iceformer.deploy.tokenization import TextTokenizer
-from iceformer.evaluate.examples import TASKS, Example, Setting
+from iceformer.evaluate.examples import TASKS, HiddenAnswer, Setting
 from iceformer.evaluate.line_retrieval import INTRODUCTION
-from iceformer.evaluate.questions import ROOM, Question
 
 DEPTHS = (0.1, 0.5, 0.9)
 
@@ -19,7 +19,7 @@ def tokenizer(long_llama: Path) -> TextTokenizer:
     return read_tokenizer(long_llama / "tokenizer.json", 512)
 
 
-def make(task: str, tokenizer: TextTokenizer, text: Path, seed: int = 0, tokens: int = 2000) -> list[Example]:
+def make(task: str, tokenizer: TextTokenizer, text: Path, seed: int = 0, tokens: int = 2000) -> list[HiddenAnswer]:
     return TASKS[task](Setting(np.random.default_rng(seed), tokenizer, tokens, DEPTHS, text.read_text()))
 
 
@@ -46,10 +46,10 @@ def test_a_filler_that_is_too_short_is_refused(tokenizer: TextTokenizer, text: P
 
 
 def test_the_answer_is_the_end_of_a_question(tokenizer: TextTokenizer) -> None:
-    example = Example("context", "What is the key?", "The key is", " 4711", 8, 0.5)
+    example = Example("context", "What is the key?", "The key is", " 4711", 8)
     question = Question.of(example, tokenizer)
     assert tokenizer.decode(question.ids.tolist()) == "\n\nWhat is the key?\nThe key is 4711"
     answer = tokenizer.decode(question.ids[-question.answer :].tolist())
     assert answer.strip() == "4711"
     with pytest.raises(ValueError, match=f"expected at most {ROOM}"):
-        Question.of(Example("context", "What? " * 200, "", "1", 8, 0.5), tokenizer)
+        Question.of(Example("context", "What? " * 200, "", "1", 8), tokenizer)

@@ -8,7 +8,7 @@ import pytest
 
 from iceformer.deploy.calibration import read_tokenizer
 from iceformer.deploy.text_windows import Text, leading_tokens, windows_of
-from iceformer.evaluate.questions import Answer
+from iceformer.evaluate.answers import Answer
 from iceformer.evaluate.task_figures import task_figures
 from iceformer.evaluate.texts import read_ids
 
