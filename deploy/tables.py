@@ -274,7 +274,7 @@ def _contract(manifest: Manifest) -> dict[str, str]:
     if manifest.contract is None:
         return {}
     held_out = manifest.contract.held_out
-    return {"contract": f"{manifest.contract.asked}, judged on {held_out.kind}, {held_out.tokens} tokens"}
+    return {"contract": f"{manifest.contract.asked}, judged on {held_out.kind}, {held_out.tokens} held-out tokens"}
 
 
 def _kv_cache(manifest: Manifest) -> dict[str, str]:
