@@ -25,6 +25,7 @@ from iceformer.attention import (
 from iceformer.attention.cache import LayerCache
 from iceformer.attention.keys import as_floats, quantize
 
+from ..few import few
 from .calls import constants_of
 from .reference import naive_attention, random_inputs
 
@@ -168,9 +169,12 @@ def pieces_of(x: np.ndarray, members: tuple[int, ...], offset: tuple[int, ...], 
 
 @pytest.mark.parametrize(
     ("name", "page", "int8"),
-    [(name, page, False) for name in STRATEGIES for page in (0, 128)]
-    # An index of single tokens is made before keys are rounded, and may select others.
-    + [("exact", 0, True), ("exact", 128, True), ("mean_pool", 0, True), ("block means", 128, True)],
+    few(
+        [(name, page, False) for name in STRATEGIES for page in (0, 128)]
+        # An index of single tokens is made before keys are rounded, and may select others.
+        + [("exact", 0, True), ("exact", 128, True), ("mean_pool", 0, True), ("block means", 128, True)],
+        [("exact", 0, True), ("low_rank", 128, False), ("block means", 128, True)],
+    ),
 )
 def test_pages_and_slots_change_no_result(name: str, page: int, int8: bool) -> None:
     """Rows in chunks through slots, or pages, in any order, against each row by itself in one piece."""

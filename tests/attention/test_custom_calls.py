@@ -21,6 +21,7 @@ from iceformer.attention import Call, DecodeSelection, Exact, KeyView, LowRank, 
 from iceformer.attention.blocks import split_queries
 from iceformer.attention.keys import as_floats, quantize
 
+from ..few import few
 from .calls import exact_attention, scattered, two_stage_attention
 from .reference import naive_attention, random_inputs
 
@@ -120,6 +121,19 @@ CASES = {
         two_stage=SMALL, dtype="bfloat16", heads=(2, 1), causal=False, head_dim=256, value_dim=31, queries=40, keys=203
     ),
 }
+USUAL = (
+    "exact",
+    "exact, one query, int8, odd sizes, softcap, bfloat16",
+    "exact, window, odd sizes, softcap",
+    "exact, bfloat16, odd sizes",
+    "two-stage",
+    "two-stage, large blocks",
+    "two-stage, by mass, bidirectional",
+    "two-stage, by mass, odd sizes, softcap",
+    "two-stage, by mass, int8",
+    "two-stage, bfloat16",
+)
+"""Cases that are not slow. After a change of the kernels, all are run."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 KINDS = ["normal", "flat", "sharp", "huge logits", "zero queries", "repeated keys"]
 PLACES = ["end", "middle", "start", "behind the end"]
@@ -204,7 +218,7 @@ def tolerance(case: Case, query: Array, key: Array) -> float:
     return TOLERANCE[case.dtype] + (2e-6 if largest > 1e3 else 1.2e-7) * largest
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(CASES, USUAL))
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31 - 1),

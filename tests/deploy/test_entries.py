@@ -14,7 +14,7 @@ from iceformer import kernels
 from iceformer.attention import Attention, DecodeSelection, Exact, KVCache, LowRank, MeanPool, Plan, Sparq
 from iceformer.deploy.entries import DecoderEntries
 
-from ..model.cases import few
+from ..few import few
 
 CAPACITY, CHUNK = 256, 64
 LENGTHS, SLOTS = (200, 131), (2, 0)

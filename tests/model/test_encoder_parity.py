@@ -14,7 +14,8 @@ import iceformer
 from iceformer.attention import Attention
 from iceformer.model.encoder import Encoder
 
-from .cases import ENCODERS, few
+from ..few import few
+from .cases import ENCODERS
 from .reference import save_random
 
 Record = Callable[[str, object], None]

@@ -16,7 +16,8 @@ import iceformer
 from iceformer.model.decoder import CausalLM
 from iceformer.model.registry import ARCHITECTURES
 
-from .cases import CASES, DECODERS, few
+from ..few import few
+from .cases import CASES, DECODERS
 from .forward import forward, load_decoder
 from .reference import save_random
 

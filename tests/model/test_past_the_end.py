@@ -14,7 +14,8 @@ from iceformer.model.decoder import CausalLM
 from iceformer.model.encoder import Encoder
 from iceformer.model.registry import build
 
-from .cases import CASES, few
+from ..few import few
+from .cases import CASES
 
 LRA = {
     "vocab_size": 40,

@@ -1,12 +1,10 @@
 """Tiny configs of every architecture for the shared tests: one module per family, with `CASES` by model type."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
-
-import pytest
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,6 @@ class Cases:
     options: dict[str, dict[str, Any]]
     draw: Callable[[int], dict[str, Any]]
     tasks: tuple[str, ...] = ()
-
-
-def few(model_types: Iterable[str], chosen: Collection[str]) -> list[Any]:
-    """Parameters of a test for every model type, which is slow for all that are not chosen."""
-    assert set(chosen) <= set(model_types)
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in model_types]
 
 
 CASES: dict[str, Cases] = {
