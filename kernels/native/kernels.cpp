@@ -117,11 +117,8 @@ void run_linear(const Linear& call, const LinearTask& task, void* scratch) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {scratch_bytes,   run,
-                         decode_scratch_bytes, run_decode,
-                         merge,           scan_scratch_bytes,
-                         run_scan,        average_weights,
-                         round_rows,      round_many_rows,
+const Kernels kernels = {scratch_bytes,        run,        decode_scratch_bytes, run_decode, merge,
+                         scan_scratch_bytes,   run_scan,   average_weights,      round_rows, round_many_rows,
                          linear_scratch_bytes, run_linear};
 
 }  // namespace ICEFORMER_ISA
