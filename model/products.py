@@ -83,7 +83,8 @@ def _call(
     levels: int = 0,
 ) -> list[Float32[Array, "rows _"]]:
     results = [jax.ShapeDtypeStruct((x.shape[0], count), jnp.float32) for count in features]
-    return jax.ffi.ffi_call(kernels.LINEAR, results)(x, *arrays, transposed=transposed, levels=np.int64(levels))
+    call = jax.ffi.ffi_call(kernels.LINEAR, results)
+    return list(call(x, *arrays, transposed=transposed, levels=np.int64(levels)))
 
 
 def _in_xla(

@@ -44,7 +44,7 @@ def activations(rng: np.random.Generator, rows: int, depth: int, dtype: str) -> 
     return jnp.asarray(rng.standard_normal((rows, depth)) * 10.0 ** rng.integers(-3, 4, (1, depth)), dtype)
 
 
-def check(result: np.ndarray, x: jax.Array, weights: np.ndarray) -> None:
+def check(result: np.ndarray, x: jax.Array | np.ndarray, weights: np.ndarray) -> None:
     """A sum in float32: a rounding for each term, at worst."""
     wide = np.asarray(x, np.float64)
     bound = np.abs(wide) @ np.abs(weights) * (x.shape[1] + 4) * 2.0**-24
