@@ -39,15 +39,13 @@ def session(artifact: Path) -> Session:
 def in_xla(checkpoint: Path) -> dict[str, np.ndarray]:
     """The scores of `IDS` by a model with int8 weights, for each format of activations."""
 
-    def scores(tokens: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(model(tokens)[0])[jnp.arange(49), IDS[1:]]
-
-    found = {}
-    for activations in ("same", "int8", "int16"):
+    def scores(activations: str) -> np.ndarray:
         model = round_weights(iceformer.load_model(checkpoint), "int8", activations)
         with kernels.disabled():
-            found[activations] = np.asarray(jax.jit(scores)(jnp.asarray(IDS[None])))
-    return found
+            logits = jax.jit(lambda tokens: model(tokens)[0])(jnp.asarray(IDS[None]))
+        return np.asarray(jax.nn.log_softmax(logits))[np.arange(49), IDS[1:]]
+
+    return {activations: scores(activations) for activations in ("same", "int8", "int16")}
 
 
 def test_scores_are_those_of_the_rounded_model_in_xla(session: Session, in_xla: dict[str, np.ndarray]) -> None:
