@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..model.products import FEW_ROWS
 from ..model.rounding import GROUP, TIED_GROUP
 from .artifact import TOKENIZER
 from .evidence import positions_of
@@ -158,8 +159,17 @@ def _weights_text(manifest: Manifest) -> str:
 ## Weights
 
 The kernels of linear layers, and an output layer tied to embeddings, are
-{manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {manifest.dtype}.
+{manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {_activations(manifest)}.
 {_cost(manifest, error)}"""
+
+
+def _activations(manifest: Manifest) -> str:
+    if manifest.activations == "same":
+        return manifest.dtype
+    return (
+        f"{manifest.dtype}, and where linear layers but the output layer multiply more than {FEW_ROWS} rows,\n"
+        f"{manifest.activations} with a scale for every {GROUP} numbers of a row"
+    )
 
 
 def _cache_text(manifest: Manifest) -> str:

@@ -28,6 +28,7 @@ from ..convert.generation_config import eos_token_ids, generation_settings
 from ..convert.json_file import read_json
 from ..convert.text import read_text_settings
 from ..host.files import check_absent, new_folder
+from ..model.activations import LEVELS
 from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
 from ..model.registry import Model, ModelConfig, build
@@ -66,6 +67,7 @@ from .weights import cpu_device, described, write_weights
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("same", *FORMATS)
+ACTIVATIONS = tuple(LEVELS)
 KV_DTYPES = ("same", "int8")
 AUTO = "auto"
 """The KV format that a contract chooses."""
@@ -83,6 +85,7 @@ def compile(
     attention: Attention | Plan | Auto | None = None,
     dtype: str = "float32",
     weights: str = "same",
+    activations: str = "same",
     kv_dtype: str = "same",
     batch: int = 1,
     chunk: int = 2048,
@@ -110,6 +113,10 @@ def compile(
             inputs of each output (32 of a tied output layer), but for the projections of values, which are bfloat16; an
             output layer tied to embeddings is rounded with them. The loss of accuracy is measured on the calibration
             text and recorded in the manifest and the card.
+        activations: with int8 weights, what more than 4 rows, as prompts have, are rounded to before linear layers
+            multiply them, in integers: "int8" or "int16", with a scale for every 64 numbers of a row. "same" multiplies
+            them in dtype. An output layer always takes them as they are. The loss of accuracy is measured and recorded
+            together with that of the weights.
         kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
             read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
             "auto", with a contract: int8 if every bucket then fulfils it, else "same".
@@ -154,6 +161,7 @@ def compile(
     contract = _contract(retain, kl, kv_dtype, asked, config)
     cheapest = "int8" if kv_dtype == AUTO else kv_dtype
     check_options(config, buckets=buckets, dtype=dtype, weights=weights, kv_dtype=cheapest, batch=batch, chunk=chunk)
+    check_activations(activations, weights)
     buckets = default_buckets(config, chunk) if buckets is None else buckets
     _check_page(page, config, buckets)
     kept = dtype if cheapest == "same" else cheapest
@@ -188,7 +196,7 @@ def compile(
         error = kv_error = None
         if rounds:
             report("rounding the weights")
-            model, error = _round_weights(model, weights, checkpoint, calibration)
+            model, error = _round_weights(model, weights, activations, checkpoint, calibration)
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")
@@ -235,6 +243,7 @@ def compile(
             decode_crossover=measured_decode,
             contract=None if terms is None else ContractInfo(terms.contract, terms.held_out),
             dtype=dtype,
+            activations=activations,
             kv_dtype=kept,
             kv_error=kv_error,
             batch=batch,
@@ -300,6 +309,17 @@ def check_options(
         raise ValueError(
             f"bucket {buckets[-1]} is longer than the {limit} positions that the model was trained for "
             f"({CONFIG}): choose buckets up to {limit}"
+        )
+
+
+def check_activations(activations: str, weights: str) -> None:
+    """Raises ValueError for activations that cannot be rounded so beside these weights."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}, expected one of: {', '.join(ACTIVATIONS)}")
+    if activations != "same" and weights != "int8":
+        raise ValueError(
+            f"activations is {activations!r} and weights is {weights!r}, but only int8 weights are multiplied with "
+            'rounded activations: give weights="int8", or leave activations out'
         )
 
 
@@ -371,10 +391,10 @@ def _calibrated(choices: Sequence[Choice]) -> set[Attention]:
 
 
 def _round_weights(
-    model: Model, form: str, checkpoint: Path, source: str | Path | ArrayLike | None
+    model: Model, form: str, activations: str, checkpoint: Path, source: str | Path | ArrayLike | None
 ) -> tuple[Model, QuantizationError]:
-    """The model with rounded weights, and what that costs."""
-    rounded = round_weights(model, form)
+    """The model with rounded weights and activations, and what that costs."""
+    rounded = round_weights(model, form, activations)
     return rounded, quantization_error(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
 
 

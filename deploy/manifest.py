@@ -20,7 +20,7 @@ from .evidence import Contract, Evidence
 from .generation_defaults import GenerationDefaults
 from .records import read_record
 
-SCHEMA = 10
+SCHEMA = 11
 TAIL = 128
 """Tokens of the calls that read a prompt's end, at most."""
 TAIL_ENTRY = "prefill_tail"
@@ -205,7 +205,7 @@ class WeightsInfo:
         tensors: that it holds, by name, in the order in which every entry takes them, which is that of their names.
         format: "int8" or "bfloat16" if the kernels of linear layers are rounded to it; "same" if they have the
             artifact's dtype.
-        error: what rounding them cost; None if they are not rounded.
+        error: what rounding them cost, together with the activations; None if they are not rounded.
     """
 
     file: FileInfo
@@ -398,6 +398,8 @@ class Manifest:
         decode_crossover: the same of new tokens, for one of them in one layer.
         contract: what each bucket keeps of exact attention; None if nothing was asked.
         dtype: of activations, and of the weights that are not rounded.
+        activations: "int8" or "int16" if the layers with int8 weights round what they multiply to it, but for a few
+            rows; "same" if not.
         kv_dtype: of keys and values in the cache: `dtype`, or "int8" with a scale for each token and head.
         kv_error: what rounding keys and values cost, beside the weights as they are; None if they are not rounded.
         batch: rows of every call of an encoder; of a decoder, slots: rows that its cache holds.
@@ -416,6 +418,7 @@ class Manifest:
     decode_crossover: tuple[CrossoverRow, ...]
     contract: ContractInfo | None
     dtype: str
+    activations: str
     kv_dtype: str
     kv_error: QuantizationError | None
     batch: int

@@ -162,7 +162,11 @@ def quantization_error_cells(error: QuantizationError) -> dict[str, str]:
 def rounding_tables(manifest: Manifest) -> list[Table]:
     """What rounding the weights cost, and rounding keys and values; no table of what is not rounded."""
     weights = manifest.weights
-    rounded = {f"{weights.format} weights": weights.error, f"{manifest.kv_dtype} keys and values": manifest.kv_error}
+    beside = "" if manifest.activations == "same" else f", {manifest.activations} activations"
+    rounded = {
+        f"{weights.format} weights{beside}": weights.error,
+        f"{manifest.kv_dtype} keys and values": manifest.kv_error,
+    }
     return [_rounding_table(title, error) for title, error in rounded.items() if error is not None]
 
 
@@ -189,7 +193,8 @@ def summary_table(manifest: Manifest) -> Table:
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         **_contract(manifest),
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
-        f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}",
+        f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}"
+        f"{'' if manifest.activations == 'same' else f', activations rounded to {manifest.activations}'}",
         **_kv_cache(manifest),
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
         "with": f"jax {environment.jax}, jaxlib {environment.jaxlib}, Python {environment.python}",

@@ -82,6 +82,14 @@ class WeightFormat(StrEnum):
     INT8 = "int8"
 
 
+class ActivationFormat(StrEnum):
+    """Number format of what linear layers with int8 weights multiply."""
+
+    SAME = "same"
+    INT8 = "int8"
+    INT16 = "int16"
+
+
 class CacheFormat(StrEnum):
     """Number format of the KV cache."""
 
@@ -300,6 +308,13 @@ def compile(
             "inputs of each output. The loss of accuracy is measured and reported."
         ),
     ] = WeightFormat.SAME,
+    activations: Annotated[
+        ActivationFormat,
+        typer.Option(
+            help="With int8 weights: number format of prompts where linear layers multiply them, int8 or int16 with a "
+            "scale for every 64 numbers, or same as --dtype. The loss of accuracy is measured and reported."
+        ),
+    ] = ActivationFormat.SAME,
     kv_dtype: Annotated[
         ChosenCacheFormat,
         typer.Option(
@@ -362,6 +377,7 @@ def compile(
         attention=_plan(attention, given, decode, decode_option or []),
         dtype=dtype.value,
         weights=weights.value,
+        activations=activations.value,
         kv_dtype=kv_dtype.value,
         batch=batch,
         chunk=chunk,

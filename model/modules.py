@@ -40,7 +40,11 @@ _initial = nnx.initializers.normal(0.02)
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, or `x @ (kernel * scale) + bias` where the kernel is int8, in panels, with a scale
-    for each group of inputs and each output."""
+    for each group of inputs and each output.
+
+    Attributes:
+        levels: what x is rounded to there: integers of at most this, or not at all if it is 0 (`activations.LEVELS`).
+    """
 
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
@@ -48,6 +52,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(_initial(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
         self.scale: nnx.Param | None = nnx.data(None)
+        self.levels = 0
 
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
         return self.in_float32(x).astype(x.dtype)
@@ -60,7 +65,8 @@ class Linear(nnx.Module):
 def project(x: Float[Array, "*rows in_features"], *layers: Linear) -> list[Float32[Array, "*rows _"]]:
     """What several linear layers make of the same input, in float32."""
     scales = [None if layer.scale is None else layer.scale[...] for layer in layers]
-    products = multiply_all(x, [layer.kernel[...] for layer in layers], scales)
+    levels = max(layer.levels for layer in layers)
+    products = multiply_all(x, [layer.kernel[...] for layer in layers], scales, levels)
     return [
         product if layer.bias is None else product + layer.bias[...].astype(jnp.float32)
         for product, layer in zip(products, layers, strict=True)

@@ -3,7 +3,8 @@
 A few rows, as in decoding, take as long as it takes to read the weights, which the kernel does as they lie in memory,
 in whatever dtype. With int8 it rounds the rows to integers of 30 bits, which keeps what a float32 has. More rows are
 XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a time, where
-XLA would make floats of them all.
+XLA would make floats of them all. Where activations are to be rounded (`activations`), more rows and int8 are
+multiplied as integers; XLA multiplies the same numbers as floats.
 """
 
 import math
@@ -11,11 +12,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped
 
 from .. import kernels
 from . import panels
+from .activations import round_activations
 
 FEW_ROWS = 4
 """Rows up to which the native kernel multiplies weights as they lie."""
@@ -26,7 +29,7 @@ _PANEL = 256
 
 Weight = Shaped[Array, "in_features _"] | panels.Panels
 """[in_features, out_features], in the dtype of the activations or bfloat16, or panels of int8 with scales."""
-Scale = Float32[Array, "groups _"]
+Scale = Float32[Array, "_ _"]
 """[groups of input features, out_features]: what the int8 of a group are multiplied by."""
 
 
@@ -36,18 +39,21 @@ def multiply(x: Float[Array, "*rows in_features"], weight: Weight) -> Float32[Ar
 
 
 def multiply_all(
-    x: Float[Array, "*rows in_features"], weights: Sequence[Weight], scales: Sequence[Scale | None]
+    x: Float[Array, "*rows in_features"], weights: Sequence[Weight], scales: Sequence[Scale | None], levels: int = 0
 ) -> list[Float32[Array, "*rows _"]]:
-    """`x @ (weight * scale)` for each weight, in one call of the native kernel where that computes them all."""
+    """`x @ (weight * scale)` for each weight, in one call of the native kernel where that computes them all.
+
+    Where a weight is int8, more than `FEW_ROWS` rows are rounded to integers of at most `levels`, if that is not 0.
+    """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if all(_native(flat, weight.dtype) for weight in weights):
         features = [
             weight.shape[1] if scale is None else scale.shape[1] for weight, scale in zip(weights, scales, strict=True)
         ]
         arrays = [*weights, *(scale for scale in scales if scale is not None)]
-        products = _call(flat, arrays, features, transposed=False)
+        products = _call(flat, arrays, features, transposed=False, levels=levels)
     else:
-        products = [_in_xla(flat, weight, scale) for weight, scale in zip(weights, scales, strict=True)]
+        products = [_in_xla(flat, weight, scale, levels) for weight, scale in zip(weights, scales, strict=True)]
     return [product.reshape(*x.shape[:-1], product.shape[1]) for product in products]
 
 
@@ -69,14 +75,26 @@ def _native(x: Float[Array, "rows in_features"], dtype: jnp.dtype) -> bool:
 
 
 def _call(
-    x: Float[Array, "rows in_features"], arrays: Sequence[Array], features: Sequence[int], *, transposed: bool
+    x: Float[Array, "rows in_features"],
+    arrays: Sequence[Array],
+    features: Sequence[int],
+    *,
+    transposed: bool,
+    levels: int = 0,
 ) -> list[Float32[Array, "rows _"]]:
     results = [jax.ShapeDtypeStruct((x.shape[0], count), jnp.float32) for count in features]
-    return jax.ffi.ffi_call(kernels.LINEAR, results)(x, *arrays, transposed=transposed)
+    call = jax.ffi.ffi_call(kernels.LINEAR, results)
+    return list(call(x, *arrays, transposed=transposed, levels=np.int64(levels)))
 
 
-def _in_xla(x: Float[Array, "rows in_features"], weight: Weight, scale: Scale | None) -> Float32[Array, "rows _"]:
-    return _of_floats(x, weight, axis=0) if scale is None else _of_int8(x, weight, scale)
+def _in_xla(
+    x: Float[Array, "rows in_features"], weight: Weight, scale: Scale | None, levels: int
+) -> Float32[Array, "rows _"]:
+    if scale is None:
+        return _of_floats(x, weight, axis=0)
+    if levels and x.shape[0] > FEW_ROWS:
+        x = round_activations(x, scale.shape[0], levels)
+    return _of_int8(x, weight, scale)
 
 
 def _of_floats(x: Float[Array, "rows k"], weight: Array, axis: int) -> Float32[Array, "rows out_features"]:

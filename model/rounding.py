@@ -1,7 +1,8 @@
 """Rounded weights: linear layers whose kernel is bfloat16, or int8 with a scale for every 64 inputs of each output.
 
-Weights are rounded, activations are not: a rounded weight is a float without loss, so that a product is exact but for
-the order of its sums. An output layer tied to the embeddings is rounded with them, in int8 with a scale for every 32
+A rounded weight is a float without loss, so that a product is exact but for the order of its sums, unless activations
+are rounded too (`activations`), which int8 weights allow: then more rows than a few are integers, in all layers but the
+output layer. An output layer tied to the embeddings is rounded with them, in int8 with a scale for every 32
 inputs; other embeddings, norms and biases keep their dtype. With int8, the projections of values become bfloat16: their
 outputs are small beside their inputs, so that rounding costs them most, and they are 3% of a decoder's weights.
 """
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32, Int8
 
+from .activations import LEVELS
 from .decoder import CausalLM
 from .modules import Embedding, Linear
 from .panels import pack
@@ -25,19 +27,25 @@ TIED_GROUP = 32
 _LARGEST = 127
 _SENSITIVE = "v_proj"
 """The name of layers that stay bfloat16 at least."""
+_OUTPUT = "lm_head"
+"""The name of a decoder's output layer."""
 
 
-def round_weights(model: nnx.Module, form: str) -> Any:
+def round_weights(model: nnx.Module, form: str, activations: str = "same") -> Any:
     """The model with every `Linear` rounded, which shares everything else with the given model.
 
     Args:
         model: the model, which stays as it is.
         form: one of `FORMATS`.
+        activations: one of `activations.LEVELS`: what the layers with int8 weights round their inputs to.
     """
     rounded = nnx.merge(*nnx.split(model))
     for path, node in nnx.iter_graph(rounded):
         if isinstance(node, Linear):
             _round(node, "bfloat16" if path[-1:] == (_SENSITIVE,) else form)
+            # The errors of an output layer are those of the logits themselves.
+            if node.scale is not None and path != (_OUTPUT,):
+                node.levels = LEVELS[activations]
     if isinstance(rounded, CausalLM) and rounded.lm_head is None:
         _round_tied(rounded.model.embed_tokens, form)
     return rounded

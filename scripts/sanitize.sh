@@ -28,4 +28,5 @@ CXX=g++ LDFLAGS="$sanitizers" \
 # descriptors, because the report of an abort would be lost with it.
 LD_PRELOAD="$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   ICEFORMER_KERNELS="$folder/iceformer/kernels/native/libiceformer.so" ICEFORMER_SANITIZED=1 \
-  "$PYTHON" -m pytest tests/attention/test_custom_calls.py tests/model/test_products.py --capture=sys "$@"
+  "$PYTHON" -m pytest tests/attention/test_custom_calls.py tests/model/test_products.py \
+  tests/model/test_activations.py --capture=sys "$@"

@@ -96,6 +96,13 @@ void round_rows(const Linear& call) {
   return call.bfloat16 ? round_rows_of<Bfloat16Bits>(call) : round_rows_of<float>(call);
 }
 
+void round_many_rows(const Linear& call, int64_t first, int64_t count) {
+  visit_integers(call, [&](auto format) {
+    call.bfloat16 ? round_to_integers<decltype(format), Bfloat16Bits>(call, first, count)
+                  : round_to_integers<decltype(format), float>(call, first, count);
+  });
+}
+
 size_t linear_scratch_bytes(const Linear& call, const LinearTask& task) {
   Arena arena(nullptr);
   visit_linear(call, task, arena, [](auto&&) {});
@@ -110,9 +117,9 @@ void run_linear(const Linear& call, const LinearTask& task, void* scratch) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {scratch_bytes,      run,      decode_scratch_bytes, run_decode,           merge,
-                         scan_scratch_bytes, run_scan, average_weights,      round_rows,           linear_scratch_bytes,
-                         run_linear};
+const Kernels kernels = {scratch_bytes,        run,        decode_scratch_bytes, run_decode, merge,
+                         scan_scratch_bytes,   run_scan,   average_weights,      round_rows, round_many_rows,
+                         linear_scratch_bytes, run_linear};
 
 }  // namespace ICEFORMER_ISA
 }  // namespace iceformer

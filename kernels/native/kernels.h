@@ -23,6 +23,8 @@ struct Kernels {
   void (*average_weights)(float* logits, int64_t queries, int64_t stride, int64_t count, float* mean);
   // What few rows of input are before they are multiplied with int8: rounded.
   void (*round_rows)(const Linear&);
+  // The same of some of many rows.
+  void (*round_many_rows)(const Linear&, int64_t first, int64_t count);
   // The first two for a product with the weights of a linear layer.
   size_t (*linear_scratch_bytes)(const Linear&, const LinearTask&);
   void (*run_linear)(const Linear&, const LinearTask&, void* scratch);

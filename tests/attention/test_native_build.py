@@ -121,6 +121,7 @@ def sanitized(*arguments: str, examples: int) -> None:
 @needs_sanitizers
 def test_sanitizers_find_nothing_in_some_cases() -> None:
     cases = "library_is or log_sum or (bfloat16 and odd) or (large and blocks) or refused or (float64 and 33)"
+    cases += " or rounded_rows"
     sanitized("-k", cases, examples=2)
 
 

@@ -44,7 +44,7 @@ def activations(rng: np.random.Generator, rows: int, depth: int, dtype: str) -> 
     return jnp.asarray(rng.standard_normal((rows, depth)) * 10.0 ** rng.integers(-3, 4, (1, depth)), dtype)
 
 
-def check(result: np.ndarray, x: jax.Array, weights: np.ndarray) -> None:
+def check(result: np.ndarray, x: jax.Array | np.ndarray, weights: np.ndarray) -> None:
     """A sum in float32: a rounding for each term, at worst."""
     wide = np.asarray(x, np.float64)
     bound = np.abs(wide) @ np.abs(weights) * (x.shape[1] + 4) * 2.0**-24
@@ -160,10 +160,10 @@ def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
     if not form:
         pytest.skip("XLA refuses them itself")
 
-    def refused(x: jax.Array, kernel: jax.Array, *scales: jax.Array, transposed: bool = False) -> str:
+    def refused(x: jax.Array, kernel: jax.Array, *scales: jax.Array, transposed: bool = False, levels: int = 0) -> str:
         call = jax.ffi.ffi_call(kernels.LINEAR, [jax.ShapeDtypeStruct((2, 5), jnp.float32)])
         with pytest.raises(jax.errors.JaxRuntimeError) as caught:
-            call(x, kernel, *scales, transposed=transposed)[0].block_until_ready()
+            call(x, kernel, *scales, transposed=transposed, levels=np.int64(levels))[0].block_until_ready()
         return str(caught.value)
 
     x, floats, scale = jnp.ones((2, 8)), jnp.ones((8, 5)), jnp.ones((1, 5))
@@ -177,3 +177,5 @@ def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
     assert "a multiple of 8" in refused(x, kernel, jnp.ones((2, 5)))
     assert "and no others" in refused(x, kernel, scale, scale)
     assert "no int8" in refused(x, kernel, scale, transposed=True)
+    assert "levels from 0" in refused(x, kernel, scale, levels=-1)
+    assert "to 32767" in refused(x, kernel, scale, levels=32768)

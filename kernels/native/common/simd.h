@@ -8,6 +8,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -56,6 +58,21 @@ ICEFORMER_INLINE Ints lane_numbers() {
 }
 
 ICEFORMER_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
+
+// To the nearest, of two to the even one. Converting truncates, and adding a large number could be fused with a product.
+ICEFORMER_INLINE Ints round_to_ints(Floats values) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtps_epi32(0xffff, (__m512)values);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtps_epi32((__m256)values);
+#elif defined(__SSE2__)
+  return (Ints)_mm_cvtps_epi32((__m128)values);
+#else
+  Ints rounded;
+  for (int i = 0; i < kLanes; ++i) rounded[i] = static_cast<int32_t>(__builtin_rintf(values[i]));
+  return rounded;
+#endif
+}
 
 // The next kLanes int8 as floats. GCC converts vectors of bytes one by one, hence the intrinsics.
 ICEFORMER_INLINE Floats widen(const int8_t* from) {

@@ -1,6 +1,8 @@
 // The XLA custom call for products with the weights of linear layers.
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -40,10 +42,43 @@ int64_t weight_bytes(const Linear& call) {
 
 void cut_many_rows(Product& product) {
   const Linear& call = product.call;
-  for (int64_t row = 0; row < call.rows; row += kLinearRows)
-    for (int64_t column = 0; column < call.out_features; column += kLinearColumns)
-      product.tasks.push_back({row, std::min(kLinearRows, call.rows - row), column,
-                               std::min(kLinearColumns, call.out_features - column), 0, call.in_features, nullptr});
+  const int64_t rows = call.levels ? kIntegerRows : kLinearRows;
+  const int64_t columns = call.levels ? kIntegerColumns : kLinearColumns;
+  for (int64_t row = 0; row < call.rows; row += rows)
+    for (int64_t column = 0; column < call.out_features; column += columns)
+      product.tasks.push_back({row, std::min(rows, call.rows - row), column,
+                               std::min(columns, call.out_features - column), 0, call.in_features, nullptr});
+}
+
+// The rows of an input rounded to integers, for all kernels whose groups are of one size.
+struct RoundedRows {
+  Linear call;
+  std::unique_ptr<uint32_t[]> integers;  // not filled with zeros, which would take time
+  std::unique_ptr<float[]> units;
+};
+
+// Finds the rows as this call takes them among those of others, or has them made.
+void share_rounded_rows(Linear& call, std::vector<RoundedRows>& all) {
+  auto found = std::find_if(all.begin(), all.end(), [&](const auto& rows) { return rows.call.group == call.group; });
+  if (found == all.end()) {
+    RoundedRows rows = {call, std::unique_ptr<uint32_t[]>(new uint32_t[call.integer_words()]),
+                        std::unique_ptr<float[]>(new float[call.rows * call.chunks()])};
+    rows.call.integers = rows.integers.get();
+    rows.call.units = rows.units.get();
+    found = all.insert(all.end(), std::move(rows));
+  }
+  call.integers = found->call.integers;
+  call.units = found->call.units;
+}
+
+void round_all(ffi::ThreadPool pool, const std::vector<RoundedRows>& all) {
+  for (const RoundedRows& rows : all) {
+    const int64_t tasks = (rows.call.rows + kRoundedRows - 1) / kRoundedRows;
+    parallel_for(pool, tasks, [&](int64_t i) {
+      const int64_t first = i * kRoundedRows;
+      kernels().round_many_rows(rows.call, first, std::min(kRoundedRows, rows.call.rows - first));
+    });
+  }
 }
 
 void cut_transposed(Product& product) {
@@ -144,6 +179,8 @@ ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, 
           in[1],
           out[1],
           nullptr,
+          nullptr,
+          0,
           nullptr};
   if (in[0] > kFewRows && (transposed || stored == ffi::DataType::F32))
     return refused("expected at most 4 rows with a kernel that is transposed or float32");
@@ -170,12 +207,14 @@ void cut(Product& product) {
 }
 
 // Products of one input with several kernels. Behind the input stand a kernel for each result, then the scales of those
-// that are int8.
+// that are int8. With these, more than kFewRows rows are rounded to integers of at most `levels`, if it is not 0.
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs arrays, ffi::RemainingRets outputs,
-                  bool transposed) {
+                  bool transposed, int64_t levels) {
   const size_t count = outputs.size();
+  if (levels < 0 || levels > kMostLevels) return refused("expected levels from 0 to 32767");
   if (count < 1 || arrays.size() < count) return refused("expected a kernel for each result");
   std::vector<Product> products(count);  // whose tasks point into them
+  std::vector<RoundedRows> rounded;
   size_t used = count;
   for (size_t i = 0; i < count; ++i) {
     auto kernel = arrays.get<ffi::AnyBuffer>(i);
@@ -188,6 +227,10 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs
       auto scales = arrays.get<Matrix>(used++);
       if (scales.has_error()) return scales.error();
       error = scale(call, *scales);
+      if (error.success() && levels && call.rows > kFewRows) {
+        call.levels = levels;
+        share_rounded_rows(call, rounded);
+      }
     }
     if (error.failure()) return error;
     cut(products[i]);
@@ -196,6 +239,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs
   std::vector<std::pair<const Linear*, const LinearTask*>> tasks;
   for (const Product& product : products)
     for (const LinearTask& task : product.tasks) tasks.push_back({&product.call, &task});
+  round_all(pool, rounded);
   const Kernels& chosen = kernels();
   const ffi::Error error = run_tasks(
       pool, "linear product", static_cast<int64_t>(tasks.size()),
@@ -216,6 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(iceformer_linear, iceformer::linear,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<bool>("transposed"));
+                                  .Attr<bool>("transposed")
+                                  .Attr<int64_t>("levels"));
 
 #pragma GCC visibility pop

@@ -6,6 +6,7 @@
 #include "common/pack_tiles.h"
 #include "common/rows.h"
 #include "linear/few_panels.h"
+#include "linear/integer_rows.h"
 #include "linear/many_rows.h"
 
 namespace iceformer {
@@ -153,6 +154,8 @@ ICEFORMER_INLINE void visit_floats(const Linear& call, const LinearTask& task, A
 template <class Element, class Visit>
 ICEFORMER_INLINE void visit_linear_of(const Linear& call, const LinearTask& task, Arena& arena, const Visit& visit) {
   const bool many = call.rows > kFewRows && !call.transposed;
+  if (call.levels)
+    return visit_integers(call, [&](auto format) { visit(IntegerRows<decltype(format)>(call, task, arena)); });
   if (call.weights == WeightType::kInt8)
     many ? visit_many_rows<Element, int8_t>(call, task, arena, visit) : visit(FewPanels(call, task));
   else if (call.weights == WeightType::kFloat32)

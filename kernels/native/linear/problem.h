@@ -17,6 +17,9 @@ constexpr int64_t kPanelOutputs = 16, kPanelInputs = 4;
 // Input features whose products with int8 are summed as integers, at most.
 constexpr int64_t kMostChunk = 256;
 
+// The largest integers that rows may be rounded to: sums of a chunk stay below 2^31.
+constexpr int64_t kMostLevels = 32767;
+
 // output = input . (kernel * scale), each scale for a group of input features. Arrays are dense and row-major.
 struct Linear {
   bool bfloat16;       // of input; else float32
@@ -31,6 +34,10 @@ struct Linear {
   // At most kFewRows rows of input, rounded for int8: units * (high * 2^15 + low), a unit for each chunk.
   int16_t* parts;  // [rows, steps, 2, kPanelInputs], high and low
   float* units;    // [rows, chunks]
+  // More rows: rounded to integers of at most `levels`, or multiplied as floats where that is 0. A chunk of all rows
+  // lies together, [rows, inputs of the chunk], with zeros up to whole steps.
+  int64_t levels;
+  uint32_t* integers;
 
   ICEFORMER_INLINE int64_t steps() const { return (in_features + kPanelInputs - 1) / kPanelInputs; }
   ICEFORMER_INLINE int64_t chunks() const { return in_features / group * ((group + kMostChunk - 1) / kMostChunk); }
@@ -39,6 +46,8 @@ struct Linear {
     const int64_t of_group = (first / group + 1) * group, most = first + kMostChunk;
     return of_group < most ? of_group : most;
   }
+  // Room for the integers, of 16 bits each at most, and for the rows behind the last that tiles read.
+  ICEFORMER_INLINE int64_t integer_words() const { return (rows * steps() * kPanelInputs + 16 * kMostChunk) / 2; }
   ICEFORMER_INLINE int16_t* row_parts(int64_t row) const { return parts + row * steps() * 2 * kPanelInputs; }
   ICEFORMER_INLINE float* row_units(int64_t row) const { return units + row * chunks(); }
 };
@@ -59,7 +68,11 @@ constexpr int64_t kFewRows = 4;
 // Up to this many rows vectors multiply, also where there are tiles, of which they would fill less than half.
 constexpr int64_t kWideRows = 8;
 
-// The largest task of more rows.
+// The largest task of more rows, and of rows that are integers.
 constexpr int64_t kLinearRows = 512, kLinearColumns = 256;
+constexpr int64_t kIntegerRows = 256, kIntegerColumns = 64;
+
+// Rows that a task rounds to integers.
+constexpr int64_t kRoundedRows = 64;
 
 }  // namespace iceformer
