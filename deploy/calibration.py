@@ -43,6 +43,11 @@ class CalibrationInputs:
     tokens: int
     info: CalibrationInfo
 
+    @property
+    def is_text(self) -> bool:
+        """Whether they are those of a text, not random."""
+        return not self.info.kind.startswith("random")
+
 
 def calibration_inputs(model: Model, source: str | Path | ArrayLike | None, tokenizer_json: Path) -> CalibrationInputs:
     """What a model is calibrated on: token ids as `calibration_ids` gives them, or, for a model of images or sound,
