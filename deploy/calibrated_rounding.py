@@ -138,6 +138,4 @@ def _run(
 
 
 def _linears(layer: nnx.Module) -> dict[str, Linear]:
-    return {
-        ".".join(map(str, path)): node for path, node in nnx.iter_graph(layer) if isinstance(node, Linear)
-    }
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(layer) if isinstance(node, Linear)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..model.int4 import INT4_GROUP
 from ..model.rounding import GROUP, TIED_GROUP
 from .artifact import TOKENIZER
 from .generation_defaults import generation_rows
@@ -15,6 +16,7 @@ from .tables import (
     code_rows,
     crossovers,
     describe_plan,
+    describe_rounding,
     describe_task,
     evidence_rows,
     quantization_error_cells,
@@ -146,7 +148,11 @@ the layers took for one window; KL and loss of log-probability are in nats.
 """
 
 
-_SCALES = {"int8": f" with a scale for every {GROUP} inputs of each output, {TIED_GROUP} where it is tied"}
+_SCALES = {
+    "int8": f" with a scale for every {GROUP} inputs of each output, {TIED_GROUP} where it is tied",
+    "int4": f""" with a scale for every {INT4_GROUP} inputs of each output; the projections of values,
+and what is outside of the layers, are int8""",
+}
 
 
 def _weights_text(manifest: Manifest) -> str:
@@ -158,7 +164,16 @@ def _weights_text(manifest: Manifest) -> str:
 
 The kernels of linear layers, and an output layer tied to embeddings, are
 {manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {manifest.dtype}.
-{_cost(manifest, error)}"""
+{_rounding(manifest)}{_cost(manifest, error)}"""
+
+
+def _rounding(manifest: Manifest) -> str:
+    weights = manifest.weights
+    if weights.format != "int4":
+        return ""
+    if not weights.fitted_tokens:
+        return "Weights are each rounded to its nearest: there was no text to round them for.\n"
+    return f"Weights are {describe_rounding(weights)}; the loss is that of the tokens behind them.\n"
 
 
 def _cache_text(manifest: Manifest) -> str:

@@ -123,9 +123,10 @@ def compile(
         page: tokens per page of the KV cache, a power of two of at least 128 that divides every bucket: the pages of a
             request then lie anywhere in the cache. None keeps each request in one piece, which is a little faster.
         calibration: for calibrating the attention method, if it needs that, for rounding weights to int4, and for
-            measuring the error of rounded weights, keys and values: a text file, token ids, or None for the text that ships with the package (seeded
-            random ids for a model without a tokenizer, random numbers for images or sound). At most 4096 tokens are
-            used. A contract is judged on what follows them, which must be as long as the longest bucket at least.
+            measuring the error of rounded weights, keys and values: a text file, token ids, or None for the text that
+            ships with the package (seeded random ids for a model without a tokenizer, random numbers for images or
+            sound). At most 4096 tokens are used. A contract is judged on what follows them, which must be as long as
+            the longest bucket at least.
         retain: the contract that every bucket keeps at least this share of the most likely tokens. With `attention`
             left to `compile`, each bucket gets the first of these that does on held-out text, if it is faster than
             exact attention: the fixed budget of `Auto`, if it has one, then masses from 0.95 to 0.995. What counts are

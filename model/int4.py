@@ -123,7 +123,9 @@ def _best_scale(
     return best.astype(ml_dtypes.bfloat16)
 
 
-def _nearest(weights: Float32[np.ndarray, "..."], scale: Float32[np.ndarray, " out_features"]) -> Int8[np.ndarray, "..."]:
+def _nearest(
+    weights: Float32[np.ndarray, "..."], scale: Float32[np.ndarray, " out_features"]
+) -> Int8[np.ndarray, "..."]:
     return np.clip(np.rint(weights / scale), _LEAST, _LARGEST).astype(np.int8)
 
 
