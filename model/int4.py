@@ -1,9 +1,9 @@
-"""int4 kernels: numbers from -8 to 7 with a bfloat16 scale for every group of inputs of each output, and their rounding.
+"""int4 kernels: numbers from -8 to 7 with a bfloat16 scale for a group of inputs of each output, and their rounding.
 
-`quantize_int4` rounds each weight to its nearest. `quantize_for_inputs` lets the weights that come later make up for the
-error of those before, as the layer's inputs weigh it.
-Source: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", ICLR 2023, arXiv 2210.17323): algorithm 1, which follows from its equations 2 and 3.
+`quantize_int4` rounds each weight to its nearest. `quantize_for_inputs` lets the weights that come later make up for
+the error of those before, as the layer's inputs weigh it.
+Source: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", ICLR 2023, arXiv 2210.17323): algorithm 1, which follows from its equations 2 and 3.
 """
 
 import jax.numpy as jnp
@@ -84,8 +84,10 @@ def quantize_for_inputs(
 def inverse_factor(
     moments: Float32[np.ndarray, "in_features in_features"],
 ) -> Float32[np.ndarray, "in_features in_features"]:
-    """The upper triangle U with U^T U the inverse of `moments`, the sum of x x^T over inputs, whose diagonal is raised by
-    a hundredth of its mean, or by as much more as it takes."""
+    """The upper triangle U with U^T U the inverse of `moments`, the sum of x x^T over inputs.
+
+    Their diagonal is raised by a hundredth of its mean, or by as much more as it takes.
+    """
     features = len(moments)
     mean = float(np.mean(np.diagonal(moments))) or 1.0
     damping = _DAMPING

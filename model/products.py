@@ -1,9 +1,9 @@
 """Products of activations with weights, accumulated in float32: by XLA, or by the native kernel where that is faster.
 
 A few rows, as in decoding, take as long as it takes to read the weights, which the kernel does as they lie in memory,
-in whatever dtype. With int8 and int4 it rounds the rows to integers of 30 bits, which keeps what a float32 has. More rows are
-XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a time, where
-XLA would make floats of them all.
+in whatever dtype. With int8 and int4 it rounds the rows to integers of 30 bits, which keeps what a float32 has. More
+rows are XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a
+time, where XLA would make floats of them all.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Rounded weights: linear layers whose kernel is bfloat16, or integers with a scale for a group of inputs of each output.
+"""Rounded weights: linear layers whose kernel is bfloat16, or int8 or int4 with a scale for a group of its inputs.
 
 Weights are rounded, activations are not: a rounded weight is a float without loss, so that a product is exact but for
 the order of its sums. An output layer tied to the embeddings is rounded with them, in int8 with a scale for every 32
