@@ -6,6 +6,7 @@ Held are the moments of one layer's inputs at a time. Each layer sees what those
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,57 +14,87 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
+from numpy.typing import ArrayLike
 
 from ..attention import Plan, Rows
-from ..model.int4 import inverse_factor, quantize_for_inputs
+from ..model.int4 import inverse_factor, quantize_for_inputs, shrunk
 from ..model.modules import Linear, observing_inputs
 from ..model.registry import Model
 from ..model.rope import RotaryTables
 from ..model.rounding import form_of, round_linear, round_weights, set_int4
 from ..model.self_attention import LayerCall
-from .calibration import CalibrationInputs
+from .calibration import (
+    MAX_TOKENS,
+    ROUNDING_TOKENS,
+    CalibrationInputs,
+    calibrating_tokens,
+    calibration_ids,
+    calibration_inputs,
+    inputs_of,
+)
 
 NEAREST, GPTQ = "nearest", "gptq"
 """Methods of rounding: each weight to its nearest, or `model.int4.quantize_for_inputs`."""
-_HELD_OUT = 4
-"""One token of so many is not looked at, so that the error can be measured on it."""
+_ROW = 2048
+"""Tokens of a row, at most."""
+_HELD_OUT, _MOST_HELD_OUT = 4, 1024
+"""One token of so many is not looked at, but at most so many, so that the loss can be measured on them."""
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A model with rounded weights.
+class RoundingText:
+    """What weights are rounded with.
 
     Attributes:
-        model: it.
-        method: `NEAREST` or `GPTQ`.
-        fitted_tokens: first tokens of the text that the weights were rounded for; 0 with `NEAREST`.
+        inputs: rows of a text, for which they are rounded, as the model's `first_layer` takes them; None for `NEAREST`.
+        fitted_tokens: tokens of the text that these rows are made of.
+        judged: the row on which the loss is measured.
+        first: its first position that counts, behind what the weights are rounded for.
     """
 
-    model: Any
-    method: str
+    inputs: Any
     fitted_tokens: int
+    judged: CalibrationInputs
+    first: int
+
+    @property
+    def method(self) -> str:
+        """How weights are rounded."""
+        return NEAREST if self.inputs is None else GPTQ
 
 
-def rounding_method(form: str, row: CalibrationInputs) -> str:
-    """How weights are rounded: to int4 with the inputs of a text, where there is one."""
-    return GPTQ if form == "int4" and row.is_text else NEAREST
+def rounding_text(model: Model, form: str, source: str | Path | ArrayLike | None, tokenizer_json: Path) -> RoundingText:
+    """What a model's weights are rounded with: to int4, for a text, if there is one.
+
+    Args and raises are those of `calibration_inputs`, and `form` is one of `model.rounding.FORMATS`.
+    """
+    config: Any = model.config
+    row, longest = calibration_inputs(model, source, tokenizer_json), config.max_tokens or MAX_TOKENS
+    if form != "int4" or not row.is_text:
+        return RoundingText(None, 0, row, 0)
+    most = ROUNDING_TOKENS
+    ids, info = calibration_ids(source, tokenizer_json, config.vocab_size, most, most)
+    fitted = ids.size - min(ids.size // _HELD_OUT, _MOST_HELD_OUT)
+    rows = -(-fitted // min(_ROW, longest))
+    inputs = inputs_of(model, ids[: fitted - fitted % rows].reshape(rows, -1))
+    last = min(ids.size, calibrating_tokens(longest))
+    judged = CalibrationInputs(inputs_of(model, ids[None, ids.size - last :]), last, info)
+    return RoundingText(inputs, fitted, judged, max(last - (ids.size - fitted), 0) if fitted < ids.size else 0)
 
 
-def round_model(model: Model, form: str, row: CalibrationInputs, report: Callable[[str], None]) -> Rounded:
+def round_model(model: Model, form: str, text: RoundingText, report: Callable[[str], None]) -> Any:
     """The model with rounded weights, which shares everything else with the given model.
 
     Args:
         model: the model, which stays as it is.
         form: one of `model.rounding.FORMATS`.
-        row: the text.
+        text: from `rounding_text`.
         report: is told what is done: of each layer with `GPTQ`, else once.
     """
-    if rounding_method(form, row) == NEAREST:
-        report("rounding the weights")
-        return Rounded(round_weights(model, form), NEAREST, 0)
-    tokens = row.tokens - row.tokens // _HELD_OUT
-    inputs = jax.tree.map(lambda array: array[:, :tokens], row.inputs)
-    return Rounded(round_for_inputs(model, inputs, report), GPTQ, tokens)
+    if text.method == GPTQ:
+        return round_for_inputs(model, text.inputs, report)
+    report("rounding the weights")
+    return round_weights(model, form)
 
 
 def round_for_inputs(model: Model, inputs: Any, report: Callable[[str], None]) -> Any:
@@ -92,7 +123,7 @@ def _round_layer(
     _, moments = _run(graph, state, hidden, call.rows, call.rotary, observed=True)
     for names, moment in moments.items():
         in_int4 = [linears[name] for name in names if form_of(("layers", *name.split(".")), "int4") == "int4"]
-        _round_together(in_int4, np.asarray(moment))
+        _round_together(in_int4, shrunk(np.asarray(moment), hidden.shape[0] * hidden.shape[1]))
     for name, linear in linears.items():
         if linear.scale is None:
             round_linear(linear, form_of(("layers", *name.split(".")), "int4"))

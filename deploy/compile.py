@@ -34,7 +34,7 @@ from ..model.registry import Model, ModelConfig, build
 from ..model.rounding import FORMATS, GROUPS
 from ..model.self_attention import LayerConstants
 from . import artifact as layout
-from .calibrated_rounding import GPTQ, round_model, rounding_method
+from .calibrated_rounding import GPTQ, round_model, rounding_text
 from .calibration import MAX_TOKENS, calibrate, calibration_inputs
 from .card import card_text
 from .contract import Subject, Terms, fulfil, held_out_windows
@@ -111,8 +111,9 @@ def compile(
             a scale for every 32 inputs of each output, but for the projections of values, which are int8 as everything
             outside of the layers is. int4 is rounded for the inputs that each layer gets of the calibration text, by
             GPTQ; without a text (no tokenizer, images or sound), each weight to its nearest, which manifest and card
-            say. The loss of accuracy is measured on the calibration text, with int4 on the last quarter, which the
-            rounding has not seen, and recorded in the manifest and the card.
+            say. A book rounds better than the few pages of the default text. The loss of accuracy is measured on the
+            calibration text, with int4 on its last quarter (1024 tokens at most), which the rounding has not seen, and
+            recorded in the manifest and the card.
         kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
             read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
             "auto", with a contract: int8 if every bucket then fulfils it, else "same".
@@ -125,8 +126,8 @@ def compile(
         calibration: for calibrating the attention method, if it needs that, for rounding weights to int4, and for
             measuring the error of rounded weights, keys and values: a text file, token ids, or None for the text that
             ships with the package (seeded random ids for a model without a tokenizer, random numbers for images or
-            sound). At most 4096 tokens are used. A contract is judged on what follows them, which must be as long as
-            the longest bucket at least.
+            sound). At most 4096 tokens are used, 16384 for rounding to int4. A contract is judged on what follows
+            them, which must be as long as the longest bucket at least.
         retain: the contract that every bucket keeps at least this share of the most likely tokens. With `attention`
             left to `compile`, each bucket gets the first of these that does on held-out text, if it is faster than
             exact attention: the fixed budget of `Auto`, if it has one, then masses from 0.95 to 0.995. What counts are
@@ -171,7 +172,7 @@ def compile(
         may_select = [capacity for capacity in buckets if needs_measurement(asked, (capacity,), timed)]
         judged = tuple(buckets) if rounds or kept != dtype else tuple(may_select)
         kv_dtypes = (kept, dtype) if kv_dtype == AUTO else (kept,)
-        windows, held_out = held_out_windows(calibration, tokenizer, config.vocab_size, most, judged)
+        windows, held_out = held_out_windows(calibration, tokenizer, config.vocab_size, most, judged, weights)
         terms = Terms(contract, asked.two_stage, kv_dtypes, windows, held_out)
     readings = 0 if terms is None else terms.most_readings
     entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
@@ -187,13 +188,13 @@ def compile(
         report("loading the checkpoint")
         model = floats = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
-        error = kv_error = rounded = None
+        error = kv_error = rounding = None
         if rounds:
-            row = calibration_inputs(model, calibration, checkpoint / layout.TOKENIZER)
-            if rounding_method(weights, row) != GPTQ:
+            rounding = rounding_text(model, weights, calibration, checkpoint / layout.TOKENIZER)
+            if rounding.method != GPTQ:
                 report.drop(layers - 1)
-            rounded = round_model(model, weights, row, report)
-            model, error = rounded.model, quantization_error(model, rounded.model, row, rounded.fitted_tokens)
+            model = round_model(model, weights, rounding, report)
+            error = quantization_error(floats, model, rounding.judged, rounding.first)
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")
@@ -249,8 +250,8 @@ def compile(
                 weights,
                 error,
                 GROUPS.get(weights),
-                None if rounded is None else rounded.method,
-                0 if rounded is None else rounded.fitted_tokens,
+                None if rounding is None else rounding.method,
+                0 if rounding is None else rounding.fitted_tokens,
             ),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),

@@ -92,6 +92,7 @@ def held_out_windows(
     vocab_size: int,
     max_tokens: int,
     judged: Sequence[int],
+    weights: str = "same",
 ) -> tuple[dict[int, list[Ids]], CalibrationInfo]:
     """Windows of what follows the tokens that calibrate: for each bucket `WINDOWS` of them, or the one that there is.
 
@@ -101,11 +102,13 @@ def held_out_windows(
         vocab_size: ids must be below it.
         max_tokens: what the model takes at most.
         judged: capacities of the buckets, rising; with none of them nothing is read.
+        weights: their format.
 
     Raises:
         ValueError: a text without a window of each length, or a bucket that is too short to be judged.
     """
-    ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens)
+    calibrating = calibrating_tokens(max_tokens, weights)
+    ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens, calibrating)
     if not judged:
         return {}, info
     if judged[0] < _LEAST_TOKENS:
@@ -114,9 +117,9 @@ def held_out_windows(
         )
     tokenizer = read_tokenizer(tokenizer_json, vocab_size) if tokenizer_json.exists() else None
     leading = leading_tokens(tokenizer)
-    calibrating, longest = calibrating_tokens(max_tokens), judged[-1] - leading.size
+    longest = judged[-1] - leading.size
     if ids.size < longest:
-        found = ids.size + calibration_ids(source, tokenizer_json, vocab_size, max_tokens)[1].tokens
+        found = ids.size + calibration_ids(source, tokenizer_json, vocab_size, calibrating, calibrating)[1].tokens
         raise ValueError(
             f"calibration ({info.kind}) has {found} tokens, expected at least {calibrating + longest}: {calibrating} "
             f"that calibrate, and behind them {longest} on which bucket {judged[-1]} is judged: give calibration=FILE"

@@ -20,11 +20,10 @@ _Scores = tuple[Float[np.ndarray, " predicted"], Int[np.ndarray, " tokens"]]
 
 
 def quantization_error(
-    model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs, fitted_tokens: int = 0
+    model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs, first: int = 0
 ) -> QuantizationError:
-    """Compares two models over a row, decoders by the tokens that they predict: over its first `MAX_TOKENS`, or over
-    what is behind the tokens that the weights were rounded for, if there are any behind."""
-    first = fitted_tokens if fitted_tokens < row.tokens else 0
+    """Compares two models over a row, decoders by the tokens that they predict: at its first `MAX_TOKENS` positions, or
+    from position `first` on if that is not 0."""
     if isinstance(model, Encoder):
         before, after = (_hidden(each, row)[first:] for each in (model, rounded))
         lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)

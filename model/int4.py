@@ -19,9 +19,9 @@ _UNIT = 8
 _LEAST, _LARGEST = -8, 7
 _DAMPING = 0.01
 """What is added to the diagonal of the second moments, as a share of its mean."""
-_BLOCK = 128
+_BLOCK = 64
 """Inputs whose errors are handed to all later ones together."""
-_STEPS = (*np.linspace(-10.0, -7.0, 11), *np.linspace(6.4, 8.8, 9))
+_STEPS = (-10.0, -9.4, -8.8, -8.3, -7.8, -7.2, 6.8, 7.4, 8.2)
 """What the largest weight of a group may be in steps of its scale: beyond the range it is cut off."""
 
 Rounded = tuple[Int8[np.ndarray, "in_features out_features"], BFloat16[np.ndarray, "groups out_features"]]
@@ -81,6 +81,22 @@ def quantize_for_inputs(
     return numbers, scales
 
 
+def shrunk(
+    moments: Float32[np.ndarray, "in_features in_features"], count: int
+) -> Float32[np.ndarray, "in_features in_features"]:
+    """Second moments that `count` inputs are enough for: what is off the diagonal, smaller by the share 2 d / (2 d + n)
+    for n inputs of d features.
+
+    Without it, a few thousand inputs make up for errors as only they need it, so that others lose. Estimates of
+    covariances are shrunk like this (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
+    matrices", 2004); with this share, layers of SmolLM2 did about best after 2500, 8192 and 16384 tokens.
+    """
+    share = 2 * len(moments) / (2 * len(moments) + count)
+    kept = moments * np.float32(1 - share)
+    np.fill_diagonal(kept, np.diagonal(moments))
+    return kept
+
+
 def inverse_factor(
     moments: Float32[np.ndarray, "in_features in_features"],
 ) -> Float32[np.ndarray, "in_features in_features"]:
@@ -109,20 +125,26 @@ def _best_scale(
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=0)[None], axis=0)[0]
     # What is smaller would have a denormal scale, which is 0 where the product is computed.
     blank = np.abs(largest) < 64 * np.finfo(np.float32).tiny
-    best, least = np.ones_like(largest), np.full(largest.shape, np.inf, np.float32)
+    size = np.where(blank, 1, np.abs(largest)).astype(np.float32)
+    weights = weights / size
+    best, least = np.ones_like(size), np.full(size.shape, np.inf, np.float32)
 
     def consider(scale: Float32[np.ndarray, " out_features"]) -> None:
-        scale = np.where(blank, 1, scale).astype(ml_dtypes.bfloat16).astype(np.float32)
-        error = importance @ np.square(weights - _nearest(weights, scale) * scale)
-        better = error < least
+        scale = (scale * size).astype(ml_dtypes.bfloat16).astype(np.float32) / size
+        error = weights / scale
+        np.clip(np.rint(error, out=error), _LEAST, _LARGEST, out=error)
+        error *= scale
+        error -= weights
+        error = importance @ np.square(error, out=error)
+        better = ~blank & (error < least)
         best[better], least[better] = scale[better], error[better]
 
     for steps in _STEPS:
-        consider(largest / np.float32(steps))
+        consider(np.where(blank, 1, np.sign(largest)).astype(np.float32) / np.float32(steps))
     numbers = _nearest(weights, best).astype(np.float32)
     squares = importance @ np.square(numbers)
-    consider(np.where(squares > 0, importance @ (weights * numbers) / np.where(squares > 0, squares, 1), best))
-    return best.astype(ml_dtypes.bfloat16)
+    consider(np.where(squares > 0, importance @ (weights * numbers), best) / np.where(squares > 0, squares, 1))
+    return (best * size).astype(ml_dtypes.bfloat16)
 
 
 def _nearest(

@@ -1,7 +1,6 @@
 """Artifacts with int4 weights: they compute what their weights say, which are rounded for a text, and say so."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from typer.testing import CliRunner
 
 import iceformer
 from iceformer.cli import app
-from iceformer.deploy.calibrated_rounding import GPTQ, NEAREST, round_for_inputs, round_model
-from iceformer.deploy.calibration import calibration_inputs
+from iceformer.deploy.calibrated_rounding import GPTQ, NEAREST, round_for_inputs, round_model, rounding_text
 from iceformer.deploy.session import Session
 from iceformer.model.modules import Linear
 from iceformer.model.panels import unpack
@@ -136,12 +134,26 @@ def test_without_a_text_each_weight_is_rounded_to_its_nearest(checkpoint: Path, 
 
 def test_other_formats_and_models_without_text_need_none(checkpoint: Path) -> None:
     model: Any = iceformer.load_model(checkpoint)
-    row = calibration_inputs(model, text_like(100), checkpoint / "tokenizer.json")
-    said: list[str] = []
-    assert round_model(model, "int8", row, said.append).method == NEAREST
-    without = replace(row, info=replace(row.info, kind="random inputs"))
-    assert round_model(model, "int4", without, said.append).method == NEAREST
-    assert said == ["rounding the weights"] * 2
+    tokenizer, said = checkpoint / "tokenizer.json", []
+    text = rounding_text(model, "int8", text_like(100), tokenizer)
+    assert (text.method, text.first, text.judged.tokens) == (NEAREST, 0, 100)
+    round_model(model, "int8", text, said.append)
+    assert said == ["rounding the weights"]
+    assert rounding_text(model, "int4", None, tokenizer.with_name("none")).method == NEAREST
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "row", "judged"), [(400, 1, 300, 400), (5000, 8, 497, 512), (20000, 31, 495, 512)]
+)
+def test_a_long_text_is_cut_into_rows(checkpoint: Path, length: int, rows: int, row: int, judged: int) -> None:
+    """The model takes 512 tokens."""
+    model, ids = iceformer.load_model(checkpoint), text_like(length)
+    text = rounding_text(model, "int4", ids, checkpoint / "tokenizer.json")
+    used = min(length, 16384)
+    assert text.fitted_tokens == used - min(used // 4, 1024)
+    np.testing.assert_array_equal(text.inputs, ids[: rows * row].reshape(rows, row))
+    np.testing.assert_array_equal(text.judged.inputs[0], ids[used - judged : used])
+    assert text.first == max(judged - (used - text.fitted_tokens), 0)
 
 
 @pytest.mark.parametrize("length", [1, 3, 5])
