@@ -106,6 +106,7 @@ def round_for_inputs(model: Model, inputs: Any, report: Callable[[str], None]) -
         report: is told of each layer.
     """
     rounded: Any = nnx.merge(*nnx.split(model))
+    inputs = jax.tree.map(jnp.asarray, inputs)
     rows, tokens = jax.tree.leaves(inputs)[0].shape[:2]
     hidden, calls = rounded.first_layer(inputs, jnp.full((rows,), tokens, jnp.int32))
     for number, (layer, call) in enumerate(zip(rounded.layers, calls, strict=True), 1):

@@ -245,7 +245,7 @@ class CausalLM(nnx.Module):
         return self.model.norm(hidden), cache
 
     @property
-    def layers(self) -> nnx.List[Any]:
+    def layers(self) -> Sequence[Any]:
         """The layers in turn."""
         return self.model.layers
 

@@ -26,7 +26,7 @@ _PANEL = 256
 
 Weight = Shaped[Array, "in_features _"] | panels.Panels
 """[in_features, out_features], in the dtype of the activations or bfloat16, or panels of int8 or int4 with scales."""
-Scale = Float32[Array, "groups _"] | BFloat16[Array, "groups _"]
+Scale = Float32[Array, "_ _"] | BFloat16[Array, "_ _"]
 """[groups of input features, out_features]: what the integers of a group are multiplied by; bfloat16 with int4."""
 
 
