@@ -171,7 +171,7 @@ def _rounding(manifest: Manifest) -> str:
     weights = manifest.weights
     if weights.format != "int4":
         return ""
-    if not weights.fitted_tokens:
+    if weights.rounding != "gptq":
         return "Weights are each rounded to its nearest: there was no text to round them for.\n"
     return f"Weights are {describe_rounding(weights)}; the loss is that of the tokens behind them.\n"
 

@@ -31,8 +31,8 @@ def quantization_error(
             row.info.kind, row.tokens - first, cosine=float(np.mean((before * after).sum(-1) / lengths))
         )
     ids = row.inputs[0] if first else row.inputs[0, :MAX_TOKENS]
-    before, after = (tuple(array[first:] for array in _scores(each, ids)) for each in (model, rounded))
-    return _compared(row, before, after)
+    (before, most_likely), (after, then) = (_scores(each, ids) for each in (model, rounded))
+    return _compared(row, (before[first:], most_likely[first:]), (after[first:], then[first:]))
 
 
 def kv_quantization_error(model: nnx.Module, row: CalibrationInputs) -> QuantizationError:

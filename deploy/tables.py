@@ -215,8 +215,8 @@ def _weight_format(weights: WeightsInfo) -> str:
 
 def describe_rounding(weights: WeightsInfo) -> str:
     """How weights were rounded."""
-    if weights.fitted_tokens:
-        return f"rounded by {weights.rounding.upper()} for {weights.fitted_tokens} tokens of text"
+    if weights.rounding == "gptq":
+        return f"rounded by GPTQ for {weights.fitted_tokens} tokens of text"
     return "each rounded to its nearest"
 
 

@@ -98,7 +98,7 @@ def test_the_loss_is_that_of_the_tokens_which_the_rounding_has_not_seen(
     ids, tensors = text_like(400), load_file(artifact / "weights.safetensors")
     assert error is not None
     for nll in (error.nll, error.rounded_nll):
-        logprobs = np.asarray(jax.nn.log_softmax(model(ids[None])[0]))
+        logprobs = np.asarray(jax.nn.log_softmax(model(jnp.asarray(ids[None]))[0]))
         assert nll == pytest.approx(-logprobs[np.arange(300, 399), ids[301:]].mean(), abs=1e-4)
         model = multiplied_out(model, tensors)
 
