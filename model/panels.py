@@ -1,7 +1,8 @@
 """The layout of integer kernels in memory: what a few rows multiply at a time lies together, in the order of its use.
 
 int8: [panels, steps, 16, 4]: 16 outputs, then 4 inputs, which integer products sum over; zeros behind the last of both.
-int4: the same, two steps in one of bytes, the first in their low bits: [panels, steps / 2, 16, 4] of uint8.
+int4: [panels, steps, 16, 2] of uint8: the same, inputs 2 and 3 of a step in the high bits of bytes whose low bits have
+inputs 0 and 1.
 """
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Int, Int8, UInt8
 OUTPUTS, INPUTS = 16, 4
 """Outputs of a panel, and inputs of a step."""
 
-Panels = Int8[Array, "_ _ 16 4"] | UInt8[Array, "_ _ 16 4"]
+Panels = Int8[Array, "_ _ 16 4"] | UInt8[Array, "_ _ 16 2"]
 
 
 def pack(kernel: Int8[np.ndarray, "in_features out_features"]) -> Int8[np.ndarray, "panels steps 16 4"]:
@@ -23,10 +24,10 @@ def pack(kernel: Int8[np.ndarray, "in_features out_features"]) -> Int8[np.ndarra
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
 
 
-def pack_int4(kernel: Int8[np.ndarray, "in_features out_features"]) -> UInt8[np.ndarray, "panels pairs 16 4"]:
+def pack_int4(kernel: Int8[np.ndarray, "in_features out_features"]) -> UInt8[np.ndarray, "panels steps 16 2"]:
     """The panels of a kernel of numbers from -8 to 7, two in a byte."""
-    steps = pack(np.pad(kernel, ((0, -len(kernel) % (2 * INPUTS)), (0, 0)))).view(np.uint8)
-    return (steps[:, ::2] & 15) | (steps[:, 1::2] << 4)
+    steps = pack(kernel).view(np.uint8)
+    return (steps[..., :2] & 15) | (steps[..., 2:] << 4)
 
 
 def unpack(panels: Panels, features: int) -> Int8[Array, "in_features _"]:
@@ -43,8 +44,7 @@ def outputs(panels: Int8[Array, "_ _ 16 4"], numbers: Int[Array, "*shape"], feat
     return steps.reshape(*numbers.shape, -1)[..., :features]
 
 
-def _steps_of_int4(panels: UInt8[Array, "panels pairs 16 4"]) -> Int8[Array, "panels steps 16 4"]:
+def _steps_of_int4(panels: UInt8[Array, "panels steps 16 2"]) -> Int8[Array, "panels steps 16 4"]:
     signed = lax.bitcast_convert_type(panels, jnp.int8)
     # Shifts to the right repeat the sign.
-    pairs = jnp.stack([(signed << 4) >> 4, signed >> 4], axis=2)
-    return pairs.reshape(panels.shape[0], -1, OUTPUTS, INPUTS)
+    return jnp.concatenate([(signed << 4) >> 4, signed >> 4], axis=-1)

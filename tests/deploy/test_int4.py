@@ -109,7 +109,7 @@ def test_rounding_for_a_text_keeps_more_of_the_model(checkpoint: Path) -> None:
     told: list[str] = []
     fitted = round_for_inputs(model, text_like(1024)[None], told.append)
     assert told == ["rounding the weights of layer 1 of 2", "rounding the weights of layer 2 of 2"]
-    ids = text_like(256, seed=2)[None]
+    ids = jnp.asarray(text_like(256, seed=2)[None])
 
     def change(rounded: Any) -> float:
         return float(jnp.square(rounded(ids) - model(ids)).mean())

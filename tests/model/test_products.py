@@ -133,8 +133,8 @@ def test_panels_of_int4_hold_the_kernel(shape: tuple[int, int]) -> None:
     panels = pack_int4(kernel)
     assert panels.dtype == np.uint8
     for i, k in [(0, 0), (shape[1] - 1, shape[0] - 1), (shape[1] // 2, shape[0] // 3)]:
-        byte = int(panels[i // 16, k // 8, i % 16, k % 4])
-        number = byte >> 4 if k // 4 % 2 else byte & 15
+        byte = int(panels[i // 16, k // 4, i % 16, k % 2])
+        number = byte >> 4 if k % 4 > 1 else byte & 15
         assert (number ^ 8) - 8 == kernel[k, i]
     np.testing.assert_array_equal(unpack(jnp.asarray(panels), shape[0])[:, : shape[1]], kernel)
     # Nothing but zeros stands behind the last output.

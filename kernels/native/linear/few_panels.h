@@ -51,12 +51,11 @@ class FewPanels {
 
  private:
   // Vectors of shorts, and of sums, in a step of a panel, and those whose sums are in registers at once.
-  static constexpr int kVectors = static_cast<int>(kPanelOutputs * kPanelInputs / kShorts);
+  static constexpr int kVectors = static_cast<int>(kPanelOutputs * kPanelInputs / kPieces<Weight> / kShorts);
   static constexpr int kOutputs = static_cast<int>(kPanelOutputs / kLanes);
   template <int R>
-  static constexpr int kAtOnce = kLanes == 16 ? kVectors : R == 1 ? 4 : 2;
-  static constexpr int64_t kBlock = kPanelOutputs * kPanelInputs;
-  static constexpr int kSteps = kStepsOfBlock<Weight>;
+  static constexpr int kAtOnce = kLanes == 16 || kVectors < 4 ? kVectors : R == 1 ? 4 : 2;
+  static constexpr int64_t kStep = kPanelOutputs * kPanelInputs / kPieces<Weight>;
 
   template <int R>
   void run_rows() {
@@ -64,8 +63,7 @@ class FewPanels {
       if (task_.rows < R) return run_rows<R - 1>();
       for (int64_t column = 0; column < task_.columns; column += kPanelOutputs) {
         const int64_t first = task_.column + column;
-        multiply_panel<R>(static_cast<const Weight*>(call_.kernel) + first * call_.blocks() * kPanelInputs, first,
-                          smaller(task_.columns - column, kPanelOutputs));
+        multiply_panel<R>(step_of<Weight>(call_, 0, first), first, smaller(task_.columns - column, kPanelOutputs));
       }
     }
   }
@@ -78,12 +76,12 @@ class FewPanels {
       end = call_.chunk_end(first);
       Floats sums[R][kVectors];
       for (int v = 0; v < kVectors; v += kAtOnce<R>)
-        multiply_chunk<R, kAtOnce<R>>(panel + first * kPanelOutputs / kSteps + v * kShorts, first, end, v, sums);
+        multiply_chunk<R, kAtOnce<R>>(panel + first / kPanelInputs * kStep + v * kShorts, first, end, v, sums);
       const auto* scales = scales_of<Weight>(call_, first, column);
       for (int i = 0; i < kOutputs; ++i) {
         const Floats scale = widen(scales + i * kLanes, columns - i * kLanes);
         for (int r = 0; r < R; ++r) {
-          const Floats sum = add_neighbours(sums[r][2 * i], sums[r][2 * i + 1]);
+          const Floats sum = sum_of_outputs(panel, sums[r] + i * kVectors / kOutputs);
           total[r][i] += sum * call_.row_units(task_.row + r)[chunk] * scale;
         }
       }
@@ -99,7 +97,7 @@ class FewPanels {
       __builtin_prefetch(scales_of<Weight>(call_, first, column));
   }
 
-  // Sums over a chunk of `V` vectors from `v` on, each output's in two neighbouring lanes.
+  // Sums over a chunk of `V` vectors from `v` on.
   template <int R, int V>
   ICEFORMER_INLINE void multiply_chunk(const Weight* from, int64_t first, int64_t end, int v,
                                        Floats (&sums)[R][kVectors]) const {
@@ -109,22 +107,22 @@ class FewPanels {
       parts[r] = call_.row_parts(task_.row + r);
       for (int i = 0; i < V; ++i) high[r][i] = low[r][i] = Ints{};
     }
-    for (int64_t at = first * 2; at < end * 2; at += kSteps * 2 * kPanelInputs, from += kBlock) {
-      add_step<R, V, 0>(from, parts, at, high, low);
-      if constexpr (kSteps > 1) add_step<R, V, 1>(from, parts, at + 2 * kPanelInputs, high, low);
+    for (int64_t at = first * 2; at < end * 2; at += 2 * kPanelInputs, from += kStep) {
+      add_piece<R, V, 0>(from, parts, at, high, low);
+      if constexpr (kPieces<Weight> > 1) add_piece<R, V, 1>(from, parts, at, high, low);
     }
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < V; ++i) sums[r][v + i] = to_floats(high[r][i]) * 32768.0f + to_floats(low[r][i]);
   }
 
-  template <int R, int V, int kStep>
-  ICEFORMER_INLINE static void add_step(const Weight* block, const int16_t* const (&parts)[R], int64_t at,
-                                        Ints (&high)[R][V], Ints (&low)[R][V]) {
+  template <int R, int V, int kPiece>
+  ICEFORMER_INLINE static void add_piece(const Weight* step, const int16_t* const (&parts)[R], int64_t at,
+                                         Ints (&high)[R][V], Ints (&low)[R][V]) {
     Shorts weights[V];
-    for (int i = 0; i < V; ++i) weights[i] = take_shorts<kStep>(block + i * kShorts);
+    for (int i = 0; i < V; ++i) weights[i] = take_shorts<kPiece>(step + i * kShorts);
     for (int r = 0; r < R; ++r) {
-      const Shorts of_high = repeat_four(parts[r] + at);
-      const Shorts of_low = repeat_four(parts[r] + at + kPanelInputs);
+      const Shorts of_high = take_parts<Weight, kPiece>(parts[r] + at);
+      const Shorts of_low = take_parts<Weight, kPiece>(parts[r] + at + kPanelInputs);
       for (int i = 0; i < V; ++i) {
         high[r][i] = add_pairs(high[r][i], weights[i], of_high);
         low[r][i] = add_pairs(low[r][i], weights[i], of_low);

@@ -57,7 +57,7 @@ void cut_transposed(Product& product) {
 
 void cut_panels(Product& product) {
   Linear& call = product.call;
-  const int64_t panel_bytes = std::max<int64_t>(call.blocks() * kPanelInputs * kPanelOutputs, 1);
+  const int64_t panel_bytes = std::max<int64_t>(call.steps() * output_bytes(call.weights) * kPanelOutputs, 1);
   const int64_t columns = std::max<int64_t>(kPanelTaskBytes / panel_bytes, 1) * kPanelOutputs;
   for (int64_t column = 0; column < call.out_features; column += columns)
     product.tasks.push_back(
@@ -118,7 +118,7 @@ WeightType weight_type(ffi::DataType stored) {
 bool are_panels(ffi::AnyBuffer kernel, const Linear& call) {
   const auto found = kernel.dimensions();
   return found.size() == 4 && found[0] == (call.out_features + kPanelOutputs - 1) / kPanelOutputs &&
-         found[1] == call.blocks() && found[2] == kPanelOutputs && found[3] == kPanelInputs;
+         found[1] == call.steps() && found[2] == kPanelOutputs && found[3] == output_bytes(call.weights);
 }
 
 // The product of the input with a kernel, whose scales are not known yet.
@@ -146,8 +146,8 @@ ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, 
           nullptr};
   if (call.in_panels() && !are_panels(kernel, call))
     return refused(
-        "expected kernel [out_features / 16, in_features / 4, 16, 4] of int8, or [out_features / 16, in_features / 8, "
-        "16, 4] of uint8");
+        "expected kernel [out_features / 16, in_features / 4, 16, 4] of int8, or [out_features / 16, in_features / 4, "
+        "16, 2] of uint8");
   if (!call.in_panels() && (weights.size() != 2 || in[1] != weights[transposed] || out[1] != weights[!transposed]))
     return refused("expected kernel [in_features, out_features]");
   if (in[0] > kFewRows && (transposed || stored == ffi::DataType::F32))

@@ -24,15 +24,19 @@ ICEFORMER_INLINE void take_rows(const Linear& call, int64_t row, int64_t end, in
 template <>
 ICEFORMER_INLINE void take_rows<int8_t>(const Linear& call, int64_t row, int64_t, int64_t column,
                                         Floats (&rows)[kRowsAtOnce]) {
-  const Ints words = take_words(call, row / kPanelInputs, column);
+  Ints words = {};
+  if (column < call.out_features) words = load<Ints>(step_of<int8_t>(call, row / kPanelInputs, column));
   for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = to_floats(words << (24 - 8 * i) >> 24);
 }
 template <>
 ICEFORMER_INLINE void take_rows<Int4Pair>(const Linear& call, int64_t row, int64_t, int64_t column,
                                           Floats (&rows)[kRowsAtOnce]) {
-  const int64_t step = row / kPanelInputs;
-  const Ints words = take_words(call, step / 2, column) << (step % 2 ? 0 : 4);
-  for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = to_floats(words << (24 - 8 * i) >> 28);
+  typedef uint16_t Halves __attribute__((vector_size(2 * ICEFORMER_LANES)));
+  Ints words = {};
+  if (column < call.out_features)
+    words = (Ints)__builtin_convertvector(load<Halves>(step_of<Int4Pair>(call, row / kPanelInputs, column)), Words);
+  // Input features 0 and 2 are in the first byte, 1 and 3 in the second.
+  for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = to_floats(words << (28 - 8 * (i % 2) - 4 * (i / 2)) >> 28);
 }
 
 // Float32 words.

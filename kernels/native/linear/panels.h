@@ -8,21 +8,31 @@
 namespace iceformer {
 namespace ICEFORMER_ISA {
 
-// Steps of a block, which has 64 bytes of a panel.
+// Pieces of a step, each with the weights of other input features.
 template <class Weight>
-constexpr int kStepsOfBlock = 1;
+constexpr int kPieces = 1;
 template <>
-constexpr int kStepsOfBlock<Int4Pair> = 2;
+constexpr int kPieces<Int4Pair> = 2;
 
-// The next kShorts weights of a step of a block.
-template <int kStep>
-ICEFORMER_INLINE Shorts take_shorts(const int8_t* block) {
-  return widen_to_shorts(block);
+// kShorts weights of a piece, and the rows' parts that they are multiplied with.
+template <int kPiece>
+ICEFORMER_INLINE Shorts take_shorts(const int8_t* step) {
+  return widen_to_shorts(step);
 }
-template <int kStep>
-ICEFORMER_INLINE Shorts take_shorts(const Int4Pair* block) {
-  return widen_half<kStep == 1>(&block->bits);
+template <int kPiece>
+ICEFORMER_INLINE Shorts take_shorts(const Int4Pair* step) {
+  return widen_half<kPiece == 1>(&step->bits);
 }
+template <class Weight, int kPiece>
+ICEFORMER_INLINE Shorts take_parts(const int16_t* parts) {
+  if constexpr (kPieces<Weight> == 1) return repeat_four(parts);
+  return repeat_two(parts + 2 * kPiece);
+}
+
+// Sums of a step's vectors as a vector for kLanes outputs: the next one's, or the next two's where neighbouring lanes
+// are parts of one sum.
+ICEFORMER_INLINE Floats sum_of_outputs(const int8_t*, const Floats* sums) { return add_neighbours(sums[0], sums[1]); }
+ICEFORMER_INLINE Floats sum_of_outputs(const Int4Pair*, const Floats* sums) { return sums[0]; }
 
 // What the scales of a kernel are stored as.
 template <class Weight>
@@ -41,11 +51,11 @@ ICEFORMER_INLINE const typename ScaleOf<Weight>::Type* scales_of(const Linear& c
   return scales ? scales + feature / call.group * call.out_features + output : nullptr;
 }
 
-// Words of the 4 bytes that kLanes outputs from `column` on have in a block; zeros behind the last output.
-ICEFORMER_INLINE Ints take_words(const Linear& call, int64_t block, int64_t column) {
-  if (column >= call.out_features) return Ints{};
-  const int64_t word = (column / kPanelOutputs * call.blocks() + block) * kPanelOutputs + column % kPanelOutputs;
-  return load<Ints>(static_cast<const uint8_t*>(call.kernel) + word * kPanelInputs);
+// Where the weights of a step begin that outputs from `column` on have.
+template <class Weight>
+ICEFORMER_INLINE const Weight* step_of(const Linear& call, int64_t step, int64_t column) {
+  const int64_t place = (column / kPanelOutputs * call.steps() + step) * kPanelOutputs + column % kPanelOutputs;
+  return static_cast<const Weight*>(call.kernel) + place * (kPanelInputs / kPieces<Weight>);
 }
 
 }  // namespace ICEFORMER_ISA

@@ -14,14 +14,14 @@ enum class WeightType { kFloat32, kBfloat16, kInt8, kInt4 };
 // a task reads is one piece of memory, and the inputs that an instruction sums over are neighbours.
 constexpr int64_t kPanelOutputs = 16, kPanelInputs = 4;
 
-// Two int4 of a kernel, in two's complement. A byte has the weights of two steps that follow each other, the first in
-// its low bits: panels of int4 are [panels, blocks, kPanelOutputs, kPanelInputs], a block for every two steps.
+// Two int4 of a kernel, in two's complement: of input features i and, in the high bits, i + 2. Panels of them are
+// [panels, steps, kPanelOutputs, kPanelInputs / 2], so that an instruction's sums are one output's each.
 struct Int4Pair {
   uint8_t bits;
 };
 
-// Input features of a block of 64 bytes in a panel.
-constexpr int64_t block_inputs(WeightType type) { return type == WeightType::kInt4 ? 2 * kPanelInputs : kPanelInputs; }
+// Bytes of an output in a step.
+constexpr int64_t output_bytes(WeightType type) { return type == WeightType::kInt4 ? kPanelInputs / 2 : kPanelInputs; }
 
 // Input features whose products with int8 are summed as integers, at most.
 constexpr int64_t kMostChunk = 256;
@@ -42,10 +42,7 @@ struct Linear {
   float* units;    // [rows, chunks]
 
   ICEFORMER_INLINE bool in_panels() const { return weights == WeightType::kInt8 || weights == WeightType::kInt4; }
-  ICEFORMER_INLINE int64_t blocks() const {
-    return (in_features + block_inputs(weights) - 1) / block_inputs(weights);
-  }
-  ICEFORMER_INLINE int64_t steps() const { return blocks() * (block_inputs(weights) / kPanelInputs); }
+  ICEFORMER_INLINE int64_t steps() const { return (in_features + kPanelInputs - 1) / kPanelInputs; }
   ICEFORMER_INLINE int64_t chunks() const { return in_features / group * ((group + kMostChunk - 1) / kMostChunk); }
   // Where the chunk that begins with an input feature ends: none has features of two groups.
   ICEFORMER_INLINE int64_t chunk_end(int64_t first) const {
