@@ -142,7 +142,7 @@ def test_int4_is_for_the_layers_of_a_stack() -> None:
     assert set(inside.values()) == {jnp.dtype(jnp.uint8)}
     assert {dtype for path, dtype in found.items() if path not in inside} == {jnp.dtype(jnp.int8)}
     model, ids = Model(), jnp.arange(10)[None]
-    np.testing.assert_allclose(rounded(ids), model(ids), atol=0.3 * float(jnp.abs(model(ids)).max()))
+    np.testing.assert_allclose(rounded(ids), model(ids), atol=0.6 * float(jnp.abs(model(ids)).max()))
     again = round_weights(rounded, "int4")
     assert again.first.kernel[...] is rounded.first.kernel[...]
 
