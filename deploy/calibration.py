@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import Attention
@@ -25,6 +25,8 @@ from .manifest import CalibrationInfo
 from .tokenization import TextTokenizer
 
 MAX_TOKENS = 4096
+ROUNDING_TOKENS = 16384
+"""Tokens of a text that weights are rounded with, at most."""
 _PLACES = 4
 """Places in the longest row that the calibration text is moved to."""
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
@@ -44,6 +46,11 @@ class CalibrationInputs:
     tokens: int
     info: CalibrationInfo
 
+    @property
+    def is_text(self) -> bool:
+        """Whether they are those of a text, not random."""
+        return not self.info.kind.startswith("random")
+
 
 def calibration_inputs(model: Model, source: str | Path | ArrayLike | None, tokenizer_json: Path) -> CalibrationInputs:
     """What a model is calibrated on: token ids as `calibration_ids` gives them, or, for a model of images or sound,
@@ -57,18 +64,26 @@ def calibration_inputs(model: Model, source: str | Path | ArrayLike | None, toke
     if isinstance(model, Encoder) and "input_ids" not in model.inputs(config.fixed_tokens or 1):
         return _random_inputs(model, source)
     ids, info = calibration_ids(source, tokenizer_json, config.vocab_size, config.max_tokens or MAX_TOKENS)
-    inputs: Any = ids[None]
-    if isinstance(model, Encoder):
-        # One segment, whose number is 0.
-        others = {name: np.zeros((1, *info.shape), info.dtype) for name, info in model.inputs(ids.size).items()}
-        inputs = others | {"input_ids": inputs}
-    return CalibrationInputs(inputs, ids.size, info)
+    return CalibrationInputs(inputs_of(model, ids[None]), ids.size, info)
+
+
+def inputs_of(model: Model, ids: Int32[np.ndarray, "rows tokens"]) -> Any:
+    """What a model of texts takes, as `queries_and_keys` does."""
+    if not isinstance(model, Encoder):
+        return ids
+    # One segment, whose number is 0.
+    infos = model.inputs(ids.shape[1]).items()
+    return {name: np.zeros((len(ids), *info.shape), info.dtype) for name, info in infos} | {"input_ids": ids}
 
 
 def calibration_ids(
-    source: str | Path | ArrayLike | None, tokenizer_json: Path, vocab_size: int, max_tokens: int
+    source: str | Path | ArrayLike | None,
+    tokenizer_json: Path,
+    vocab_size: int,
+    max_tokens: int,
+    most: int = MAX_TOKENS,
 ) -> tuple[NDArray[np.int32], CalibrationInfo]:
-    """Ids [tokens], at most `max_tokens` and `MAX_TOKENS` of them, and their record.
+    """Ids [tokens], at most `max_tokens` and `most` of them, and their record.
 
     Args:
         source: a text file, a file of examples, whose first context counts, token ids, or None for the text that ships
@@ -76,24 +91,25 @@ def calibration_ids(
         tokenizer_json: the checkpoint's tokenizer.json, which need not exist.
         vocab_size: ids must be below it.
         max_tokens: what the model takes at most.
+        most: what is asked for at most.
 
     Raises:
         FileNotFoundError: no such text file.
         ValueError: a text file for a model without tokenizer, no tokens at all, or an id outside the vocabulary.
     """
     kind, ids = _all_ids(source, tokenizer_json, vocab_size, max_tokens)
-    return _recorded(kind, ids[: calibrating_tokens(max_tokens)])
+    return _recorded(kind, ids[: min(max_tokens, most)])
 
 
 def held_out_ids(
-    source: str | Path | ArrayLike | None, tokenizer_json: Path, vocab_size: int, max_tokens: int
+    source: str | Path | ArrayLike | None, tokenizer_json: Path, vocab_size: int, max_tokens: int, calibrating: int
 ) -> tuple[NDArray[np.int32], CalibrationInfo]:
-    """What of a text follows the ids that `calibration_ids` gives, which may be nothing, and its record.
+    """What of a text follows its first `calibrating` ids, which may be nothing, and its record.
 
-    Args and raises are those of `calibration_ids`.
+    Other args and raises are those of `calibration_ids`.
     """
     kind, ids = _all_ids(source, tokenizer_json, vocab_size, max_tokens)
-    return _recorded(kind, ids[calibrating_tokens(max_tokens) :])
+    return _recorded(kind, ids[calibrating:])
 
 
 def is_task(source: object) -> TypeGuard[str | Path]:
@@ -101,9 +117,9 @@ def is_task(source: object) -> TypeGuard[str | Path]:
     return isinstance(source, str | Path) and Path(source).suffix == SUFFIX
 
 
-def calibrating_tokens(max_tokens: int) -> int:
-    """Tokens of a text that calibrate, at most, a model that takes `max_tokens`."""
-    return min(max_tokens, MAX_TOKENS)
+def calibrating_tokens(max_tokens: int, weights: str = "same") -> int:
+    """Tokens of a text that calibrate, at most, a model that takes `max_tokens`, or that weights are rounded with."""
+    return ROUNDING_TOKENS if weights == "int4" else min(max_tokens, MAX_TOKENS)
 
 
 def _all_ids(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..model.int4 import INT4_GROUP
 from ..model.products import FEW_ROWS
 from ..model.rounding import GROUP, TIED_GROUP
 from .artifact import TOKENIZER
@@ -17,6 +18,7 @@ from .tables import (
     code_rows,
     crossovers,
     describe_plan,
+    describe_rounding,
     describe_task,
     evidence_rows,
     quantization_error_cells,
@@ -148,7 +150,11 @@ KL and loss of log-probability are in nats.
 """
 
 
-_SCALES = {"int8": f" with a scale for every {GROUP} inputs of each output, {TIED_GROUP} where it is tied"}
+_SCALES = {
+    "int8": f" with a scale for every {GROUP} inputs of each output, {TIED_GROUP} where it is tied",
+    "int4": f""" with a scale for every {INT4_GROUP} inputs of each output; the projections of values,
+and what is outside of the layers, are int8""",
+}
 
 
 def _weights_text(manifest: Manifest) -> str:
@@ -160,7 +166,16 @@ def _weights_text(manifest: Manifest) -> str:
 
 The kernels of linear layers, and an output layer tied to embeddings, are
 {manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {_activations(manifest)}.
-{_cost(manifest, error)}"""
+{_rounding(manifest)}{_cost(manifest, error)}"""
+
+
+def _rounding(manifest: Manifest) -> str:
+    weights = manifest.weights
+    if weights.format != "int4":
+        return ""
+    if weights.rounding != "gptq":
+        return "Weights are each rounded to its nearest: there was no text to round them for.\n"
+    return f"Weights are {describe_rounding(weights)}; the loss is that of the tokens behind them.\n"
 
 
 def _activations(manifest: Manifest) -> str:

@@ -32,9 +32,10 @@ from ..model.activations import LEVELS
 from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
 from ..model.registry import Model, ModelConfig, build
-from ..model.rounding import FORMATS, round_weights
+from ..model.rounding import FORMATS, GROUPS
 from ..model.self_attention import LayerConstants
 from . import artifact as layout
+from .calibrated_rounding import GPTQ, round_model, rounding_text
 from .calibration import MAX_TOKENS, calibrate, calibration_inputs
 from .card import card_text
 from .contract import Subject, Terms, fulfil
@@ -56,7 +57,6 @@ from .manifest import (
     Manifest,
     ModelInfo,
     Provenance,
-    QuantizationError,
     TextInfo,
     WeightsInfo,
     entry_names,
@@ -111,8 +111,13 @@ def compile(
         weights: "same" as dtype; "bfloat16": the kernels of linear layers, and an output layer tied to embeddings, are
             rounded to it, activations are not; "int8": these are quantised to int8 with a scale for every 64
             inputs of each output (32 of a tied output layer), but for the projections of values, which are bfloat16; an
-            output layer tied to embeddings is rounded with them. The loss of accuracy is measured on the calibration
-            text and recorded in the manifest and the card.
+            output layer tied to embeddings is rounded with them; "int4": the layers' kernels are quantised to int4 with
+            a scale for every 32 inputs of each output, but for the projections of values, which are int8 as everything
+            outside of the layers is. int4 is rounded for the inputs that each layer gets of the calibration text, by
+            GPTQ; without a text (no tokenizer, images or sound), each weight to its nearest, which manifest and card
+            say. A book rounds better than the few pages of the default text. The loss of accuracy is measured on the
+            calibration text, with int4 on its last quarter (1024 tokens at most), which the rounding has not seen, and
+            recorded in the manifest and the card.
         activations: with int8 weights, what more than 4 rows, as prompts have, are rounded to before linear layers
             multiply them, in integers: "int8" or "int16", with a scale for every 64 numbers of a row. "same" multiplies
             them in dtype. An output layer always takes them as they are. The loss of accuracy is measured and recorded
@@ -126,12 +131,13 @@ def compile(
             rows.
         page: tokens per page of the KV cache, a power of two of at least 128 that divides every bucket: the pages of a
             request then lie anywhere in the cache. None keeps each request in one piece, which is a little faster.
-        calibration: for calibrating the attention method, if it needs that, and for measuring the error of int8
-            weights, keys and values: a text file, token ids, or None for the text that ships with the package (seeded
-            random ids for a model without a tokenizer, random numbers for images or sound). At most 4096 tokens are
-            used. A contract is judged on what follows them, which must be as long as the longest bucket at least. Or a
-            task, a .jsonl file of examples with `context`, `question`, `answer_prefix` and `answer`: its first context
-            calibrates, and a contract is judged on the answers to questions over the others.
+        calibration: for calibrating the attention method, if it needs that, for rounding weights to int4, and for
+            measuring the error of rounded weights, keys and values: a text file, token ids, or None for the text that
+            ships with the package (seeded random ids for a model without a tokenizer, random numbers for images or
+            sound). At most 4096 tokens are used, 16384 for rounding to int4. A contract is judged on what follows
+            them, which must be as long as the longest bucket at least. Or a task, a .jsonl file of examples with
+            `context`, `question`, `answer_prefix` and `answer`: its first context calibrates, and a contract is judged
+            on the answers to questions over the others.
         retain: the contract that every bucket keeps at least this share of the most likely tokens. With `attention`
             left to `compile`, each bucket gets the first of these that does on held-out text, if it is faster than
             exact attention: the fixed budget of `Auto`, if it has one, then masses from 0.95 to 0.995. What counts are
@@ -178,11 +184,12 @@ def compile(
         may_select = [capacity for capacity in buckets if needs_measurement(asked, (capacity,), timed)]
         judged = tuple(buckets) if rounds or kept != dtype else tuple(may_select)
         kv_dtypes = (kept, dtype) if kv_dtype == AUTO else (kept,)
-        prompts, held_out = held_out_prompts(calibration, tokenizer, config.vocab_size, most, judged)
+        prompts, held_out = held_out_prompts(calibration, tokenizer, config.vocab_size, most, judged, weights)
         terms = Terms(contract, asked.two_stage, kv_dtypes, prompts, held_out)
     readings = 0 if terms is None else terms.most_readings
     entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
-    steps = 2 + rounds + (kept == "int8") + measures + readings + entry_count
+    layers = config.num_hidden_layers if weights == "int4" else 1
+    steps = 2 + rounds * layers + (kept == "int8") + measures + readings + entry_count
 
     # The folder first, so that one that cannot be written is known before the work.
     with (
@@ -193,10 +200,13 @@ def compile(
         report("loading the checkpoint")
         model = floats = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
-        error = kv_error = None
+        error = kv_error = rounding = None
         if rounds:
-            report("rounding the weights")
-            model, error = _round_weights(model, weights, activations, checkpoint, calibration)
+            rounding = rounding_text(model, weights, calibration, checkpoint / layout.TOKENIZER)
+            if rounding.method != GPTQ:
+                report.drop(layers - 1)
+            model = round_model(model, weights, rounding, report, activations)
+            error = quantization_error(floats, model, rounding.judged, rounding.first)
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")
@@ -247,7 +257,15 @@ def compile(
             kv_dtype=kept,
             kv_error=kv_error,
             batch=batch,
-            weights=WeightsInfo(write_weights(folder / layout.WEIGHTS, arrays), described(arrays), weights, error),
+            weights=WeightsInfo(
+                write_weights(folder / layout.WEIGHTS, arrays),
+                described(arrays),
+                weights,
+                error,
+                GROUPS.get(weights),
+                None if rounding is None else rounding.method,
+                0 if rounding is None else rounding.fitted_tokens,
+            ),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),
             provenance=Provenance(checkpoint.resolve().name, read_json(checkpoint / PROVENANCE), calibrated_on),
@@ -388,14 +406,6 @@ def _calibrate(
 def _calibrated(choices: Sequence[Choice]) -> set[Attention]:
     """The strategies of the buckets' plans that need constants."""
     return {strategy for choice in choices for strategy in choice.plan.strategies if strategy.calibrated}
-
-
-def _round_weights(
-    model: Model, form: str, activations: str, checkpoint: Path, source: str | Path | ArrayLike | None
-) -> tuple[Model, QuantizationError]:
-    """The model with rounded weights and activations, and what that costs."""
-    rounded = round_weights(model, form, activations)
-    return rounded, quantization_error(model, rounded, calibration_inputs(model, source, checkpoint / layout.TOKENIZER))
 
 
 def _timed_call(config: ModelConfig, dtype: str, batch: int, chunk: int, kv_dtype: str) -> TimedCall:

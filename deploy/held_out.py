@@ -47,6 +47,7 @@ def held_out_prompts(
     vocab_size: int,
     max_tokens: int,
     judged: Sequence[int],
+    weights: str = "same",
 ) -> tuple[Prompts, CalibrationInfo]:
     """Prompts for each bucket, and their record.
 
@@ -60,6 +61,7 @@ def held_out_prompts(
         vocab_size: ids must be below it.
         max_tokens: what the model takes at most.
         judged: capacities of the buckets, rising; with none of them nothing is judged.
+        weights: their format.
 
     Raises:
         ValueError: a text without a window of each length, a task without an example of each, or a bucket that is too
@@ -72,14 +74,15 @@ def held_out_prompts(
     if is_task(source):
         assert isinstance(source, str | Path)
         return _of_task(Path(source), read_tokenizer(tokenizer_json, vocab_size), judged)
-    ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens)
+    calibrating = calibrating_tokens(max_tokens, weights)
+    ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens, calibrating)
     if not judged:
         return {}, info
     tokenizer = read_tokenizer(tokenizer_json, vocab_size) if tokenizer_json.exists() else None
     leading = leading_tokens(tokenizer)
-    calibrating, longest = calibrating_tokens(max_tokens), judged[-1] - leading.size
+    longest = judged[-1] - leading.size
     if ids.size < longest:
-        found = ids.size + calibration_ids(source, tokenizer_json, vocab_size, max_tokens)[1].tokens
+        found = ids.size + calibration_ids(source, tokenizer_json, vocab_size, calibrating, calibrating)[1].tokens
         raise ValueError(
             f"calibration ({info.kind}) has {found} tokens, expected at least {calibrating + longest}: {calibrating} "
             f"that calibrate, and behind them {longest} on which bucket {judged[-1]} is judged: give calibration=FILE"

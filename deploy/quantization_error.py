@@ -19,27 +19,33 @@ MAX_TOKENS = 2048
 _Scores = tuple[Float[np.ndarray, " predicted"], Int[np.ndarray, " tokens"]]
 
 
-def quantization_error(model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs) -> QuantizationError:
-    """Compares two models over a row; decoders over its first `MAX_TOKENS`, by the tokens that they predict."""
+def quantization_error(
+    model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs, first: int = 0
+) -> QuantizationError:
+    """Compares two models over a row, decoders by the tokens that they predict: at its first `MAX_TOKENS` positions, or
+    from position `first` on if that is not 0."""
     if isinstance(model, Encoder):
-        before, after = (_hidden(each, row) for each in (model, rounded))
+        before, after = (_hidden(each, row)[first:] for each in (model, rounded))
         lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
-        return QuantizationError(row.info.kind, row.tokens, cosine=float(np.mean((before * after).sum(-1) / lengths)))
-    ids = row.inputs[0, :MAX_TOKENS]
-    return _compared(row, ids, _scores(model, ids), _scores(rounded, ids))
+        return QuantizationError(
+            row.info.kind, row.tokens - first, cosine=float(np.mean((before * after).sum(-1) / lengths))
+        )
+    ids = row.inputs[0] if first else row.inputs[0, :MAX_TOKENS]
+    (before, most_likely), (after, then) = (_scores(each, ids) for each in (model, rounded))
+    return _compared(row, (before[first:], most_likely[first:]), (after[first:], then[first:]))
 
 
 def kv_quantization_error(model: nnx.Module, row: CalibrationInputs) -> QuantizationError:
     """Compares a decoder with itself over a KV cache of int8, over the row's first `MAX_TOKENS`."""
     ids = row.inputs[0, :MAX_TOKENS]
-    return _compared(row, ids, _scores(model, ids), _scores(model, ids, "int8"))
+    return _compared(row, _scores(model, ids), _scores(model, ids, "int8"))
 
 
-def _compared(row: CalibrationInputs, ids: Int[np.ndarray, " tokens"], *scores: _Scores) -> QuantizationError:
+def _compared(row: CalibrationInputs, *scores: _Scores) -> QuantizationError:
     (before, most_likely), (after, then) = scores
     return QuantizationError(
         text=row.info.kind,
-        tokens=ids.size,
+        tokens=most_likely.size,
         nll=_mean_nll(before),
         rounded_nll=_mean_nll(after),
         greedy_agreement=float(np.mean(most_likely == then)),

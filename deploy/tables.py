@@ -9,7 +9,7 @@ from rich.text import Text
 
 from .evidence import name_of, positions_of
 from .generation_defaults import generation_rows
-from .manifest import BucketInfo, ContractInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError
+from .manifest import BucketInfo, ContractInfo, CrossoverRow, Manifest, ModelInfo, QuantizationError, WeightsInfo
 
 MEGABYTE = 1e6
 ATTENTION_OF = {"decoder": "prompts and scoring", "encoder": "encoding"}
@@ -193,7 +193,7 @@ def summary_table(manifest: Manifest) -> Table:
         "calibrated on": f"{calibration.kind}, {calibration.tokens} tokens" if calibration else "-",
         **_contract(manifest),
         "weights": f"{manifest.weights.file.size / MEGABYTE:.1f} MB in {len(manifest.weights.tensors)} tensors"
-        f"{'' if manifest.weights.format == 'same' else f', linear layers in {manifest.weights.format}'}"
+        f"{_weight_format(manifest.weights)}"
         f"{'' if manifest.activations == 'same' else f', activations rounded to {manifest.activations}'}",
         **_kv_cache(manifest),
         "compiled": f"{manifest.created} by iceformer {manifest.iceformer}",
@@ -210,6 +210,20 @@ def summary_table(manifest: Manifest) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(value, "yellow") if name == "not applied" else value)
     return table
+
+
+def _weight_format(weights: WeightsInfo) -> str:
+    if weights.format == "same":
+        return ""
+    scales = f", a scale for {weights.group} inputs" if weights.group else ""
+    return f", linear layers in {weights.format}{scales}, {describe_rounding(weights)}"
+
+
+def describe_rounding(weights: WeightsInfo) -> str:
+    """How weights were rounded."""
+    if weights.rounding == "gptq":
+        return f"rounded by GPTQ for {weights.fitted_tokens} tokens of text"
+    return "each rounded to its nearest"
 
 
 def file_table(manifest: Manifest) -> Table:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ..convert.checkpoint import CONFIG, load_model
 from ..deploy.artifact import TOKENIZER
+from ..deploy.calibrated_rounding import round_model, rounding_text
 from ..deploy.calibration import CalibrationInputs, calibrate, calibration_inputs, read_tokenizer
 from ..deploy.compile import DTYPES
 from ..deploy.fidelity import BINS
@@ -20,7 +21,6 @@ from ..deploy.reader import TAIL, Reader
 from ..deploy.text_windows import Text, Window, leading_tokens, windows_of
 from ..deploy.tokenization import TextTokenizer
 from ..model.decoder import CausalLM
-from ..model.rounding import round_weights
 from ..model.self_attention import LayerConstants
 from .configuration import Configuration
 from .examples import TASKS
@@ -169,8 +169,12 @@ class Bench:
         """With the weights of a configuration."""
         form = self.configurations[name].weights
         if form not in self._models:
-            self._models[form] = round_weights(self.model, form)
+            self._models[form] = self._rounded(form)
         return self._models[form]
+
+    def _rounded(self, form: str) -> CausalLM:
+        text = rounding_text(self.model, form, self._calibration, self._checkpoint / TOKENIZER)
+        return round_model(self.model, form, text, lambda _: None)
 
     def constants(self, name: str) -> LayerConstants | None:
         """What the attention of a configuration is calibrated to; None if it needs nothing."""

@@ -17,7 +17,7 @@ class Configuration:
 
     Attributes:
         attention: of prompts, in the layers that see the whole sequence.
-        weights: of linear layers: "same" as the evaluation's dtype, "bfloat16" or "int8".
+        weights: of linear layers: "same" as the evaluation's dtype, "bfloat16", "int8" or "int4".
         kv_dtype: of the KV cache: "same" as the evaluation's dtype, or "int8".
     """
 

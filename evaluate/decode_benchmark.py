@@ -39,7 +39,7 @@ class DecodeOptions:
     Attributes:
         batch: requests that decode together.
         new_tokens: of each request in a run, at least 3.
-        weights: of our engines, "same", "bfloat16" or "int8", as `iceformer.compile` takes it.
+        weights: of our engines, "same", "bfloat16", "int8" or "int4", as `iceformer.compile` takes it.
         kv_dtype: of our engines, "same" or "int8".
         budget: keys of the engine `selection`, and of two-stage attention in prompts.
     """

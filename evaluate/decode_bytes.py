@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 
 from ..attention import DecodeSelection
-from ..model.rounding import GROUP, TIED_GROUP, scale_groups
+from ..model.int4 import group_size
+from ..model.rounding import GROUP, TIED_GROUP, form_of, scale_groups
 
 _FORMS = ("llama", "qwen2", "qwen3", "granite")
 """Kinds of model that the formulas fit: four attention projections and a gated MLP in every layer."""
-_SCALE = 4
-"""Bytes of a float32 scale."""
+_SCALE, _INT4_SCALE = 4, 2
+"""Bytes of a float32 scale, and of the bfloat16 one of int4."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,23 @@ class DecoderSizes:
         )
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices, by their names."""
+        queries, keys = self.head_dim * self.heads, self.head_dim * self.kv_heads
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+        }
+
+    @property
     def linear(self) -> int:
         """Weights of the layers' matrices."""
-        projections = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (projections + 3 * self.hidden * self.mlp)
-
-    @property
-    def value_projections(self) -> int:
-        """Weights of the matrices that make values."""
-        return self.layers * self.hidden * self.head_dim * self.kv_heads
-
-    @property
-    def scales(self) -> int:
-        """Scales of the layers' matrices in int8."""
-        queries, keys = self.head_dim * self.heads, self.head_dim * self.kv_heads
-        from_hidden = scale_groups(self.hidden) * (queries + keys + 2 * self.mlp)
-        to_hidden = (scale_groups(queries) + scale_groups(self.mlp)) * self.hidden
-        return self.layers * (from_hidden + to_hidden)
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.matrices.values())
 
     @property
     def output(self) -> int:
@@ -91,14 +92,14 @@ def weight_bytes(sizes: DecoderSizes, dtype: str, weights: str) -> int:
     Args:
         sizes: of the model.
         dtype: "float32" or "bfloat16", of what is not a linear layer.
-        weights: "same", "bfloat16" or "int8", as `iceformer.compile` takes it.
+        weights: "same", "bfloat16", "int8" or "int4", as `iceformer.compile` takes it.
     """
-    form = dtype if weights == "same" else weights
-    linear, output = sizes.linear * _size(form), sizes.output * _size(form)
-    if form == "int8":
-        linear += sizes.value_projections + sizes.scales * _SCALE
-        output += scale_groups(sizes.hidden, TIED_GROUP if sizes.tied else GROUP) * sizes.vocab * _SCALE
-    return linear + output + sizes.norms * _size(dtype)
+    if weights == "same":
+        return (sizes.linear + sizes.output + sizes.norms) * _size(dtype)
+    linear = sum(_matrix_bytes(*shape, form_of(("layers", name), weights)) for name, shape in sizes.matrices.items())
+    form = form_of(("lm_head",), weights)
+    output = _matrix_bytes(sizes.hidden, sizes.vocab, form, TIED_GROUP if sizes.tied else GROUP)
+    return sizes.layers * linear + output + sizes.norms * _size(dtype)
 
 
 def file_bytes(sizes: DecoderSizes, size: int) -> int:
@@ -137,6 +138,14 @@ def our_cache_bytes(sizes: DecoderSizes, depth: int, kv: str, selection: DecodeS
 
 def _layer_bytes(sizes: DecoderSizes, depth: int, kv: str, scale_bytes: int) -> int:
     return 2 * depth * sizes.kv_heads * (sizes.head_dim * _size(kv) + scale_bytes)
+
+
+def _matrix_bytes(inputs: int, outputs: int, form: str, group: int = GROUP) -> int:
+    """Bytes of a matrix in a format, with its scales; `group` is of int8."""
+    if form == "int4":
+        return inputs * outputs // 2 + inputs // group_size(inputs) * outputs * _INT4_SCALE
+    scales = scale_groups(inputs, group) * outputs * _SCALE if form == "int8" else 0
+    return inputs * outputs * _size(form) + scales
 
 
 def _size(dtype: str) -> int:

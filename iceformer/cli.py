@@ -80,6 +80,7 @@ class WeightFormat(StrEnum):
     SAME = "same"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 class ActivationFormat(StrEnum):
@@ -304,8 +305,9 @@ def compile(
     weights: Annotated[
         WeightFormat,
         typer.Option(
-            help="Number format of linear layers: same as --dtype, bfloat16, or int8 with a scale for every 64 "
-            "inputs of each output. The loss of accuracy is measured and reported."
+            help="Number format of linear layers: same as --dtype, bfloat16, int8 with a scale for every 64 "
+            "inputs of each output, or int4 with one for every 32, rounded for the calibration text. The loss of "
+            "accuracy is measured and reported."
         ),
     ] = WeightFormat.SAME,
     activations: Annotated[

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ..attention import Attention, Exact, KVCache, Plan, Rows
 from ..attention.ops import cap
 from .config import read_boolean, read_integer, read_layers
-from .layers import run_layers
+from .layers import layer_calls, run_layers
 from .modules import Embedding, Linear
 from .rope import Rope
 from .self_attention import LayerCall, LayerConstants
@@ -244,10 +244,23 @@ class CausalLM(nnx.Module):
         )
         return self.model.norm(hidden), cache
 
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The layers in turn."""
+        return self.model.layers
+
     def logits(self, hidden: Float[Array, "*rows hidden_size"]) -> Float32[Array, "*rows vocab_size"]:
         """Logits of hidden states that `hidden_states` returned."""
         head = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head.in_float32
         return cap(head(hidden) * self.logit_multiplier, self.logit_softcap)
+
+    def first_layer(
+        self, input_ids: Int[Array, "batch tokens"], lengths: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], list[LayerCall]]:
+        """What the first layer takes, and each layer's call over whole rows, with exact attention."""
+        positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        calls = layer_calls(LayerCall(Rows.whole(lengths), Plan()), self.config, positions)
+        return self._embed(input_ids, positions, lengths), calls
 
     def queries_and_keys(
         self, input_ids: Int[Array, "batch tokens"], lengths: Int[Array, " batch"]

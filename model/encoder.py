@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ..attention import Attention, Exact, Plan, Rows
 from .config import read_boolean, read_integer
 from .decoder import DecoderConfig
-from .layers import run_layers
+from .layers import layer_calls, run_layers
 from .modules import ACTIVATIONS, Embedding, Linear
 from .pooling import TORCH_ACTIVATIONS, SentenceEmbedding
 from .rope import Rope
@@ -384,6 +384,14 @@ class Encoder(nnx.Module):
         if self.sentence_embedding is not None:
             pooled = self.sentence_embedding(hidden, lengths, prompt_lengths)
         return outputs if pooled is None else outputs | {"pooled": pooled}
+
+    def first_layer(
+        self, inputs: Mapping[str, Array], lengths: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch tokens hidden_size"], list[LayerCall]]:
+        """What the first layer takes, and each layer's call over whole rows, with exact attention."""
+        hidden = self.embeddings(inputs)
+        positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
+        return hidden, layer_calls(LayerCall(Rows.whole(lengths), Plan()), self.config, positions)
 
     def queries_and_keys(
         self, inputs: Mapping[str, Array], lengths: Int[Array, " batch"]

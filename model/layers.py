@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..attention import KVCache, LayerCache, heard, listening
-from .rope import Rope, rotary_tables
+from .rope import Rope, RotaryTables, rotary_tables
 from .self_attention import LayerCall, LayerConstants, Norm, SelfAttention
 
 
@@ -121,21 +121,12 @@ def run_layers(
     Returns:
         The last layer's output, and the cache with this call's keys and values; None if there is none.
     """
-    # Layers with the same rotary embedding share its tables.
-    tables = {
-        rope: rotary_tables(rope, config.head_dim, positions, call.rows.length)
-        for rope in dict.fromkeys(config.ropes)
-        if rope is not None
-    }
     caches: list[LayerCache] = []
     # Outside of a trace, jit would compile; an observer wants values of the trace that it is called in.
     run = _traced_once() if isinstance(hidden, jax.core.Tracer) and call.observe is None else _run
-    for index, layer in enumerate(layers):
-        rope = config.ropes[index]
+    for index, (layer, layer_call) in enumerate(zip(layers, layer_calls(call, config, positions), strict=True)):
         layer_call = replace(
-            call,
-            layer=call.plan.first_like(index),
-            rotary=None if rope is None else tables[rope],
+            layer_call,
             cache=None if cache is None else cache[index],
             constants={} if constants is None else constants[index],
         )
@@ -143,6 +134,18 @@ def run_layers(
         if layer_cache is not None:
             caches.append(layer_cache)
     return hidden, None if cache is None else tuple(caches)
+
+
+def layer_calls(call: LayerCall, config: LayerSettings, positions: Int[Array, "rows tokens"]) -> list[LayerCall]:
+    """Each layer's part of a call, with its number and rotary embedding; without a cache and constants."""
+    # Layers with the same rotary embedding share its tables.
+    tables: dict[Rope | None, RotaryTables | None] = {
+        rope: None if rope is None else rotary_tables(rope, config.head_dim, positions, call.rows.length)
+        for rope in dict.fromkeys(config.ropes)
+    }
+    return [
+        replace(call, layer=call.plan.first_like(index), rotary=tables[rope]) for index, rope in enumerate(config.ropes)
+    ]
 
 
 RunLayer = Callable[[nnx.Module, Float[Array, "rows tokens hidden_size"], LayerCall], Any]

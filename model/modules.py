@@ -3,7 +3,9 @@
 Activations have the parameters' dtype; products accumulate in float32, the rest is computed in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -39,7 +41,7 @@ _initial = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, or `x @ (kernel * scale) + bias` where the kernel is int8, in panels, with a scale
+    """`x @ kernel + bias`, or `x @ (kernel * scale) + bias` where the kernel is int8 or int4, in panels, with a scale
     for each group of inputs and each output.
 
     Attributes:
@@ -62,8 +64,26 @@ class Linear(nnx.Module):
         return project(x, self)[0]
 
 
+Observer = Callable[[tuple[Linear, ...], Array], None]
+"""Is given linear layers, and the input that they take together."""
+_observer: ContextVar[Observer | None] = ContextVar("_observer", default=None)
+
+
+@contextmanager
+def observing_inputs(observe: Observer) -> Iterator[None]:
+    """Within it, `observe` is given what linear layers take, while the function is traced."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 def project(x: Float[Array, "*rows in_features"], *layers: Linear) -> list[Float32[Array, "*rows _"]]:
     """What several linear layers make of the same input, in float32."""
+    observe = _observer.get()
+    if observe is not None:
+        observe(layers, x)
     scales = [None if layer.scale is None else layer.scale[...] for layer in layers]
     levels = max(layer.levels for layer in layers)
     products = multiply_all(x, [layer.kernel[...] for layer in layers], scales, levels)

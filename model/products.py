@@ -1,10 +1,10 @@
 """Products of activations with weights, accumulated in float32: by XLA, or by the native kernel where that is faster.
 
 A few rows, as in decoding, take as long as it takes to read the weights, which the kernel does as they lie in memory,
-in whatever dtype. With int8 it rounds the rows to integers of 30 bits, which keeps what a float32 has. More rows are
-XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a time, where
-XLA would make floats of them all. Where activations are to be rounded (`activations`), more rows and int8 are
-multiplied as integers; XLA multiplies the same numbers as floats.
+in whatever dtype. With int8 and int4 it rounds the rows to integers of 30 bits, which keeps what a float32 has. More
+rows are XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a
+time, where XLA would make floats of them all. Where activations are to be rounded (`activations`), more rows and int8
+are multiplied as integers; XLA multiplies the same numbers as floats.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, BFloat16, Float, Float32, Shaped
 
 from .. import kernels
 from . import panels
@@ -28,9 +28,9 @@ _PANEL = 256
 """Output features whose weights are floats at a time, in XLA."""
 
 Weight = Shaped[Array, "in_features _"] | panels.Panels
-"""[in_features, out_features], in the dtype of the activations or bfloat16, or panels of int8 with scales."""
-Scale = Float32[Array, "_ _"]
-"""[groups of input features, out_features]: what the int8 of a group are multiplied by."""
+"""[in_features, out_features], in the dtype of the activations or bfloat16, or panels of int8 or int4 with scales."""
+Scale = Float32[Array, "_ _"] | BFloat16[Array, "_ _"]
+"""[groups of input features, out_features]: what the integers of a group are multiplied by; bfloat16 with int4."""
 
 
 def multiply(x: Float[Array, "*rows in_features"], weight: Weight) -> Float32[Array, "*rows _"]:
@@ -94,7 +94,7 @@ def _in_xla(
         return _of_floats(x, weight, axis=0)
     if levels and x.shape[0] > FEW_ROWS:
         x = round_activations(x, scale.shape[0], levels)
-    return _of_int8(x, weight, scale)
+    return _of_panels(x, weight, scale)
 
 
 def _of_floats(x: Float[Array, "rows k"], weight: Array, axis: int) -> Float32[Array, "rows out_features"]:
@@ -130,10 +130,10 @@ def _by_panels(x: Float[Array, "rows k"], weight: Array, axis: int) -> Float32[A
     return _some_at_a_time(x.shape[0], features, width, product_at)
 
 
-def _of_int8(
+def _of_panels(
     x: Float[Array, "rows in_features"], weight: panels.Panels, scale: Scale
 ) -> Float32[Array, "rows out_features"]:
-    """The same of int8 panels. In float32: times a scale, an int8 is no longer exact in bfloat16."""
+    """The same of panels. In float32: times a scale, an integer is no longer exact in bfloat16."""
     features = weight.shape[0] * panels.OUTPUTS
     width = min(_PANEL, features)
     scales = jnp.pad(scale, ((0, 0), (0, features - scale.shape[1])))
@@ -142,7 +142,7 @@ def _of_int8(
     def product_at(start: Array) -> Array:
         some = lax.dynamic_slice_in_dim(weight, start // panels.OUTPUTS, width // panels.OUTPUTS)
         kernel = panels.unpack(some, x.shape[1]).astype(jnp.float32)
-        of_panel = lax.dynamic_slice_in_dim(scales, start, width, axis=1)
+        of_panel = lax.dynamic_slice_in_dim(scales, start, width, axis=1).astype(jnp.float32)
         return _product(wide, kernel * jnp.repeat(of_panel, kernel.shape[0] // scale.shape[0], axis=0), 0)
 
     return _some_at_a_time(x.shape[0], features, width, product_at)[:, : scale.shape[1]]

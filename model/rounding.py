@@ -1,10 +1,12 @@
-"""Rounded weights: linear layers whose kernel is bfloat16, or int8 with a scale for every 64 inputs of each output.
+"""Rounded weights: linear layers whose kernel is bfloat16, or int8 or int4 with a scale for a group of its inputs.
 
 A rounded weight is a float without loss, so that a product is exact but for the order of its sums, unless activations
 are rounded too (`activations`), which int8 weights allow: then more rows than a few are integers, in all layers but the
-output layer. An output layer tied to the embeddings is rounded with them, in int8 with a scale for every 32
-inputs; other embeddings, norms and biases keep their dtype. With int8, the projections of values become bfloat16: their
-outputs are small beside their inputs, so that rounding costs them most, and they are 3% of a decoder's weights.
+output layer. An output layer tied to the embeddings is rounded with them, in int8 with a scale for every 32 inputs;
+other embeddings, norms and biases keep their dtype. The projections of values have the next wider format, bfloat16 with
+int8 and int8 with int4: their outputs are small beside their inputs, so that rounding costs them most, and they are 3%
+of a decoder's weights. So have with int4 the layers outside of the model's stack, such as an output layer, whose errors
+are those of the logits themselves, and the routers of experts.
 """
 
 from typing import Any
@@ -16,46 +18,73 @@ from jaxtyping import Float32, Int8
 
 from .activations import LEVELS
 from .decoder import CausalLM
+from .int4 import INT4_GROUP, Rounded, quantize_int4
 from .modules import Embedding, Linear
-from .panels import pack
+from .panels import pack, pack_int4
 
-FORMATS = ("bfloat16", "int8")
+FORMATS = ("bfloat16", "int8", "int4")
 GROUP = 64
-"""Inputs of a linear layer that share a scale, where there are whole groups of them; else all."""
+"""Inputs of a linear layer in int8 that share a scale, where there are whole groups of them; else all."""
 TIED_GROUP = 32
 """The same of an output layer that is tied to the embeddings, whose errors are those of the logits themselves."""
+GROUPS = {"int8": GROUP, "int4": INT4_GROUP}
+"""Inputs of a linear layer that share a scale, by the format of the model's weights."""
 _LARGEST = 127
-_SENSITIVE = "v_proj"
-"""The name of layers that stay bfloat16 at least."""
 _OUTPUT = "lm_head"
 """The name of a decoder's output layer."""
+_SENSITIVE, _ROUTER = "v_proj", "gate"
+"""The names of layers that have the next wider format; routers only in place of int4."""
+_WIDER = {"bfloat16": "bfloat16", "int8": "bfloat16", "int4": "int8"}
+_STACK = "layers"
+"""The name of the list that has a model's layers."""
 
 
 def round_weights(model: nnx.Module, form: str, activations: str = "same") -> Any:
     """The model with every `Linear` rounded, which shares everything else with the given model.
 
     Args:
-        model: the model, which stays as it is.
+        model: the model, which stays as it is. Layers of it that are integers already stay, too.
         form: one of `FORMATS`.
         activations: one of `activations.LEVELS`: what the layers with int8 weights round their inputs to.
     """
     rounded = nnx.merge(*nnx.split(model))
     for path, node in nnx.iter_graph(rounded):
-        if isinstance(node, Linear):
-            _round(node, "bfloat16" if path[-1:] == (_SENSITIVE,) else form)
-            # The errors of an output layer are those of the logits themselves.
-            if node.scale is not None and path != (_OUTPUT,):
-                node.levels = LEVELS[activations]
+        if not isinstance(node, Linear):
+            continue
+        if node.scale is None:
+            round_linear(node, form_of(path, form))
+        # The errors of an output layer are those of the logits themselves.
+        if node.scale is not None and path != (_OUTPUT,):
+            node.levels = LEVELS[activations]
     if isinstance(rounded, CausalLM) and rounded.lm_head is None:
         _round_tied(rounded.model.embed_tokens, form)
     return rounded
 
 
-def _round(linear: Linear, form: str) -> None:
+def form_of(path: tuple[Any, ...], form: str) -> str:
+    """The format of a linear layer by its place in a model whose weights are rounded to `form`."""
+    name = path[-1] if path else ""
+    outside = len(path) > 0 and _STACK not in path
+    sensitive = name == _SENSITIVE or (form == "int4" and (outside or name == _ROUTER))
+    return _WIDER[form] if sensitive else form
+
+
+def set_int4(linear: Linear, rounded: Rounded) -> None:
+    """Gives a layer a kernel of int4 and its scales."""
+    numbers, scale = rounded
+    linear.kernel, linear.scale = nnx.Param(jnp.asarray(pack_int4(numbers))), nnx.Param(jnp.asarray(scale))
+
+
+def round_linear(linear: Linear, form: str) -> None:
+    """Rounds a layer's kernel to a format, each weight to its nearest."""
     if form == "bfloat16":
         linear.kernel = nnx.Param(linear.kernel[...].astype(jnp.bfloat16))
         return
-    linear.kernel, linear.scale = _panels(np.asarray(linear.kernel[...], np.float32), GROUP)
+    kernel = np.asarray(linear.kernel[...], np.float32)
+    if form == "int4":
+        set_int4(linear, quantize_int4(kernel))
+        return
+    linear.kernel, linear.scale = _panels(kernel, GROUP)
 
 
 def _round_tied(table: Embedding, form: str) -> None:
@@ -71,7 +100,7 @@ def _panels(kernel: Float32[np.ndarray, "in_features out_features"], group: int)
 
 
 def scale_groups(in_features: int, group: int = GROUP) -> int:
-    """Groups of inputs that have a scale each for every output."""
+    """Groups of inputs that have a scale each for every output, in int8."""
     return max(in_features // group, 1) if in_features % group == 0 else 1
 
 

@@ -36,7 +36,7 @@ from .conftest import TEXT, VOCABULARY
         ({"buckets": (0, 64)}, "expected ascending"),
         ({"buckets": (64, 100)}, "bucket 100 is not a multiple of chunk 32"),
         ({"dtype": "float64"}, "dtype is 'float64', expected one of: float32, bfloat16"),
-        ({"weights": "int4"}, "weights is 'int4', expected one of: same, bfloat16, int8"),
+        ({"weights": "int3"}, "weights is 'int3', expected one of: same, bfloat16, int8, int4"),
         ({"batch": 0}, "batch is 0"),
         ({"chunk": 0}, "chunk is 0"),
         ({"calibration": [VOCABULARY]}, f"expected ids from 0 to {VOCABULARY - 1}"),

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file
 
 from iceformer.attention import DecodeSelection
@@ -32,7 +34,8 @@ from iceformer.evaluate.decode_engines import GENAI, DecodeJob, prompts, written
 from iceformer.evaluate.decode_report import decode_plot, decode_summary, decode_table
 from iceformer.evaluate.processes import Timing, time_in_turn
 from iceformer.evaluate.shapes import ModelShape, write_random_model
-from iceformer.model.rounding import GROUP, TIED_GROUP, quantize_kernel
+from iceformer.model.registry import build
+from iceformer.model.rounding import GROUP, TIED_GROUP, quantize_kernel, round_weights
 
 SHAPE = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, mlp=96, vocab=128)
 SIZES = DecoderSizes(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=128, tied=False)
@@ -129,6 +132,16 @@ def test_int8_weights_are_those_of_the_artifact(run: Run) -> None:
     tensors = run.manifest.weights.tensors.items()
     read = [array for name, array in tensors if not name.startswith(("attention.", "model.embed_tokens."))]
     assert weight_bytes(SIZES, "float32", "int8") == sum(array.size_in_bytes for array in read)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_int4_weights_are_those_of_a_model(tied: bool) -> None:
+    config = CONFIG | {"max_position_embeddings": 64, "tie_word_embeddings": tied}
+    architecture, built = build(config)
+    model = round_weights(architecture.module(built, rngs=nnx.Rngs(0), param_dtype=jnp.float32), "int4")
+    state = nnx.to_flat_state(nnx.state(model))
+    read = [leaf.get_value().nbytes for path, leaf in state if tied or "embed_tokens" not in path]
+    assert weight_bytes(replace(SIZES, tied=tied), "float32", "int4") == sum(read)
 
 
 def test_cache_and_index_are_those_of_the_artifact(run: Run) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iceformer import kernels
-from iceformer.model.panels import pack, unpack
+from iceformer.model.panels import pack, pack_int4, unpack
 from iceformer.model.products import multiply_all, multiply_transposed
 
 EXAMPLES = int(os.environ.get("ICEFORMER_EXAMPLES", "2"))
@@ -20,9 +20,11 @@ EXAMPLES = int(os.environ.get("ICEFORMER_EXAMPLES", "2"))
 # Rows: few, too few for tiles, some, more than a task. Depths around a pack of 256 and a part of 128 KB, and the groups
 # that have scales of their own; columns around a panel of 64 and a task of 256 or 2048.
 ROWS = (1, 2, 3, 4, 5, 8, 9, 33, 530)
-DEPTHS = ((1, 1), (7, 1), (31, 1), (256, 4), (300, 1), (513, 1), (576, 9), (576, 2))
+DEPTHS = ((1, 1), (7, 1), (31, 1), (72, 3), (256, 4), (300, 1), (513, 1), (576, 9), (576, 2))
 COLUMNS = (1, 15, 64, 100, 257, 700, 2100)
-WEIGHTS = ("float32", "bfloat16", "int8")
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+RANGES = {"int4": (-8, 8)}
+"""Of the integers that stand for weights; else those of int8."""
 
 
 @pytest.fixture(autouse=True, scope="module", params=["", *kernels.instruction_sets()])
@@ -52,21 +54,35 @@ def check(result: np.ndarray, x: jax.Array | np.ndarray, weights: np.ndarray) ->
     assert (np.abs(result - wide @ weights) <= bound).all()
 
 
-def packed(kernel: jax.Array) -> jax.Array:
-    """The kernel as the product takes it."""
-    return jnp.asarray(pack(np.asarray(kernel))) if kernel.dtype == jnp.int8 else kernel
+def packed(kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """The kernel as the product takes it: int4 have scales in bfloat16."""
+    if kernel.dtype != jnp.int8:
+        return kernel
+    in_panels = pack_int4 if scale is not None and scale.dtype == jnp.bfloat16 else pack
+    return jnp.asarray(in_panels(np.asarray(kernel)))
 
 
 def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> np.ndarray:
-    kernel = packed(kernel)
+    kernel = packed(kernel, scale)
     return in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
+
+
+def integers(
+    rng: np.random.Generator, weights: str, shape: tuple[int, int], groups: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """A random kernel in a format, and its scales if it has any, of both signs with int4."""
+    kernel = jnp.asarray(rng.integers(*RANGES.get(weights, (-127, 128)), shape), jnp.int8)
+    scales = rng.random((groups, shape[1])) + 0.01
+    if weights == "int4":
+        return kernel, jnp.asarray(scales * rng.choice([-1, 1], scales.shape), jnp.bfloat16)
+    return (kernel, jnp.asarray(scales, jnp.float32)) if weights == "int8" else (kernel.astype(weights), None)
 
 
 def scaled(kernel: jax.Array, scale: jax.Array | None) -> np.ndarray:
     wide = np.asarray(kernel, np.float64)
     if scale is None:
         return wide
-    return wide * np.repeat(np.asarray(scale), kernel.shape[0] // scale.shape[0], axis=0)
+    return wide * np.repeat(np.asarray(scale, np.float64), kernel.shape[0] // scale.shape[0], axis=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,8 +102,7 @@ def test_equals_a_product_in_float64(
         weights = "bfloat16"  # Weights are as wide as activations, at most.
     features, groups = depth
     x = activations(rng, rows, features, dtype)
-    kernel = jnp.asarray(rng.integers(-127, 128, (features, columns)), weights)
-    scale = jnp.asarray(rng.random((groups, columns)) + 0.01, jnp.float32) if weights == "int8" else None
+    kernel, scale = integers(rng, weights, (features, columns), groups)
     check(product_of(form, x, kernel, scale), x, scaled(kernel, scale))
 
 
@@ -112,22 +127,37 @@ def test_panels_hold_the_kernel(shape: tuple[int, int]) -> None:
     assert np.abs(panels.astype(int)).sum() == np.abs(kernel.astype(int)).sum()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (8, 16), (13, 33), (66, 100)])
+def test_panels_of_int4_hold_the_kernel(shape: tuple[int, int]) -> None:
+    kernel = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
+    panels = pack_int4(kernel)
+    assert panels.dtype == np.uint8
+    for i, k in [(0, 0), (shape[1] - 1, shape[0] - 1), (shape[1] // 2, shape[0] // 3)]:
+        byte = int(panels[i // 16, k // 4, i % 16, k % 2])
+        number = byte >> 4 if k % 4 > 1 else byte & 15
+        assert (number ^ 8) - 8 == kernel[k, i]
+    np.testing.assert_array_equal(unpack(jnp.asarray(panels), shape[0])[:, : shape[1]], kernel)
+    # Nothing but zeros stands behind the last output.
+    assert not np.asarray(unpack(jnp.asarray(panels), shape[0]))[:, shape[1] :].any()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_numbers_of_every_size_and_zeros(form: str, dtype: str, rows: int, scale: float) -> None:
+def test_numbers_of_every_size_and_zeros(form: str, dtype: str, rows: int, weights: str, scale: float) -> None:
     rng = np.random.default_rng(0)
     x = activations(rng, rows, 320, dtype) * jnp.asarray(scale, dtype)
     x = x.at[:, 64:128].set(0)
-    kernel = jnp.asarray(rng.integers(-127, 128, (320, 33)), jnp.int8)
-    scales = jnp.asarray(rng.random((5, 33)) + 0.01, jnp.float32)
+    kernel, scales = integers(rng, weights, (320, 33), 5)
     check(product_of(form, x, kernel, scales), x, scaled(kernel, scales))
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_so_in_its_row_alone(form: str, broken: float) -> None:
+@pytest.mark.parametrize("scale", ["float32", "bfloat16"])
+def test_what_is_not_finite_stays_so_in_its_row_alone(form: str, scale: str, broken: float) -> None:
     x = jnp.ones((3, 128)).at[1, 70].set(broken)
-    product = product_of(form, x, jnp.ones((128, 20), jnp.int8), jnp.ones((2, 20)))
+    product = product_of(form, x, jnp.ones((128, 20), jnp.int8), jnp.ones((2, 20), scale))
     assert np.isfinite(product).all(axis=1).tolist() == [True, False, True]
     assert not np.isfinite(product[1]).any()
 
@@ -136,24 +166,24 @@ def test_what_is_not_finite_stays_so_in_its_row_alone(form: str, broken: float) 
 def test_several_products_of_one_input_equal_each_alone(form: str, rows: int) -> None:
     rng = np.random.default_rng(0)
     x = activations(rng, rows, 320, "float32")
-    # One in a dtype of its own, without a scale.
-    dtypes = {64: jnp.int8, 700: jnp.bfloat16, 5: jnp.int8}
-    kernels_ = [jnp.asarray(rng.integers(-127, 128, (320, columns)), dtype) for columns, dtype in dtypes.items()]
-    scales = [jnp.asarray(rng.random((5, 64)), jnp.float32), None, jnp.asarray(rng.random((5, 5)), jnp.float32)]
-    together: Any = in_form(
-        form, lambda x, *arrays: multiply_all(x, arrays[:3], arrays[3:]), x, *map(packed, kernels_), *scales
+    # One of them without a scale.
+    formats = {64: "int8", 700: "bfloat16", 5: "int4"}
+    kernels_, scales = zip(
+        *(integers(rng, weights, (320, columns), 5) for columns, weights in formats.items()), strict=True
     )
+    in_panels = map(packed, kernels_, scales)
+    together: Any = in_form(form, lambda x, *arrays: multiply_all(x, arrays[:3], arrays[3:]), x, *in_panels, *scales)
     for product, kernel, scale in zip(together, kernels_, scales, strict=True):
         np.testing.assert_array_equal(product, product_of(form, x, kernel, scale))
         check(product, x, scaled(kernel, scale))
 
 
 def test_empty_arrays(form: str) -> None:
-    scale = jnp.ones((1, 5))
-    assert product_of(form, jnp.ones((0, 8)), jnp.ones((8, 5), jnp.int8), scale).shape == (0, 5)
-    for rows in (2, 20):
-        sums = product_of(form, jnp.ones((rows, 0)), jnp.ones((0, 5), jnp.int8), scale)
-        np.testing.assert_array_equal(sums, np.zeros((rows, 5)))
+    for scale in (jnp.ones((1, 5)), jnp.ones((1, 5), jnp.bfloat16)):
+        assert product_of(form, jnp.ones((0, 8)), jnp.ones((8, 5), jnp.int8), scale).shape == (0, 5)
+        for rows in (2, 20):
+            sums = product_of(form, jnp.ones((rows, 0)), jnp.ones((0, 5), jnp.int8), scale)
+            np.testing.assert_array_equal(sums, np.zeros((rows, 5)))
 
 
 def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
@@ -167,10 +197,13 @@ def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
         return str(caught.value)
 
     x, floats, scale = jnp.ones((2, 8)), jnp.ones((8, 5)), jnp.ones((1, 5))
-    kernel = packed(floats.astype(jnp.int8))
+    kernel, pairs = (packed(floats.astype(jnp.int8), each) for each in (scale, scale.astype(jnp.bfloat16)))
     assert "expected kernel [in_features" in refused(x, floats[:7])
     assert "expected kernel [out_features / 16" in refused(x, kernel[:, :1], scale)
     assert "expected kernel [out_features / 16" in refused(x, floats.astype(jnp.int8), scale)
+    assert "expected kernel [out_features / 16" in refused(x, kernel.view(jnp.uint8), scale)
+    assert "bfloat16 with uint8" in refused(x, pairs, scale)
+    assert "bfloat16 with uint8" in refused(x, kernel, scale.astype(jnp.bfloat16))
     assert "expected float32 or bfloat16" in refused(x.astype(jnp.float16), kernel, scale)
     assert "expected scales [groups" in refused(x, kernel, scale[:, :4])
     assert "expected scales [groups" in refused(x, kernel, jnp.ones((3, 5)))
@@ -179,3 +212,5 @@ def test_shapes_that_do_not_fit_are_refused(form: str) -> None:
     assert "no int8" in refused(x, kernel, scale, transposed=True)
     assert "levels from 0" in refused(x, kernel, scale, levels=-1)
     assert "to 32767" in refused(x, kernel, scale, levels=32768)
+    assert "levels of 0" in refused(x, pairs, scale.astype(jnp.bfloat16), levels=127)
+    assert "no int8" in refused(x, pairs, scale, transposed=True)

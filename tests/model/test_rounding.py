@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from iceformer import kernels
 from iceformer.model.modules import Embedding, GatedMLP, Linear, RMSNorm
 from iceformer.model.panels import unpack
-from iceformer.model.rounding import GROUP, quantize_kernel, round_weights
+from iceformer.model.rounding import GROUP, form_of, quantize_kernel, round_weights
 
 
 @pytest.fixture(autouse=True, scope="module", params=["xla", "kernels"])
@@ -87,26 +87,29 @@ def test_every_group_of_inputs_has_a_scale_of_its_own() -> None:
     ],
     ids=str,
 )
-def test_layer_is_a_linear_layer_with_the_rounded_weights(dtype: str, shape: tuple[int, ...], use_bias: bool) -> None:
+@pytest.mark.parametrize(("weights", "steps"), [("int8", 254), ("int4", 14)])
+def test_layer_is_a_linear_layer_with_the_rounded_weights(
+    dtype: str, shape: tuple[int, ...], use_bias: bool, weights: str, steps: int
+) -> None:
     rng = np.random.default_rng(0)
     features = shape[-1]
     linear = Linear(features, 600, use_bias=use_bias, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
     if linear.bias is not None:
         linear.bias[...] = jnp.asarray(rng.standard_normal(600), dtype)
-    layer = round_weights(linear, "int8")
+    layer = round_weights(linear, weights)
     scale = np.asarray(layer.scale[...], np.float64)
     kernel = np.asarray(unpack(layer.kernel[...], features), np.float64)[:, :600]
-    weights = kernel * np.repeat(scale, features // len(scale), axis=0)
+    kernel *= np.repeat(scale, features // len(scale), axis=0)
     x = jnp.asarray(rng.standard_normal(shape), dtype)
-    expected = np.asarray(x, np.float64) @ weights
+    expected = np.asarray(x, np.float64) @ kernel
     expected += np.asarray(linear.bias[...], np.float64) if linear.bias is not None else 0.0
     product = layer.in_float32(x)
     assert (product.dtype, product.shape) == (jnp.float32, (*shape[:-1], 600))
     np.testing.assert_allclose(product, expected, atol=1e-5)
     assert layer(x).dtype == x.dtype
     np.testing.assert_array_equal(layer(x), product.astype(dtype))
-    # Near to the layer before: steps of half a 127th of the largest weight, 0.1.
-    np.testing.assert_allclose(linear.in_float32(x), product, atol=features * 0.1 / 254 * float(jnp.abs(x).max()))
+    # Near to the layer before: half of steps as small as the largest weight, 0.1, is in so many.
+    np.testing.assert_allclose(linear.in_float32(x), product, atol=features * 0.1 / steps * float(jnp.abs(x).max()))
 
 
 class Model(nnx.Module):
@@ -130,6 +133,34 @@ class Model(nnx.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
+
+
+def test_int4_is_for_the_layers_of_a_stack() -> None:
+    rounded = round_weights(Model(), "int4")
+    found = {path: node.kernel.dtype for path, node in nnx.iter_graph(rounded) if isinstance(node, Linear)}
+    inside = {path: dtype for path, dtype in found.items() if path[0] == "layers"}
+    assert set(inside.values()) == {jnp.dtype(jnp.uint8)}
+    assert {dtype for path, dtype in found.items() if path not in inside} == {jnp.dtype(jnp.int8)}
+    model, ids = Model(), jnp.arange(10)[None]
+    np.testing.assert_allclose(rounded(ids), model(ids), atol=0.6 * float(jnp.abs(model(ids)).max()))
+    again = round_weights(rounded, "int4")
+    assert again.first.kernel[...] is rounded.first.kernel[...]
+
+
+@pytest.mark.parametrize(
+    ("path", "forms"),
+    [
+        (("model", "layers", 3, "self_attn", "q_proj"), "int4 int8 bfloat16"),
+        (("model", "layers", 3, "self_attn", "v_proj"), "int8 bfloat16 bfloat16"),
+        (("layers", 0, "mlp", "gate_proj"), "int4 int8 bfloat16"),
+        (("model", "layers", 0, "mlp", "gate"), "int8 int8 bfloat16"),
+        (("lm_head",), "int8 int8 bfloat16"),
+        (("head", "out"), "int8 int8 bfloat16"),
+        ((), "int4 int8 bfloat16"),
+    ],
+)
+def test_the_format_of_a_layer_follows_from_its_place(path: tuple[Any, ...], forms: str) -> None:
+    assert [form_of(path, form) for form in ("int4", "int8", "bfloat16")] == forms.split()
 
 
 def test_every_linear_layer_is_replaced_and_the_model_given_is_not() -> None:

@@ -30,6 +30,13 @@ ICEFORMER_INLINE Shorts widen_to_shorts(const int8_t* from) {
 #endif
 }
 
+// The same of int4 in pairs: the low ones of the next kShorts bytes, or the high ones.
+template <bool kHigh>
+ICEFORMER_INLINE Shorts widen_half(const uint8_t* from) {
+  const Shorts bytes = widen_to_shorts(reinterpret_cast<const int8_t*>(from));
+  return (kHigh ? bytes : bytes << 12) >> (kHigh ? 4 : 12);
+}
+
 // The next kLanes int8 of `a` and of `b` in turn.
 ICEFORMER_INLINE Shorts interleave_to_shorts(const int8_t* a, const int8_t* b) {
 #if defined(__AVX512BW__)

@@ -20,7 +20,7 @@ constexpr int64_t kMostColumns = 2048;
 // Of few rows: bytes of the kernel that are a task's, about, and tasks that add to one result, at most. The number of
 // tasks depends on the kernel alone, so that the sums do not depend on the number of threads.
 constexpr int64_t kTaskBytes = 128 * 1024, kMostParts = 16;
-// The same of int8 panels, whose tasks have a result each.
+// The same of panels, whose tasks have a result each.
 constexpr int64_t kPanelTaskBytes = 32 * 1024;
 // Outputs of a task where the kernel is transposed, at least: a few cache lines.
 constexpr int64_t kLeastOutputs = 64;
@@ -31,14 +31,13 @@ struct Product {
   std::vector<LinearTask> tasks;
   std::vector<float> parts;  // [parts, rows, out_features], a task's columns together; empty where there is one part
   int64_t count = 1;         // of the parts
-  // Of few rows times int8: the input rounded.
+  // Of few rows times panels: the input rounded.
   std::vector<int16_t> rounded;
   std::vector<float> units;
 };
 
-int64_t weight_bytes(const Linear& call) {
-  return call.weights == WeightType::kInt8 ? 1 : call.weights == WeightType::kBfloat16 ? 2 : 4;
-}
+// Of weights that are floats.
+int64_t weight_bytes(const Linear& call) { return call.weights == WeightType::kBfloat16 ? 2 : 4; }
 
 void cut_many_rows(Product& product) {
   const Linear& call = product.call;
@@ -93,7 +92,7 @@ void cut_transposed(Product& product) {
 
 void cut_panels(Product& product) {
   Linear& call = product.call;
-  const int64_t panel_bytes = std::max<int64_t>(call.steps() * kPanelInputs * kPanelOutputs, 1);
+  const int64_t panel_bytes = std::max<int64_t>(call.steps() * output_bytes(call.weights) * kPanelOutputs, 1);
   const int64_t columns = std::max<int64_t>(kPanelTaskBytes / panel_bytes, 1) * kPanelOutputs;
   for (int64_t column = 0; column < call.out_features; column += columns)
     product.tasks.push_back(
@@ -144,11 +143,17 @@ void merge(const Product& product) {
 
 ffi::Error refused(const char* reason) { return ffi::Error::InvalidArgument(reason); }
 
-bool are_panels(ffi::AnyBuffer kernel, int64_t in_features, int64_t out_features) {
+WeightType weight_type(ffi::DataType stored) {
+  return stored == ffi::DataType::U8     ? WeightType::kInt4
+         : stored == ffi::DataType::S8   ? WeightType::kInt8
+         : stored == ffi::DataType::BF16 ? WeightType::kBfloat16
+                                         : WeightType::kFloat32;
+}
+
+bool are_panels(ffi::AnyBuffer kernel, const Linear& call) {
   const auto found = kernel.dimensions();
-  return found.size() == 4 && found[0] == (out_features + kPanelOutputs - 1) / kPanelOutputs &&
-         found[1] == (in_features + kPanelInputs - 1) / kPanelInputs && found[2] == kPanelOutputs &&
-         found[3] == kPanelInputs;
+  return found.size() == 4 && found[0] == (call.out_features + kPanelOutputs - 1) / kPanelOutputs &&
+         found[1] == call.steps() && found[2] == kPanelOutputs && found[3] == output_bytes(call.weights);
 }
 
 // The product of the input with a kernel, whose scales are not known yet.
@@ -156,19 +161,13 @@ ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, 
   const auto in = input.dimensions(), weights = kernel.dimensions(), out = output.dimensions();
   const auto type = input.element_type(), stored = kernel.element_type();
   if (in.size() != 2 || out[0] != in[0]) return refused("expected input [rows, in_features]");
-  if (stored == ffi::DataType::S8 && !are_panels(kernel, in[1], out[1]))
-    return refused("expected kernel [out_features / 16, in_features / 4, 16, 4] of int8");
-  if (stored != ffi::DataType::S8 &&
-      (weights.size() != 2 || in[1] != weights[transposed] || out[1] != weights[!transposed]))
-    return refused("expected kernel [in_features, out_features]");
   if (type != ffi::DataType::F32 && type != ffi::DataType::BF16)
     return refused("input: expected float32 or bfloat16");
-  if (stored != ffi::DataType::F32 && stored != ffi::DataType::BF16 && stored != ffi::DataType::S8)
-    return refused("kernel: expected float32, bfloat16 or int8");
+  if (stored != ffi::DataType::F32 && stored != ffi::DataType::BF16 && stored != ffi::DataType::S8 &&
+      stored != ffi::DataType::U8)
+    return refused("kernel: expected float32, bfloat16, int8 or uint8");
   call = {type == ffi::DataType::BF16,
-          stored == ffi::DataType::S8     ? WeightType::kInt8
-          : stored == ffi::DataType::BF16 ? WeightType::kBfloat16
-                                          : WeightType::kFloat32,
+          weight_type(stored),
           transposed,
           input.untyped_data(),
           kernel.untyped_data(),
@@ -182,17 +181,25 @@ ffi::Error describe(ffi::AnyBuffer input, ffi::AnyBuffer kernel, Matrix output, 
           nullptr,
           0,
           nullptr};
+  if (call.in_panels() && !are_panels(kernel, call))
+    return refused(
+        "expected kernel [out_features / 16, in_features / 4, 16, 4] of int8, or [out_features / 16, in_features / 4, "
+        "16, 2] of uint8");
+  if (!call.in_panels() && (weights.size() != 2 || in[1] != weights[transposed] || out[1] != weights[!transposed]))
+    return refused("expected kernel [in_features, out_features]");
   if (in[0] > kFewRows && (transposed || stored == ffi::DataType::F32))
     return refused("expected at most 4 rows with a kernel that is transposed or float32");
-  if (transposed && stored == ffi::DataType::S8) return refused("expected no int8 in a kernel that is transposed");
+  if (transposed && call.in_panels()) return refused("expected no int8 or uint8 in a kernel that is transposed");
   return ffi::Error::Success();
 }
 
-ffi::Error scale(Linear& call, Matrix scales) {
+ffi::Error scale(Linear& call, ffi::AnyBuffer scales) {
   const auto size = scales.dimensions();
-  if (size[1] != call.out_features || size[0] < 1 || call.in_features % size[0])
+  if (size.size() != 2 || size[1] != call.out_features || size[0] < 1 || call.in_features % size[0])
     return refused("expected scales [groups of input features, out_features]");
-  call.scale = scales.typed_data();
+  const auto expected = call.weights == WeightType::kInt4 ? ffi::DataType::BF16 : ffi::DataType::F32;
+  if (scales.element_type() != expected) return refused("scales: expected float32 with int8, bfloat16 with uint8");
+  call.scale = scales.untyped_data();
   call.group = std::max<int64_t>(call.in_features / size[0], 1);
   if (size[0] > 1 && call.group % kGroupUnit) return refused("expected groups of a multiple of 8 input features");
   return ffi::Error::Success();
@@ -203,11 +210,11 @@ void cut(Product& product) {
   if (call.rows == 0) return;
   if (call.transposed) return cut_transposed(product);
   if (call.rows > kFewRows) return cut_many_rows(product);
-  call.weights == WeightType::kInt8 ? cut_panels(product) : cut_few_rows(product);
+  call.in_panels() ? cut_panels(product) : cut_few_rows(product);
 }
 
 // Products of one input with several kernels. Behind the input stand a kernel for each result, then the scales of those
-// that are int8. With these, more than kFewRows rows are rounded to integers of at most `levels`, if it is not 0.
+// that are in panels. With int8, more than kFewRows rows are rounded to integers of at most `levels`, if it is not 0.
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs arrays, ffi::RemainingRets outputs,
                   bool transposed, int64_t levels) {
   const size_t count = outputs.size();
@@ -223,10 +230,11 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs
     if (output.has_error()) return output.error();
     Linear& call = products[i].call;
     ffi::Error error = describe(input, *kernel, **output, transposed, call);
-    if (error.success() && call.weights == WeightType::kInt8) {
-      auto scales = arrays.get<Matrix>(used++);
+    if (error.success() && call.in_panels()) {
+      auto scales = arrays.get<ffi::AnyBuffer>(used++);
       if (scales.has_error()) return scales.error();
       error = scale(call, *scales);
+      if (levels && call.weights == WeightType::kInt4) return refused("expected levels of 0 with uint8");
       if (error.success() && levels && call.rows > kFewRows) {
         call.levels = levels;
         share_rounded_rows(call, rounded);
@@ -235,7 +243,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::RemainingArgs
     if (error.failure()) return error;
     cut(products[i]);
   }
-  if (used != arrays.size()) return refused("expected scales for the kernels that are int8, and no others");
+  if (used != arrays.size()) return refused("expected scales for the kernels that are int8 or uint8, and no others");
   std::vector<std::pair<const Linear*, const LinearTask*>> tasks;
   for (const Product& product : products)
     for (const LinearTask& task : product.tasks) tasks.push_back({&product.call, &task});

@@ -241,7 +241,7 @@ class IntegerRows {
       for (int64_t i = 0; i < piece.chunks; ++i)
         for (int64_t lane = 0; lane < kPanelOutputs; lane += kLanes) {
           const int64_t group = (piece.first + i * piece.inputs) / call_.group;
-          const float* scale = call_.scale + group * call_.out_features + output + lane;
+          const float* scale = static_cast<const float*>(call_.scale) + group * call_.out_features + output + lane;
           store(scales_ + i * kColumns + at + lane, widen(scale, left - lane));
           store(starts_ + i * kColumns + at + lane,
                 Format::start(to + i * piece.words() * kPanelOutputs + lane, piece.words()));

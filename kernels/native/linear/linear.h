@@ -157,7 +157,9 @@ ICEFORMER_INLINE void visit_linear_of(const Linear& call, const LinearTask& task
   if (call.levels)
     return visit_integers(call, [&](auto format) { visit(IntegerRows<decltype(format)>(call, task, arena)); });
   if (call.weights == WeightType::kInt8)
-    many ? visit_many_rows<Element, int8_t>(call, task, arena, visit) : visit(FewPanels(call, task));
+    many ? visit_many_rows<Element, int8_t>(call, task, arena, visit) : visit(FewPanels<int8_t>(call, task));
+  else if (call.weights == WeightType::kInt4)
+    many ? visit_many_rows<Element, Int4Pair>(call, task, arena, visit) : visit(FewPanels<Int4Pair>(call, task));
   else if (call.weights == WeightType::kFloat32)
     visit_floats<Element, float>(call, task, arena, visit);
   else

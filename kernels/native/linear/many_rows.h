@@ -3,7 +3,7 @@
 
 #include "common/arena.h"
 #include "common/pack_tiles.h"
-#include "linear/problem.h"
+#include "linear/panels.h"
 
 namespace iceformer {
 namespace ICEFORMER_ISA {
@@ -25,12 +25,18 @@ template <>
 ICEFORMER_INLINE void take_rows<int8_t>(const Linear& call, int64_t row, int64_t, int64_t column,
                                         Floats (&rows)[kRowsAtOnce]) {
   Ints words = {};
-  if (column < call.out_features) {
-    const int64_t step = column / kPanelOutputs * call.steps() + row / kPanelInputs;
-    const int64_t word = step * kPanelOutputs + column % kPanelOutputs;
-    words = load<Ints>(static_cast<const int8_t*>(call.kernel) + word * kPanelInputs);
-  }
+  if (column < call.out_features) words = load<Ints>(step_of<int8_t>(call, row / kPanelInputs, column));
   for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = to_floats(words << (24 - 8 * i) >> 24);
+}
+template <>
+ICEFORMER_INLINE void take_rows<Int4Pair>(const Linear& call, int64_t row, int64_t, int64_t column,
+                                          Floats (&rows)[kRowsAtOnce]) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * ICEFORMER_LANES)));
+  Ints words = {};
+  if (column < call.out_features)
+    words = (Ints)__builtin_convertvector(load<Halves>(step_of<Int4Pair>(call, row / kPanelInputs, column)), Words);
+  // Input features 0 and 2 are in the first byte, 1 and 3 in the second.
+  for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = to_floats(words << (28 - 8 * (i % 2) - 4 * (i / 2)) >> 28);
 }
 
 // Float32 words.
@@ -52,12 +58,12 @@ struct WideLinear {
   static void pack_kernel(const Linear& call, int64_t first, int64_t depth, int64_t column, uint32_t* to,
                           int64_t lanes) {
     for (int64_t k = 0; k < depth; k += kRowsAtOnce) {
-      const float* scale = call.scale ? call.scale + (first + k) / call.group * call.out_features : nullptr;
+      const auto* scale = scales_of<Weight>(call, first + k, column);
       for (int64_t lane = 0; lane < lanes; lane += kLanes) {
         Floats rows[kRowsAtOnce];
         take_rows<Weight>(call, first + k, first + depth, column + lane, rows);
         const Floats scales =
-            scale ? widen(scale + column + lane, call.out_features - column - lane) : fill(1.0f);
+            scale ? widen(scale + lane, call.out_features - column - lane) : fill(1.0f);
         for (int64_t i = 0; i < kRowsAtOnce; ++i) store(to + (k + i) * lanes + lane, rows[i] * scales);
       }
     }
@@ -188,7 +194,7 @@ class ManyRows {
 
   // Adds a panel's products, of input features from `first` on, times their scales.
   void add_scaled(int64_t first, int64_t lane) {
-    const float* scales = call_.scale + first / call_.group * call_.out_features + task_.column + lane;
+    const auto* scales = scales_of<Weight>(call_, first, task_.column + lane);
     for (int64_t v = 0; v < kPanelLanes; v += kLanes) {
       const Floats scale = widen(scales + v, task_.columns - lane - v);
       for (int64_t row = 0; row < task_.rows; ++row) {

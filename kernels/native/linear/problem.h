@@ -8,11 +8,20 @@
 
 namespace iceformer {
 
-enum class WeightType { kFloat32, kBfloat16, kInt8 };
+enum class WeightType { kFloat32, kBfloat16, kInt8, kInt4 };
 
 // The int8 of a kernel lie as [panels, steps, kPanelOutputs, kPanelInputs], zeros behind the last output and input: what
 // a task reads is one piece of memory, and the inputs that an instruction sums over are neighbours.
 constexpr int64_t kPanelOutputs = 16, kPanelInputs = 4;
+
+// Two int4 of a kernel, in two's complement: of input features i and, in the high bits, i + 2. Panels of them are
+// [panels, steps, kPanelOutputs, kPanelInputs / 2], so that an instruction's sums are one output's each.
+struct Int4Pair {
+  uint8_t bits;
+};
+
+// Bytes of an output in a step.
+constexpr int64_t output_bytes(WeightType type) { return type == WeightType::kInt4 ? kPanelInputs / 2 : kPanelInputs; }
 
 // Input features whose products with int8 are summed as integers, at most.
 constexpr int64_t kMostChunk = 256;
@@ -26,12 +35,12 @@ struct Linear {
   WeightType weights;  // of kernel
   bool transposed;     // whether kernel is [out_features, in_features]
   const void* input;   // [rows, in_features]
-  const void* kernel;  // [in_features, out_features], or panels of int8
-  const float* scale;  // [in_features / group, out_features]; null for 1
+  const void* kernel;  // [in_features, out_features], or panels of int8 or int4
+  const void* scale;   // [in_features / group, out_features] of float32, or bfloat16 with int4; null for 1
   int64_t group;       // input features: all, or a multiple of kGroupUnit
   float* output;       // [rows, out_features]
   int64_t rows, in_features, out_features;
-  // At most kFewRows rows of input, rounded for int8: units * (high * 2^15 + low), a unit for each chunk.
+  // At most kFewRows rows of input, rounded for panels: units * (high * 2^15 + low), a unit for each chunk.
   int16_t* parts;  // [rows, steps, 2, kPanelInputs], high and low
   float* units;    // [rows, chunks]
   // More rows: rounded to integers of at most `levels`, or multiplied as floats where that is 0. A chunk of all rows
@@ -39,6 +48,7 @@ struct Linear {
   int64_t levels;
   uint32_t* integers;
 
+  ICEFORMER_INLINE bool in_panels() const { return weights == WeightType::kInt8 || weights == WeightType::kInt4; }
   ICEFORMER_INLINE int64_t steps() const { return (in_features + kPanelInputs - 1) / kPanelInputs; }
   ICEFORMER_INLINE int64_t chunks() const { return in_features / group * ((group + kMostChunk - 1) / kMostChunk); }
   // Where the chunk that begins with an input feature ends: none has features of two groups.
