@@ -22,7 +22,10 @@ def bench_serve(
     model: Annotated[str | None, typer.Option(help="Name of the model.", show_default="the only one")] = None,
     rate: Annotated[float, typer.Option(help="Requests a second, on average; they come as a Poisson process.")] = 0.5,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 40,
-    words: Annotated[str, typer.Option(help="Words of the prompts, equally often each.")] = "50,400,2000",
+    words: Annotated[
+        str,
+        typer.Option(help="Words of the prompts, each length equally often. Words are invented: several tokens each."),
+    ] = "50,400,2000",
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each answer.")] = 32,
     first_limit: Annotated[float, typer.Option(help="Seconds to the first token of a good answer.")] = 10.0,
     token_limit: Annotated[float, typer.Option(help="Seconds for each later token of a good answer.")] = 0.2,
