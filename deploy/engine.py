@@ -1,12 +1,13 @@
 """`Engine`: several requests at once over one artifact of a decoder, step by step. It knows tokens and no text.
 
-A request waits for a slot in the smallest bucket that has room for it. Each step takes one piece of one prompt and
-writes one token of every request whose prompt is done, so that a long prompt does not stop the others' writing. Where
-texts repeat what stands before, a step checks guesses of their next tokens and writes those that were right.
+A request waits for a slot in the smallest bucket that has room for it. Each step takes one piece of a prompt, or as
+many as a bound of seconds allows, and writes one token of every request whose prompt is done, so that a long prompt
+does not stop the others' writing. Clients take turns. Where texts repeat what stands before, a step checks guesses of
+their next tokens and writes those that were right.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 from .cache_copy import Layers, copy_in, copy_out, copy_ring_places, restore_ring_places, run_arrays
 from .encoding import bucket_for
 from .manifest import TAIL_ENTRY, BucketInfo
-from .prefix_cache import KeptPiece, Key, PrefixCache, piece_keys
+from .pace import Pace
+from .prefix_cache import KeptPiece, Key, PrefixCache, piece_keys, reading_calls
 from .runner import Runner
 from .sampling import Sampler, Sampling, TokenLogprobs, top_logprobs
 from .slots import Slots
 from .speculation import CallCosts, Guesser, most_guesses, share_rows
+from .turns import Turns
 
 FinishReason = Literal["stop", "length", "capacity"]
 
@@ -40,6 +43,7 @@ class Request:
         logprobs: of how many of the most likely tokens the log-probability is told beside each token; None for none,
             not even its own.
         speculate: check guesses of the next tokens where that is faster. What is written is the same.
+        client: who asks. Clients take turns in getting slots and in reading.
     """
 
     ids: NDArray[np.int32]
@@ -47,6 +51,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None
     speculate: bool = True
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class _Running:
     """A request with a place in the cache.
 
     Attributes:
+        sizes: tokens of the calls that read the prompt.
         keys: of the prompt's pieces that may be kept for later prompts.
         pieces: how many calls' worth of the prompt is in the cache.
         read: tokens of the prompt that are in the cache.
@@ -129,6 +135,7 @@ class _Running:
     bucket: BucketInfo
     slot: int
     sampler: Sampler
+    sizes: Sequence[int]
     keys: Sequence[Key] = ()
     pieces: int = 0
     read: int = 0
@@ -169,13 +176,18 @@ class Engine:
     Args:
         runner: of the artifact.
         prefixes: where pieces of prompts are kept for later ones; None keeps none.
+        max_stall: seconds of a step for reading prompts, which is as long as other requests then wait for their next
+            tokens and a request that was cancelled keeps its slot; at least one small piece is read. None for one call
+            of any length.
     """
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache | None = None) -> None:
+    def __init__(self, runner: Runner, prefixes: PrefixCache | None = None, max_stall: float | None = None) -> None:
         self._runner, self._info = runner, runner.info
         self._prefixes = prefixes or PrefixCache(0)
         self._vocab_size = self._info.model.vocab_size or 0  # an encoder may have none, and is given no requests
         self._places = {bucket.capacity: _Place(Slots(bucket, self._info.batch)) for bucket in self._info.buckets}
+        self._paces = {bucket.capacity: Pace(bucket, max_stall) for bucket in self._info.buckets}
+        self._reads, self._seats = Turns(), Turns()
         self._costs = {bucket.capacity: CallCosts() for bucket in self._info.buckets}
         # Only the native kernels compute a token alike whether it comes alone or with others.
         self._speculates = runner.tier == "native" and bool(self._info.environment.kernels)
@@ -213,17 +225,15 @@ class Engine:
         return sum(len(place.waiting) for place in self._places.values())
 
     def step(self) -> list[Event]:
-        """One piece of the oldest prompt that is not done, and one token of every request whose prompt is, and those
-        behind it that were guessed right.
+        """One piece of a prompt that is not done, or as many as are within the bound, and one token of every request
+        whose prompt is, and those behind it that were guessed right.
 
         A call that fails raises; the requests of its bucket are lost, which the next step tells, and all others go on.
         The next step also gives what happened before the failure.
         """
         self._sweep()
         self._seat()
-        reading = min((x for x in self._running.values() if not x.writes), key=lambda x: x.handle, default=None)
-        if reading is not None:
-            self._read(reading)
+        self._read_some()
         for bucket in self._info.buckets:
             writing = [running for running in self._running.values() if running.bucket is bucket and running.writes]
             if writing:
@@ -266,7 +276,8 @@ class Engine:
         There must be room for these and `room` more tokens, which decide on the bucket.
         """
         bucket = bucket_for(self._info, len(ids) + room)
-        keys, sizes = piece_keys(bucket, ids), bucket.piece_sizes(len(ids))
+        sizes = bucket.piece_sizes(len(ids))
+        keys = piece_keys(bucket, ids, sizes)
         found = self._prefixes.find(keys)
         with self._slot(bucket, len(ids)) as slot:
             start = 0
@@ -314,17 +325,64 @@ class Engine:
         for bucket in self._info.buckets:
             place = self._places[bucket.capacity]
             while place.waiting and place.slots.free:
-                handle, request = place.waiting.popleft()
+                handle, request = self._next_waiting(place)
                 slot = place.slots.take(len(request.ids) + request.max_new_tokens)
                 sampler = Sampler(request.sampling, request.ids, self._vocab_size)
-                keys = piece_keys(bucket, request.ids)
+                sizes = self._sizes(bucket, request.ids)
+                keys = piece_keys(bucket, request.ids, sizes)
                 speculates = request.speculate and self._speculates
                 guesser = Guesser(request.ids, request.max_new_tokens) if speculates else None
-                self._running[handle] = _Running(handle, request, bucket, slot, sampler, keys, guesser=guesser)
+                self._running[handle] = _Running(handle, request, bucket, slot, sampler, sizes, keys, guesser=guesser)
+
+    def _next_waiting(self, place: _Place) -> tuple[int, Request]:
+        """Takes the oldest request of the client that has the fewest slots; of several, of the one that was given one
+        longest ago."""
+        slots = Counter(running.request.client for running in self._running.values())
+        item = min(place.waiting, key=lambda x: (slots[x[1].client], self._seats.last(x[1].client), x[0]))
+        place.waiting.remove(item)
+        self._seats.take(item[1].client, self._clients())
+        return item
+
+    def _clients(self) -> set[str]:
+        """All that have a slot or wait for one."""
+        waiting = (request.client for place in self._places.values() for _, request in place.waiting)
+        return {*waiting, *(running.request.client for running in self._running.values())}
+
+    def _sizes(self, bucket: BucketInfo, ids: NDArray[np.int32]) -> Sequence[int]:
+        """The calls that read a prompt: by the bucket's pace, but first by those that read what is kept of it."""
+        wholes, pieces = reading_calls(bucket, len(ids))
+        kept_wholes, kept_pieces = (self._prefixes.count(piece_keys(bucket, ids, x)) for x in (wholes, pieces))
+        more_in_wholes = sum(wholes[:kept_wholes]) - sum(pieces[:kept_pieces])
+        if self._paces[bucket.capacity].whole:
+            return wholes if more_in_wholes >= 0 else pieces
+        if more_in_wholes <= 0:
+            return pieces
+        kept = wholes[:kept_wholes]
+        return kept + pieces[sum(kept) // bucket.tail :]
 
     def _release(self, running: _Running) -> None:
         self._places[running.bucket.capacity].slots.give_back(running.slot)
         del self._running[running.handle]
+
+    def _read_some(self) -> None:
+        """Reads a piece of a prompt, and more as long as they are within the bound. Clients take turns; of one client,
+        the prompt of which least is left goes first."""
+        start = time.perf_counter()
+        read = False
+        while not (read and self._cancelled):
+            reading = min((x for x in self._running.values() if not x.writes), key=self._reading_place, default=None)
+            if reading is None:
+                return
+            size = reading.sizes[reading.pieces]
+            if read and not self._paces[reading.bucket.capacity].fits(size, time.perf_counter() - start):
+                return
+            self._reads.take(reading.request.client, self._clients())
+            self._read(reading)
+            read = True
+
+    def _reading_place(self, running: _Running) -> tuple[int, int, int]:
+        request = running.request
+        return self._reads.last(request.client), len(request.ids) - running.read, running.handle
 
     def _read(self, running: _Running) -> None:
         """Reads the next piece of a prompt."""
@@ -332,8 +390,9 @@ class Engine:
             running.began = time.perf_counter()
         self._restore(running)
         bucket, ids, start, number = running.bucket, running.request.ids, running.read, running.pieces
-        size = bucket.piece_sizes(len(ids))[number]
+        size, began = running.sizes[number], time.perf_counter()
         logits = self._prefill(bucket, running.slot, ids, start, size)
+        self._paces[bucket.capacity].note(size, time.perf_counter() - began)
         running.read, running.pieces = min(start + size, len(ids)), number + 1
         self._keep(running, number, start, size)
         self._tell_read(running)

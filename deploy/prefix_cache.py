@@ -1,9 +1,9 @@
 """`PrefixCache`: what prefill left in the KV cache for the pieces of earlier prompts, so that a prompt that begins with
 the same pieces starts behind them.
 
-A piece is kept under its tokens, those before it, and the calls that read them, so that a restored piece has the very
-bits that computing it again would give. What a piece's bits may depend on besides is how near the prompt's end is
-(`TwoStage.exact_last_block`): pieces that near are neither kept nor used.
+A piece is kept under its tokens, those before it, the calls that read them, and the layout of its arrays, so that a
+restored piece has the very bits that computing it again would give. What a piece's bits may depend on besides is how
+near the prompt's end is (`TwoStage.exact_last_block`): pieces that near are neither kept nor used.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from .cache_copy import Layers
 from .manifest import BucketInfo
 
 Key = bytes
-"""SHA-256 of a bucket, and of the pieces and tokens up to the end of a piece."""
+"""SHA-256 of a layout, and of the pieces and tokens up to the end of a piece."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +45,46 @@ class KeptPiece:
         return 0 if self.mapped else sum(array.nbytes for layer in self.layers for array in layer.values())
 
 
-def piece_keys(bucket: BucketInfo, ids: NDArray[np.int32]) -> list[Key]:
+def piece_keys(bucket: BucketInfo, ids: NDArray[np.int32], sizes: Sequence[int]) -> list[Key]:
     """Keys of the pieces of a prompt that may be kept or restored, in their order.
 
-    The last token is always computed, because its logits are wanted.
+    The last token is always computed, because its logits are wanted. Buckets that read alike and keep the same arrays
+    share keys: what a smaller one has read, a larger one goes on from.
+
+    Args:
+        bucket: where it is read.
+        ids: int32 [n], the prompt.
+        sizes: tokens of the calls that read it.
     """
-    hashed = hashlib.sha256(f"{bucket.capacity}".encode())
+    hashed = hashlib.sha256(_layout(bucket).encode())
     keys: list[Key] = []
     end, last = 0, len(ids) - tokens_behind(bucket)
-    for size in bucket.piece_sizes(len(ids)):
+    for size in sizes:
         start, end = end, end + size
         if end > last:
             break
         hashed.update(f" {size} ".encode() + np.ascontiguousarray(ids[start:end], np.int32).tobytes())
         keys.append(hashed.copy().digest())
     return keys
+
+
+def reading_calls(bucket: BucketInfo, tokens: int) -> tuple[list[int], list[int]]:
+    """Two ways to read a prompt, by the tokens of each call: in whole chunks as far as they go, and in small pieces."""
+    return bucket.piece_sizes(tokens), [bucket.tail] * -(-tokens // bucket.tail)
+
+
+def _layout(bucket: BucketInfo) -> str:
+    """What the arrays of a piece depend on besides its tokens and the calls."""
+    cache = bucket.cache
+    layers = [
+        {
+            name: (array.dtype, layer["key"].shape[2] // array.shape[2], array.shape[3:])
+            for name, array in layer.items()
+            if name not in cache.state
+        }
+        for layer in cache.layers
+    ]
+    return f"{bucket.plan['prompt']} {cache.windows} {layers}"
 
 
 def tokens_behind(bucket: BucketInfo) -> int:
@@ -92,6 +117,10 @@ class PrefixCache:
         found = list(itertools.takewhile(self._pieces.__contains__, keys))
         self._use(found)
         return [self._pieces[key] for key in found]
+
+    def count(self, keys: Sequence[Key]) -> int:
+        """How many pieces `find` would give; it does not count as use."""
+        return sum(1 for _ in itertools.takewhile(self._pieces.__contains__, keys))
 
     def has_room(self, size: int, before: Sequence[Key]) -> bool:
         """Whether a piece of so many bytes fits, if all but those before it in its prompt leave."""

@@ -22,7 +22,7 @@ from .records import read_record
 from .weights import read_weights, write_weights
 
 PREFIX, ARRAYS = "prefix.json", "prefix.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 
 class PrefixError(ValueError):

@@ -83,7 +83,7 @@ _NO_FORK = 'start it with the method "spawn" or "forkserver" of multiprocessing 
 _process_of_jax: int | None = None
 
 
-def load(artifact: str | Path, *, cache_ram: int = CACHE_RAM) -> "Session":
+def load(artifact: str | Path, *, cache_ram: int = CACHE_RAM, max_stall: float | None = None) -> "Session":
     """Opens an artifact written by `iceformer.compile`.
 
     Every file is checked against the manifest first, and the manifest against the entries and the weights. The folder
@@ -98,6 +98,8 @@ def load(artifact: str | Path, *, cache_ram: int = CACHE_RAM) -> "Session":
         artifact: the folder.
         cache_ram: bytes of memory for what prompts leave in the KV cache, in whole pieces, so that later prompts that
             begin alike need not compute it again; 0 for none.
+        max_stall: seconds for which reading a prompt may keep other texts from their next tokens, as far as the
+            artifact's smallest calls allow; None for as long as a whole call takes, which is fastest.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -110,7 +112,7 @@ def load(artifact: str | Path, *, cache_ram: int = CACHE_RAM) -> "Session":
         PortableTierWarning: the machine code does not fit this host; its StableHLO is compiled here on first use.
     """
     check_platforms()
-    return Session(open_artifact(artifact), check_count(cache_ram, "cache_ram", 0))
+    return Session(open_artifact(artifact), check_count(cache_ram, "cache_ram", 0), max_stall)
 
 
 class Session:
@@ -125,14 +127,14 @@ class Session:
         tier: "native" if the artifact's machine code runs, "portable" if its StableHLO is compiled here on first use.
     """
 
-    def __init__(self, artifact: Artifact, cache_ram: int) -> None:
+    def __init__(self, artifact: Artifact, cache_ram: int, max_stall: float | None = None) -> None:
         self.info: Manifest = artifact.manifest
         self._artifact = artifact
         self._process = _first_process()
         self._runner = Runner(artifact)
         self.tier: Tier = self._runner.tier
         self._prefixes = PrefixCache(cache_ram)
-        self._engine = Engine(self._runner, self._prefixes)
+        self._engine = Engine(self._runner, self._prefixes, max_stall)
         self._events: dict[int, deque[Event]] = {}
         self._text_tokenizer: TextTokenizer | None = None
         self._text_cutter: TextTokenizer | None = None

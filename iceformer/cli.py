@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 import typer
 
 from . import __version__
+from .bench_serve_command import bench_serve
 from .conversation import CHAT_TOKENS, Conversation, Written, system_messages, write_out
 from .fields import add_options, takes_options
 from .host import strict_json
@@ -949,6 +950,7 @@ def benchmark(
 
 
 app.command()(serve)
+app.command()(bench_serve)
 
 
 def _print_benchmark(work: Path, table: "Table", lines: list[str]) -> None:

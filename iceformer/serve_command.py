@@ -80,6 +80,15 @@ def serve(
             min=1, help="Prompts that may wait, of each artifact. Others are refused (429).", rich_help_panel=_LIMITS
         ),
     ] = 64,
+    max_stall: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long reading prompts may keep other texts from their next tokens, and a client that left may "
+            "keep its slot. Chunks of --chunk tokens that take longer are read in pieces of 128 tokens.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 0.5,
     max_choices: Annotated[
         int,
         typer.Option(
@@ -128,6 +137,7 @@ def serve(
         api_key=api_key,
         overflow=overflow.value,
         queue=queue,
+        max_stall=max_stall,
         timeout=timeout,
         drain=drain,
         ping=ping,

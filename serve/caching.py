@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..deploy.manifest import BucketInfo
-from ..deploy.prefix_cache import KeptPiece, piece_keys
+from ..deploy.prefix_cache import KeptPiece, piece_keys, reading_calls
 from ..deploy.prefix_file import PrefixError, read_prefix, write_prefix
 from ..deploy.session import Session
 from .body import read
@@ -69,6 +69,10 @@ def _folder(service: Service, name: str) -> Path:
 
 
 def _kept(session: Session, ids: NDArray[np.int32]) -> tuple[BucketInfo, list[KeptPiece]]:
-    """What is kept of a prompt, in the bucket that has most of it."""
-    found = [(bucket, session.prefixes.find(piece_keys(bucket, ids))) for bucket in session.info.buckets]
+    """What is kept of a prompt, in the bucket, and by the calls, that have most of it."""
+    found = [
+        (bucket, session.prefixes.find(piece_keys(bucket, ids, sizes)))
+        for bucket in session.info.buckets
+        for sizes in reading_calls(bucket, len(ids))
+    ]
     return max(found, key=lambda each: sum(piece.tokens for piece in each[1]))

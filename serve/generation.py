@@ -100,12 +100,14 @@ class Generation:
         worker: that writes them.
         texts: in their order.
         timeout: seconds that it may take.
+        client: who asked.
         submitted: when it was given to the worker.
     """
 
     worker: Worker
     texts: list[Text]
     timeout: float
+    client: str
     submitted: float = 0.0
     _tickets: list[Ticket] = field(default_factory=list)
     _events: "asyncio.Queue[tuple[int, Event]]" = field(default_factory=asyncio.Queue)
@@ -126,7 +128,13 @@ class Generation:
             return put
 
         requests = [
-            Request(each.prompt.ids, each.options.max_new_tokens, each.options.sampling, each.options.logprobs)
+            Request(
+                each.prompt.ids,
+                each.options.max_new_tokens,
+                each.options.sampling,
+                each.options.logprobs,
+                client=self.client,
+            )
             for each in self.texts
         ]
         self.submitted = time.perf_counter()
@@ -186,9 +194,15 @@ class Generation:
 
 
 def prepare(
-    session: Session, worker: Worker, prompts: Sequence[Prompt], options: Sequence[Choices], n: int, timeout: float
+    session: Session,
+    worker: Worker,
+    prompts: Sequence[Prompt],
+    options: Sequence[Choices],
+    n: int,
+    timeout: float,
+    client: str,
 ) -> Generation:
-    """The texts of a request, `n` of each prompt, with a seed of its own for each of these."""
+    """The texts of a client's request, `n` of each prompt, with a seed of its own for each of these."""
     texts = []
     for prompt, chosen in zip(prompts, options, strict=True):
         for number in range(n):
@@ -196,7 +210,7 @@ def prepare(
             own = replace(chosen, sampling=sampling)
             progress = Progress(len(texts), len(prompt.ids))
             texts.append(Text(prompt, own, session.text_stream(chosen.stop), progress))
-    return Generation(worker, texts, timeout)
+    return Generation(worker, texts, timeout, client)
 
 
 def usage(generation: Generation, n: int) -> dict[str, object]:

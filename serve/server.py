@@ -56,7 +56,9 @@ def serve(
             ready(worker.name)
 
     workers = {
-        name: Worker(name, lambda path=path: load(path, cache_ram=cache_ram), settings.queue)
+        name: Worker(
+            name, lambda path=path: load(path, cache_ram=cache_ram, max_stall=settings.max_stall), settings.queue
+        )
         for name, path in artifacts.items()
     }
     app = create_app(Service(workers, settings, Metrics(workers)), loaded)

@@ -16,6 +16,8 @@ class Settings:
         overflow: "error" refuses a prompt that does not fit; "truncate-oldest" drops its oldest messages or tokens, and
             says in the answer how many.
         queue: how many prompts may wait, of one artifact, before others are refused with 429.
+        max_stall: seconds for which reading prompts may keep other texts from their next tokens, and a client that left
+            may keep its slot, as far as the artifact's smallest calls allow.
         timeout: seconds that a request may take.
         drain: seconds that running requests are given after SIGTERM.
         ping: seconds between comments in a stream that has nothing else to say.
@@ -34,6 +36,7 @@ class Settings:
     api_key: str | None = None
     overflow: Overflow = "error"
     queue: int = 64
+    max_stall: float = 0.5
     timeout: float = 3600.0
     drain: float = 60.0
     ping: float = 10.0
@@ -50,7 +53,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        for name in ("timeout", "ping", "body_timeout"):
+        for name in ("max_stall", "timeout", "ping", "body_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of seconds above 0")
         if not self.drain >= 0:

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _LOG = logging.getLogger("iceformer.serve")
 _LOADING_SECONDS = 5
 """When to ask again for an artifact that is being loaded."""
 _LONGEST_RETRY = 60
+_SHARED_QUEUE = 2
+"""How many times the limit may wait, the last of them clients of which nothing waits yet."""
 _WEIGHT = 0.2
 """Of the last request, in the mean duration of requests."""
 
@@ -72,6 +75,7 @@ class Worker:
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._queued = 0
+        self._queued_of: Counter[str] = Counter()
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"iceformer {name}", daemon=True)
 
@@ -124,7 +128,7 @@ class Worker:
             ApiError: 429 where too many wait, 503 before the artifact is loaded.
         """
         _ = self.session
-        self._take_places(len(requests))
+        self._take_places(len(requests), requests[0].client)
         now = time.perf_counter()
         tickets = [Ticket(request, each, now) for request, each in zip(requests, deliver, strict=True)]
         for ticket in tickets:
@@ -147,13 +151,13 @@ class Worker:
             ApiError: as `submit`.
         """
         session = self.session
-        self._take_places(1)
+        self._take_places(1, "")
         future: Future[Result] = Future()
 
         def call() -> None:
             start = time.perf_counter()
             with self._lock:
-                self._queued -= 1
+                self._leave_queue("")
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(session))
@@ -164,9 +168,10 @@ class Worker:
         self._inbox.put(call)
         return future
 
-    def _take_places(self, count: int) -> None:
+    def _take_places(self, count: int, client: str) -> None:
         with self._lock:
-            if self._queued >= self._limit:
+            # A client that has nothing in the queue is not refused because another has filled it.
+            if self._queued >= self._limit * (1 if self._queued_of[client] else _SHARED_QUEUE):
                 seconds = min(max(1, round(self._mean_seconds * self._queued / self._slots)), _LONGEST_RETRY)
                 raise ApiError(
                     429,
@@ -177,6 +182,13 @@ class Worker:
                     headers={"Retry-After": str(seconds)},
                 )
             self._queued += count
+            self._queued_of[client] += count
+
+    def _leave_queue(self, client: str) -> None:
+        self._queued -= 1
+        self._queued_of[client] -= 1
+        if not self._queued_of[client]:
+            del self._queued_of[client]
 
     @property
     def _slots(self) -> int:
@@ -256,7 +268,7 @@ class Worker:
         """The prompt waits no longer."""
         if not ticket.begun:
             ticket.begun = True
-            self._queued -= 1
+            self._leave_queue(ticket.request.client)
 
     def _finish(self, ticket: Ticket) -> None:
         self._begin(ticket)

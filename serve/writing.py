@@ -43,7 +43,7 @@ async def chat(service: Service, request: Request) -> Response:
     prompt = await asyncio.to_thread(chat_prompt, session, body.messages, body.chat_template_kwargs, room)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     options = [_options(service, session, body, prompt, room, asked, None, logprobs)]
-    generation = prepare(session, worker, [prompt], options, n, service.settings.timeout)
+    generation = prepare(session, worker, [prompt], options, n, service.settings.timeout, _client(request, body))
     return await _answer(service, request, worker, session, generation, ChatShape(session), body, n)
 
 
@@ -61,7 +61,7 @@ async def complete(service: Service, request: Request) -> Response:
     options = [
         _options(service, session, body, prompt, room, asked, _COMPLETION_TOKENS, body.logprobs) for prompt in prompts
     ]
-    generation = prepare(session, worker, prompts, options, n, service.settings.timeout)
+    generation = prepare(session, worker, prompts, options, n, service.settings.timeout, _client(request, body))
     return await _answer(service, request, worker, session, generation, TextShape(session), body, n)
 
 
@@ -108,6 +108,13 @@ async def _answer(
         raise
     finally:
         end(early)
+
+
+def _client(request: Request, body: Writing) -> str:
+    """Who asks, to whom turns are given: an address, and a user where the request names one."""
+    address = request.client.host if request.client is not None else ""
+    user = (body.model_extra or {}).get("user")
+    return f"{address} {user}" if isinstance(user, str) else address
 
 
 def _n(service: Service, body: Writing, prompts: int) -> int:

@@ -99,6 +99,24 @@ def test_a_short_request_does_not_wait_for_a_long_prompt(engines: dict[str, Call
     assert sum(isinstance(event, TokenWritten) and event.handle == short for event in events) == 5
 
 
+def test_clients_take_turns(engines: dict[str, Callable[[], Engine]], two_stage_session: Session) -> None:
+    """One client asks three times before another asks at all: the other has the second slot, and every second piece."""
+    engine = engines["whole slots"]()
+    many = [engine.add(replace(request(index), client="many")) for index in (0, 3, 1)]
+    one = engine.add(replace(request(2), client="one"))
+    read: list[int] = []
+    written: dict[int, list[int]] = {}
+    while engine.busy:
+        for event in engine.step():
+            if isinstance(event, PromptRead):
+                read.append(event.handle)
+            elif isinstance(event, TokenWritten):
+                written.setdefault(event.handle, []).append(event.id)
+    assert read[:6] == [one, many[0]] * 3, "the shorter prompt first"
+    for handle, index in zip([*many, one], (0, 3, 1, 2), strict=True):
+        assert written[handle] == alone(two_stage_session, index)
+
+
 def test_it_tells_how_long_a_prompt_took_and_how_many_have_a_slot(engines: dict[str, Callable[[], Engine]]) -> None:
     """The clock of a prompt starts with its first piece, not when it gets a slot, and runs while others write."""
     engine = engines["whole slots"]()
@@ -120,7 +138,7 @@ def test_it_tells_how_long_a_prompt_took_and_how_many_have_a_slot(engines: dict[
                 began.setdefault(event.handle, before)
                 seconds[event.handle].append(event.seconds)
                 assert 0 < event.seconds <= time.perf_counter() - start
-    for handle in handles[1:]:
+    for handle in (handles[0], handles[2]):  # The shorter of the first two was begun in the step before.
         assert seconds[handle] == sorted(seconds[handle])
         assert seconds[handle][-1] <= time.perf_counter() - began[handle]
     assert times == sorted(times)

@@ -1,6 +1,7 @@
 """A prompt that begins as an earlier one starts behind their common chunks, with the same bits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 import iceformer
-from iceformer.deploy.artifact import open_artifact
+from iceformer.deploy.artifact import Artifact, open_artifact
 from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
 from iceformer.deploy.manifest import tail_of
 from iceformer.deploy.prefix_cache import KeptPiece, PrefixCache, piece_keys, tokens_behind
@@ -104,6 +105,27 @@ def test_chunks_near_the_end_of_a_prompt_are_not_kept(artifacts: Callable[[str],
         assert run(caching, Request(ids, 5))[0] == run(plain, Request(ids, 5))[0]
 
 
+def test_a_larger_bucket_goes_on_from_what_a_smaller_one_read(exact_artifact: Path) -> None:
+    artifact = open_artifact(exact_artifact)
+    plain, caching = Engine(Runner(artifact)), Engine(Runner(artifact), PrefixCache(LARGE))
+    begin = prompt(11, 50)
+    (answer,), _ = run(caching, Request(begin, 8))
+    longer = np.concatenate([begin, np.array(answer, np.int32), prompt(12, 20)])
+    assert len(begin) + 8 <= artifact.manifest.buckets[0].capacity < len(longer)
+    expected, _ = run(plain, Request(longer, 12))
+    assert run(caching, Request(longer, 12)) == (expected, [32])
+
+
+def test_buckets_that_read_otherwise_share_nothing(exact_artifact: Path) -> None:
+    small, large = open_artifact(exact_artifact).manifest.buckets
+    other = replace(large, plan={**large.plan, "prompt": {"kind": "two_stage", "query_block": 1}})
+    ids = prompt(13, 60)
+    keys, same, others = (piece_keys(bucket, ids, bucket.piece_sizes(60)) for bucket in (small, large, other))
+    assert keys == same
+    assert keys
+    assert not set(keys) & set(others)
+
+
 def test_requests_at_once_share_what_the_first_read(artifacts: Callable[[str], Path]) -> None:
     engine = Engine(Runner(open_artifact(artifacts("pages"))), PrefixCache(LARGE))
     document = prompt(5, 128)
@@ -134,9 +156,28 @@ def test_a_prompts_end_is_read_and_kept_in_smaller_pieces(
         written, (restored,) = run(caching, Request(asked, new))
         assert written == run(plain, Request(asked, new))[0]
         assert restored == kept
+    _check_pieces(artifact, prompt(10, 500))
     exact = iceformer.compile(checkpoint, tmp_path / "exact", buckets=(512,), chunk=256, attention=iceformer.Exact())
     with iceformer.load(exact) as session:
         assert session.generate(second, 8).ids.tolist() == greedy(reference, second.astype(np.int64), 8)
+
+
+def _check_pieces(artifact: Artifact, ids: NDArray[np.int32]) -> None:
+    """A bound that no chunk holds: small pieces leave the same bits, are found again, and go on from whole chunks."""
+    request, prefixes = Request(ids, 10), PrefixCache(LARGE)
+    plain, bounded = Engine(Runner(artifact)), Engine(Runner(artifact), prefixes, max_stall=1e-9)
+    expected, _ = run(plain, request)
+    handle, read = bounded.add(request), list[int]()
+    for _ in range(4):
+        read += [event.done for event in bounded.step() if isinstance(event, PromptRead)]
+    assert read == [128, 256, 384, 500]
+    bounded.cancel(handle)
+    assert run(bounded, request) == (expected, [384])
+    assert cache_bits(bounded, 500) == cache_bits(plain, 500)
+    wholes = PrefixCache(LARGE)
+    run(Engine(Runner(artifact), wholes), request)
+    assert run(Engine(Runner(artifact), wholes, max_stall=1e-9), request) == (expected, [256])
+    assert run(Engine(Runner(artifact), prefixes), request) == (expected, [384])
 
 
 @pytest.mark.parametrize(("chunk", "tail"), [(2048, 128), (256, 128), (255, 255), (32, 32), (1000, 125), (1021, 1021)])
@@ -149,12 +190,12 @@ def test_other_tokens_share_nothing(artifacts: Callable[[str], Path]) -> None:
     ids = prompt(8, 100)
     other = ids.copy()
     other[40] += 1
-    keys, others = piece_keys(bucket, ids), piece_keys(bucket, other)
+    keys, others = (piece_keys(bucket, row, bucket.piece_sizes(100)) for row in (ids, other))
     assert len(keys) == 3
     assert keys[0] == others[0]
     assert not set(keys[1:]) & set(others[1:])
-    assert piece_keys(bucket, ids[:33])[0] == keys[0]
-    assert piece_keys(bucket, ids[:32]) == []
+    assert piece_keys(bucket, ids[:33], bucket.piece_sizes(33))[0] == keys[0]
+    assert piece_keys(bucket, ids[:32], bucket.piece_sizes(32)) == []
 
 
 def piece(name: str, size: int, *, mapped: bool = False) -> KeptPiece:

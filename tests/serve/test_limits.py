@@ -5,7 +5,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -117,18 +117,18 @@ def test_without_a_number_the_limit_holds(strict: Served) -> None:
 def test_a_full_queue(strict: Served) -> None:
     worker = strict.worker
     body = {"model": "fox", "prompt": PROMPT, "max_tokens": 1}
-    with held_calls(strict) as go:
-        threads = [
-            threading.Thread(target=strict.post, args=(COMPLETION,), kwargs={"json": body, "headers": HEADERS})
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
+    with ThreadPoolExecutor(3) as pool, held_calls(strict) as go:
+
+        def ask(**fields: str) -> Future[httpx2.Response]:
+            return pool.submit(strict.post, COMPLETION, json=body | fields, headers=HEADERS)
+
+        answers = [ask(), ask()]
         strict.until(lambda: worker.queued == 2)
         response = strict.post(COMPLETION, json=body, headers=HEADERS)
+        answers.append(ask(user="another, of whom nothing waits"))
+        strict.until(lambda: worker.queued == 3)
         go.set()
-        for thread in threads:
-            thread.join()
+    assert [answer.result().status_code for answer in answers] == [200] * 3
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
     assert response.json()["error"]["code"] == "queue_full"
@@ -282,7 +282,15 @@ def test_readiness_waits_for_the_artifact(artifact: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"queue": 0}, {"timeout": 0.0}, {"drain": -1.0}, {"ping": float("nan")}, {"api_key": " "}, {"max_tokens": 0}],
+    [
+        {"queue": 0},
+        {"max_stall": 0.0},
+        {"timeout": 0.0},
+        {"drain": -1.0},
+        {"ping": float("nan")},
+        {"api_key": " "},
+        {"max_tokens": 0},
+    ],
 )
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("api_key", "API key")):
