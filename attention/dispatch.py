@@ -17,6 +17,8 @@ from .ops import check_logit_options
 from .rows import Mask, Rows
 from .strategy import Attended, Attention, Call
 
+IN_A_KERNEL = "in a kernel"
+"""The end of what a listener hears of a call that a native kernel computes."""
 _listener: ContextVar[Counter[str] | None] = ContextVar("iceformer_dispatch", default=None)
 
 
@@ -56,7 +58,7 @@ def attend_and_keep(attention: Attention, call: Call) -> tuple[Attended, State]:
     attention = attention.within(call.keys.capacity, call.mask)
     objection = attention.objection(call)
     if (counter := _listener.get()) is not None:
-        counter[f"{attention.kind}, " + ("in a kernel" if objection is None else f"in XLA: {objection}")] += 1
+        counter[f"{attention.kind}, " + (IN_A_KERNEL if objection is None else f"in XLA: {objection}")] += 1
     call = call._replace(state=attention.renewed(call, in_kernel=objection is None))
     if objection is None:
         return attention.attend_in_kernel(call), call.state

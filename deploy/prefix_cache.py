@@ -16,8 +16,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ..attention import IN_A_KERNEL
 from .cache_copy import Layers
-from .manifest import BucketInfo
+from .manifest import TAIL_ENTRY, BucketInfo
 
 Key = bytes
 """SHA-256 of a layout, and of the pieces and tokens up to the end of a piece."""
@@ -49,7 +50,8 @@ def piece_keys(bucket: BucketInfo, ids: NDArray[np.int32], sizes: Sequence[int])
     """Keys of the pieces of a prompt that may be kept or restored, in their order.
 
     The last token is always computed, because its logits are wanted. Buckets that read alike and keep the same arrays
-    share keys: what a smaller one has read, a larger one goes on from.
+    share keys, where native kernels read: what a smaller one has read, a larger one goes on from. XLA's sums may differ
+    with a bucket's capacity.
 
     Args:
         bucket: where it is read.
@@ -84,7 +86,11 @@ def _layout(bucket: BucketInfo) -> str:
         }
         for layer in cache.layers
     ]
-    return f"{bucket.plan['prompt']} {cache.windows} {layers}"
+    computed = (
+        kind for name in ("prefill", TAIL_ENTRY) if name in bucket.entries for kind in bucket.entries[name].attention
+    )
+    capacity = "" if all(kind.endswith(IN_A_KERNEL) for kind in computed) else bucket.capacity
+    return f"{bucket.plan['prompt']} {cache.windows} {capacity} {layers}"
 
 
 def tokens_behind(bucket: BucketInfo) -> int:

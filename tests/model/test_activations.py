@@ -50,7 +50,7 @@ def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, lev
     def product(*arrays: Any) -> jax.Array:
         return multiply_all(arrays[0], [arrays[1]], [arrays[2]], levels)[0]
 
-    return in_form(form, product, x, packed(kernel), scale)
+    return in_form(form, product, x, packed(kernel, scale), scale)
 
 
 def weights_of(rng: np.random.Generator, features: int, groups: int, columns: int) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +126,7 @@ def test_several_products_of_one_input_equal_each_alone(form: str) -> None:
     # Groups of two sizes, and a kernel that takes the rows as they are.
     kernels_ = [weights_of(rng, 320, groups, columns) for groups, columns in ((5, 64), (1, 100), (5, 5))]
     floats = jnp.asarray(rng.standard_normal((320, 33)), jnp.bfloat16)
-    weights, scales = [*(packed(kernel) for kernel, _ in kernels_), floats], [*(scale for _, scale in kernels_), None]
+    weights, scales = [*(packed(kernel, scale) for kernel, _ in kernels_), floats], [*(scale for _, scale in kernels_), None]
     together: Any = in_form(
         form, lambda x, *arrays: multiply_all(x, arrays[:4], [*arrays[4:], None], 127), x, *weights, *scales[:3]
     )
