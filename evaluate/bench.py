@@ -114,7 +114,7 @@ class Bench:
         limit = model.config.max_tokens
         if limit is not None and options.tokens > limit:
             raise ValueError(f"tokens is {options.tokens}, but the model was trained for at most {limit} positions")
-        self._models: dict[str, CausalLM] = {"same": model, options.dtype: model}
+        self._models: dict[tuple[str, str], CausalLM] = {(form, "same"): model for form in ("same", options.dtype)}
         self._constants: dict[object, LayerConstants] = {}
         self._readers: dict[str, Reader] = {}
         self._texts: list[Text] = []
@@ -122,7 +122,7 @@ class Bench:
     @property
     def model(self) -> CausalLM:
         """With the checkpoint's own weights."""
-        return self._models["same"]
+        return self._models["same", "same"]
 
     @cached_property
     def _calibration_row(self) -> CalibrationInputs:
@@ -167,14 +167,15 @@ class Bench:
 
     def model_of(self, name: str) -> CausalLM:
         """With the weights of a configuration."""
-        form = self.configurations[name].weights
-        if form not in self._models:
-            self._models[form] = self._rounded(form)
-        return self._models[form]
+        configuration = self.configurations[name]
+        formats = configuration.weights, configuration.activations
+        if formats not in self._models:
+            self._models[formats] = self._rounded(*formats)
+        return self._models[formats]
 
-    def _rounded(self, form: str) -> CausalLM:
-        text = rounding_text(self.model, form, self._calibration, self._checkpoint / TOKENIZER)
-        return round_model(self.model, form, text, lambda _: None)
+    def _rounded(self, weights: str, activations: str) -> CausalLM:
+        text = rounding_text(self.model, weights, self._calibration, self._checkpoint / TOKENIZER)
+        return round_model(self.model, weights, text, lambda _: None, activations)
 
     def constants(self, name: str) -> LayerConstants | None:
         """What the attention of a configuration is calibrated to; None if it needs nothing."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..attention import Attention, DecodeSelection, Exact, TwoStage, attention_to_dict
-from ..deploy.compile import KV_DTYPES, WEIGHTS
+from ..deploy.compile import KV_DTYPES, WEIGHTS, check_activations
 
 REFERENCE = "exact"
 """The name of what all others are compared with: exact attention, nothing rounded."""
@@ -18,11 +18,13 @@ class Configuration:
     Attributes:
         attention: of prompts, in the layers that see the whole sequence.
         weights: of linear layers: "same" as the evaluation's dtype, "bfloat16", "int8" or "int4".
+        activations: of prompts where linear layers with int8 weights multiply them: "same", "int8" or "int16".
         kv_dtype: of the KV cache: "same" as the evaluation's dtype, or "int8".
     """
 
     attention: Attention = field(default_factory=TwoStage)
     weights: str = "same"
+    activations: str = "same"
     kv_dtype: str = "same"
 
     def __post_init__(self) -> None:
@@ -30,6 +32,7 @@ class Configuration:
             raise ValueError("attention is a DecodeSelection, which is for new tokens: an evaluation reads prompts")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}, expected one of: {', '.join(WEIGHTS)}")
+        check_activations(self.activations, self.weights)
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {self.kv_dtype!r}, expected one of: {', '.join(KV_DTYPES)}")
 
@@ -38,6 +41,7 @@ class Configuration:
         return {
             "attention": attention_to_dict(self.attention),
             "weights": self.weights,
+            "activations": self.activations,
             "kv_dtype": self.kv_dtype,
         }
 

@@ -179,7 +179,7 @@ def _described(configuration: dict[str, Any]) -> str:
         parts.append(
             "method " + " ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in method.items())
         )
-    return ", ".join([*parts, f"weights {configuration['weights']}", f"kv_dtype {configuration['kv_dtype']}"])
+    return ", ".join([*parts, *(f"{name} {configuration[name]}" for name in ("weights", "activations", "kv_dtype"))])
 
 
 def _attention_cells(result: Evaluation, name: str) -> list[str]:

@@ -689,6 +689,9 @@ def evaluate(
         Dtype, typer.Option(help="Number format of weights, activations and KV cache, of exact attention too.")
     ] = Dtype.FLOAT32,
     weights: Annotated[WeightFormat, typer.Option(help="Number format of linear layers.")] = WeightFormat.SAME,
+    activations: Annotated[
+        ActivationFormat, typer.Option(help="Number format of what int8 weights are multiplied with.")
+    ] = ActivationFormat.SAME,
     kv_dtype: Annotated[CacheFormat, typer.Option(help="Number format of the KV cache.")] = CacheFormat.SAME,
     calibration: Annotated[
         Path | None,
@@ -728,6 +731,7 @@ def evaluate(
     given = {
         "attention": attention.value,
         "weights": weights.value,
+        "activations": activations.value,
         "kv_dtype": kv_dtype.value,
         **_two_stage_options(two_stage, method, method_option),
     }
@@ -1086,6 +1090,9 @@ def _one_budget(value: str) -> int:
     return keys
 
 
+_FORMATS = ("weights", "activations", "kv_dtype")
+
+
 def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Configuration"]:
     """What `evaluate` compares with exact attention: the options of the command, and those with changes.
 
@@ -1098,9 +1105,9 @@ def _configurations(given: dict[str, Any], compare: list[str]) -> dict[str, "Con
             raise ValueError(f"--compare is {text!r}, expected a new NAME=OPTION=VALUE, more options behind commas")
         assigned = _assigned("--compare", changes.split(","))
         exact = assigned.get("attention") == EvaluatedAttention.EXACT
-        kept = {key: value for key, value in given.items() if not exact or key in ("weights", "kv_dtype")}
+        kept = {key: value for key, value in given.items() if not exact or key in _FORMATS}
         asked[name] = kept | assigned
-    reference = {"attention": "exact", "weights": "same", "kv_dtype": "same"}
+    reference = {"attention": "exact", **dict.fromkeys(_FORMATS, "same")}
     return {name: _configuration(name, options) for name, options in asked.items() if options != reference}
 
 
@@ -1111,7 +1118,7 @@ def _configuration(name: str, options: dict[str, Any]) -> "Configuration":
     from .evaluate.configuration import Configuration
 
     option = f"--compare {name}"
-    formats = {key: options[key] for key in ("weights", "kv_dtype")}
+    formats = {key: options[key] for key in _FORMATS}
     method = {key.removeprefix("method."): value for key, value in options.items() if key.startswith("method.")}
     if method and not isinstance(options.get("method"), str):
         raise ValueError(f"{option} has method.{min(method)}, but no method=NAME: name the method that it belongs to")

@@ -181,6 +181,13 @@ def test_command(capsys: pytest.CaptureFixture[str], long_llama: Path, text: Pat
                 "kv": Configuration(iceformer.Exact(), kv_dtype="int8"),
             },
         ),
+        (
+            "--weights int8 --compare short=activations=int16",
+            {
+                "two_stage": Configuration(weights="int8"),
+                "short": Configuration(weights="int8", activations="int16"),
+            },
+        ),
         ("--attention exact --weights int8", {"rounded": Configuration(iceformer.Exact(), "int8")}),
         ("--attention exact --compare two=attention=two_stage", {"two": Configuration()}),
     ],
@@ -214,9 +221,10 @@ def test_options_make_configurations(
         (["--compare", "half=budgets=8"], "--compare half is budgets, expected one of:"),
         (["--compare", "half=budget=many"], "budget is 'many', expected a number of keys, or LEAST:MOST"),
         (["--compare", "half=attention=auto"], "attention is 'auto', expected one of: two_stage, exact"),
+        (["--compare", "half=activations=int8"], "only int8 weights are multiplied with rounded activations"),
         (["--compare", "half=method=magic"], "method is 'magic', expected one of:"),
         (["--compare", "half=method.rank=8"], "name the method that it belongs to"),
-        (["--compare", "half=weights=int4"], "weights is 'int4', expected one of:"),
+        (["--compare", "half=weights=int3"], "weights is 'int3', expected one of:"),
     ],
 )
 def test_refusals(

@@ -126,7 +126,10 @@ def test_several_products_of_one_input_equal_each_alone(form: str) -> None:
     # Groups of two sizes, and a kernel that takes the rows as they are.
     kernels_ = [weights_of(rng, 320, groups, columns) for groups, columns in ((5, 64), (1, 100), (5, 5))]
     floats = jnp.asarray(rng.standard_normal((320, 33)), jnp.bfloat16)
-    weights, scales = [*(packed(kernel, scale) for kernel, _ in kernels_), floats], [*(scale for _, scale in kernels_), None]
+    weights, scales = (
+        [*(packed(kernel, scale) for kernel, scale in kernels_), floats],
+        [*(scale for _, scale in kernels_), None],
+    )
     together: Any = in_form(
         form, lambda x, *arrays: multiply_all(x, arrays[:4], [*arrays[4:], None], 127), x, *weights, *scales[:3]
     )
