@@ -12,7 +12,7 @@ def test_refuses_configurations() -> None:
     for name in ("", " ", REFERENCE):
         with pytest.raises(ValueError, match="has the name"):
             with_reference({name: Configuration()})
-    with pytest.raises(ValueError, match="weights is 'int4'"):
+    with pytest.raises(ValueError, match="weights is 'int3'"):
         Configuration(weights="int3")
     with pytest.raises(ValueError, match="kv_dtype is 'int4'"):
         Configuration(kv_dtype="int4")
