@@ -2,7 +2,7 @@
 
 from .cache import Field, KVCache, LayerCache, extend
 from .decode_selection import DecodeSelection
-from .dispatch import IN_A_KERNEL, attend, attend_and_keep, heard, listening
+from .dispatch import attend, attend_and_keep, heard, listening
 from .exact import Exact
 from .keys import KeyView
 from .methods import METHODS, Constants, LowRank, MeanPool, Method, PageBound, Sparq, make_method
@@ -13,7 +13,6 @@ from .two_stage import TwoStage
 from .values import Values
 
 __all__ = [
-    "IN_A_KERNEL",
     "METHODS",
     "Attention",
     "Auto",

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 from jaxtyping import Array, Float
 
+from ..kernels import IN_A_KERNEL
 from .cache import State
 from .keys import KeyView
 from .methods import Constants
@@ -17,8 +18,6 @@ from .ops import check_logit_options
 from .rows import Mask, Rows
 from .strategy import Attended, Attention, Call
 
-IN_A_KERNEL = "in a kernel"
-"""The end of what a listener hears of a call that a native kernel computes."""
 _listener: ContextVar[Counter[str] | None] = ContextVar("iceformer_dispatch", default=None)
 
 

@@ -48,6 +48,8 @@ class Attention(ABC):
 
     kind: ClassVar[str]
     """The name under which the registry knows the strategy."""
+    pure: ClassVar[bool] = True
+    """Whether tracing it has no other effect than to compute, so that layers that are alike are traced once."""
 
     @property
     def calibrated(self) -> bool:

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import IN_A_KERNEL
+from ..kernels import IN_A_KERNEL
 from .cache_copy import Layers
 from .manifest import TAIL_ENTRY, BucketInfo
 

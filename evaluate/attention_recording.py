@@ -40,7 +40,7 @@ class RecordedLayer:
     mask: Mask
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Recording(Attention):
     """Exact attention that passes each call on, while it is traced.
 
@@ -50,6 +50,7 @@ class Recording(Attention):
     """
 
     kind: ClassVar[str] = "recording"
+    pure: ClassVar[bool] = False
 
     record: Callable[[int, Call], None]
     layer: int = 0

@@ -21,6 +21,8 @@ import jax
 
 EXACT, TWO_STAGE, LINEAR = "iceformer_exact", "iceformer_two_stage", "iceformer_linear"
 CHOOSE, ATTEND_CHOSEN = "iceformer_choose", "iceformer_attend_chosen"
+IN_A_KERNEL = "in a kernel"
+"""The end of the words for a call of attention that a native kernel computes."""
 TARGETS = frozenset({EXACT, TWO_STAGE, LINEAR, CHOOSE, ATTEND_CHOSEN})
 """Names of the custom calls."""
 

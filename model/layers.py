@@ -122,8 +122,9 @@ def run_layers(
         The last layer's output, and the cache with this call's keys and values; None if there is none.
     """
     caches: list[LayerCache] = []
-    # Outside of a trace, jit would compile; an observer wants values of the trace that it is called in.
-    run = _traced_once() if isinstance(hidden, jax.core.Tracer) and call.observe is None else _run
+    # Outside of a trace, jit would compile; who looks on wants values of the trace that they are called in.
+    looked_at = call.observe is not None or not all(strategy.pure for strategy in call.plan.strategies)
+    run = _run if looked_at or not isinstance(hidden, jax.core.Tracer) else _traced_once()
     for index, (layer, layer_call) in enumerate(zip(layers, layer_calls(call, config, positions), strict=True)):
         layer_call = replace(
             layer_call,
