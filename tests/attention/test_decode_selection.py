@@ -343,6 +343,7 @@ def test_the_sampled_sums_are_unbiased_and_the_error_is_as_estimated(monkeypatch
         np.testing.assert_allclose(np.sqrt(np.square(errors[:, head] * total).mean()), spread, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_every_time_and_another_at_another_position() -> None:
     config, case = DecodeSelection(METHODS["quest"][0], **SMALL, sample=16), Case(11)
     np.testing.assert_array_equal(case.attend(config), case.attend(config))
@@ -594,6 +595,7 @@ def test_no_key_exceeds_quests_bound() -> None:
         assert (bound < np.abs(key[head]).max(axis=1) @ np.abs(query[head, 0]).T + 0.05).all()
 
 
+@pytest.mark.slow
 def test_prompts_may_rank_by_the_new_methods_too() -> None:
     """Blocks of queries, with entries shorter and longer than a key block."""
     query, key, value = map(jnp.asarray, random_inputs(16, 1, 4, 2, 256, 256, HEAD_DIM))

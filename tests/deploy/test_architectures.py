@@ -17,7 +17,7 @@ from ..model.test_encoder_parity import convert, expected, random_inputs, save
 TOKENS, NEW = 45, 6
 
 
-@pytest.mark.parametrize("model_type", few(DECODERS, ("gemma3_text", "gpt2", "mixtral")))
+@pytest.mark.parametrize("model_type", few(DECODERS, ("gemma3_text", "mixtral")))
 def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> None:
     reference = save_random(tmp_path / "source", model_type, **DECODERS[model_type].tiny)
     iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint")
@@ -38,7 +38,7 @@ def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: 
             assert token == int(reference(row).logits[0, -1].argmax())
 
 
-@pytest.mark.parametrize("window", few([1, 5, 16, 20, 40, 60], [5, 40]))
+@pytest.mark.parametrize("window", few([1, 5, 16, 20, 40, 60], [5]))
 def test_a_layer_with_a_window_keeps_no_more_than_it_sees(window: int, tmp_path: Path) -> None:
     """Prompts of all lengths around window and chunk, and what is written after them, against transformers."""
     sizes: dict[str, Any] = DECODERS["mistral"].tiny | {"sliding_window": window, "num_hidden_layers": 2}

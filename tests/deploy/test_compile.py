@@ -62,6 +62,7 @@ def test_refuses_other_folders(tmp_path: Path, source: tuple[Path, object]) -> N
         iceformer.compile(source[0], tmp_path / "artifact")
 
 
+@pytest.mark.slow
 def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> None:
     """Weights take half the bytes; scores stay near float32's; the manifest says what the bases come from."""
     ids = np.random.default_rng(0).integers(4, VOCABULARY, 64)
@@ -91,6 +92,7 @@ def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(session.score(prompt).logprobs, exact[np.arange(29), prompt[1:]], atol=0.2)
 
 
+@pytest.mark.slow
 def test_decoding_by_the_method_of_the_prompt(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

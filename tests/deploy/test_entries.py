@@ -93,7 +93,7 @@ class Compiled:
         return cache, np.asarray(logits)[list(SLOTS)]
 
 
-@pytest.mark.parametrize("page", [0, 128])
+@pytest.mark.parametrize("page", few([0, 128], [0]))
 @pytest.mark.parametrize("name", few(ATTENTIONS, ["low_rank"]))
 def test_what_a_cache_held_before_counts_for_nothing(entries: DecoderEntries, name: str, page: int) -> None:
     with kernels.disabled():
@@ -111,6 +111,7 @@ def test_what_a_cache_held_before_counts_for_nothing(entries: DecoderEntries, na
             np.testing.assert_array_equal(compiled.decode(cache)[1], after_token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(ATTENTIONS, ["low_rank"]))
 def test_pages_give_what_whole_slots_give(entries: DecoderEntries, name: str) -> None:
     outputs = []
@@ -160,6 +161,7 @@ def test_the_first_layers_decode_exactly(entries: DecoderEntries) -> None:
     assert np.abs(keys[0] - keys["exact"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_selections_index_is_kept_in_pages_and_slots_alike(entries: DecoderEntries) -> None:
     """With fields of every kind, in memory that held NaN."""
     decode = DecodeSelection(Sparq(rank=8), exact_layers=0, reallocate=True, **SELECTION)

@@ -21,6 +21,7 @@ from iceformer.model.modules import Linear
 from iceformer.model.panels import unpack
 from iceformer.model.rounding import round_weights
 
+from ..few import few
 from .conftest import CHUNK, VOCABULARY
 
 OPTIONS: dict[str, Any] = {"buckets": (64,), "attention": iceformer.Exact(), "chunk": CHUNK, "weights": "int4"}
@@ -105,6 +106,7 @@ def test_the_loss_is_that_of_the_tokens_which_the_rounding_has_not_seen(
         model = multiplied_out(model, tensors)
 
 
+@pytest.mark.slow
 def test_rounding_for_a_text_keeps_more_of_the_model(checkpoint: Path) -> None:
     """Of hidden states over another text of the same kind."""
     model: Any = iceformer.load_model(checkpoint)
@@ -158,7 +160,7 @@ def test_a_long_text_is_cut_into_rows(checkpoint: Path, length: int, rows: int, 
     assert text.first == max(judged - (used - text.fitted_tokens), 0)
 
 
-@pytest.mark.parametrize("length", [1, 3, 5])
+@pytest.mark.parametrize("length", few([1, 3, 5], [3]))
 def test_texts_of_a_few_tokens(checkpoint: Path, tmp_path: Path, length: int) -> None:
     path = iceformer.compile(checkpoint, tmp_path / "a", calibration=text_like(length), **OPTIONS)
     weights = iceformer.load(path).info.weights
@@ -167,6 +169,7 @@ def test_texts_of_a_few_tokens(checkpoint: Path, tmp_path: Path, length: int) ->
     assert weights.error.tokens == (length // 4 or length)
 
 
+@pytest.mark.slow
 def test_encoders_are_rounded_for_a_text_too(minilm_checkpoint: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"buckets": (128,), "attention": iceformer.Exact(), "weights": "int4"}
     session = iceformer.load(iceformer.compile(minilm_checkpoint, tmp_path / "a", **options))

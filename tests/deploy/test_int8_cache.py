@@ -71,6 +71,7 @@ def test_every_family(model_type: str, tmp_path: Path) -> None:
     check_greedy_is_most_likely(rounded, ids)
 
 
+@pytest.mark.slow
 def test_two_stage_attention_in_pages(checkpoint: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = OPTIONS | {
         "attention": iceformer.TwoStage(budget=64, query_block=8, local=4, key_block=4),

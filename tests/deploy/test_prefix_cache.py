@@ -16,6 +16,7 @@ from iceformer.deploy.manifest import tail_of
 from iceformer.deploy.prefix_cache import KeptPiece, PrefixCache, piece_keys, tokens_behind
 from iceformer.deploy.runner import Runner
 
+from ..few import few
 from .conftest import TWO_STAGE, VOCABULARY
 from .test_session import greedy
 
@@ -70,7 +71,7 @@ def cache_bits(engine: Engine, tokens: int) -> list[bytes]:
     return [layer[name][0, :, :tokens].tobytes() for layer in views for name in ("key", "value")]
 
 
-@pytest.mark.parametrize("memory", ["whole slots", "pages", "exact", "int8"])
+@pytest.mark.parametrize("memory", few(["whole slots", "pages", "exact", "int8"], ["pages", "exact"]))
 def test_a_restored_prefix_has_the_same_bits(artifacts: Callable[[str], Path], memory: str) -> None:
     document = prompt(0, 160)
     first, second = (np.concatenate([document, prompt(seed, 21)]) for seed in (1, 2))

@@ -55,7 +55,7 @@ class Loop:
         return written
 
 
-@pytest.mark.parametrize("page", [None, 128])
+@pytest.mark.parametrize("page", few([None, 128], [128]))
 def test_a_kept_selection_writes_what_the_model_writes(checkpoint: Path, tmp_path: Path, page: int | None) -> None:
     """Two rows at a time, in slots that rows take over where a selection of the one before would serve."""
     artifact = iceformer.compile(

@@ -120,6 +120,7 @@ def test_kernels_are_called_where_they_are(artifact: Path, session: Session) -> 
         assert kernels.LINEAR.encode() not in (artifact / entry.portable.path).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_kernels")
 def test_without_kernels_scores_are_alike(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
     session = iceformer.load(iceformer.compile(checkpoint, tmp_path / "a", weights="int8", **SMALL))
@@ -127,6 +128,7 @@ def test_without_kernels_scores_are_alike(checkpoint: Path, tmp_path: Path, dequ
     check_scores(session, dequantized, random_ids(50), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16(checkpoint: Path, tmp_path: Path, dequantized: Any) -> None:
     path = iceformer.compile(checkpoint, tmp_path / "a", weights="int8", dtype="bfloat16", **SMALL)
     tensors = {name: info.dtype.name for name, info in load_file(path / "weights.safetensors").items()}

@@ -165,7 +165,7 @@ def artifacts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return artifact
 
 
-@pytest.mark.parametrize("name", few(OPTIONS, ("int8", "pages", "kept selection")))
+@pytest.mark.parametrize("name", few(OPTIONS, ("pages", "kept selection")))
 @pytest.mark.parametrize("spoilt", [0.0, 0.4])
 def test_the_same_text_and_cache(artifacts: Callable[[str], Path], guess: Any, name: str, spoilt: float) -> None:
     for length, temperature in ((61, 0.0), (90, 1.0)):
