@@ -22,7 +22,6 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True, scope="module")
 def _compiles_fast() -> Iterator[None]:
     """Most of their time goes into compiling small functions: what XLA optimises is tested where artifacts are."""
-    before = jax.config.jax_disable_most_optimizations  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -16,6 +16,8 @@ from iceformer.attention import DecodeSelection, KVCache, LowRank, Plan, Rows
 from iceformer.deploy.entries import DecoderEntries
 from iceformer.deploy.session import Session
 
+from ..few import few
+
 CAPACITY, NEW, REFRESH = 256, 12, 4
 DECODE = DecodeSelection(LowRank(rank=4), budget=24, key_block=2, sink=4, local=4, exact_layers=1, refresh=REFRESH)
 PLAN = Plan(decode=DECODE)
