@@ -17,11 +17,3 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
     jax.clear_caches()
     with nullcontext() if request.param == "kernels" else kernels.disabled():
         yield request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiles_fast() -> Iterator[None]:
-    """Most of their time goes into compiling small functions: what XLA optimises is tested where artifacts are."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
