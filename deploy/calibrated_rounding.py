@@ -72,8 +72,7 @@ def rounding_text(model: Model, form: str, source: str | Path | ArrayLike | None
     row, longest = calibration_inputs(model, source, tokenizer_json), config.max_tokens or MAX_TOKENS
     if form != "int4" or not row.is_text:
         return RoundingText(None, 0, row, 0)
-    most = ROUNDING_TOKENS
-    ids, info = calibration_ids(source, tokenizer_json, config.vocab_size, most, most)
+    ids, info = calibration_ids(source, tokenizer_json, config.vocab_size, ROUNDING_TOKENS, ROUNDING_TOKENS)
     fitted = ids.size - min(ids.size // _HELD_OUT, _MOST_HELD_OUT)
     rows = -(-fitted // min(_ROW, longest))
     inputs = inputs_of(model, ids[: fitted - fitted % rows].reshape(rows, -1))

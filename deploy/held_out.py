@@ -72,7 +72,6 @@ def held_out_prompts(
             f"bucket {judged[0]} is too short to be judged by a contract, expected at least {_LEAST_TOKENS} tokens"
         )
     if is_task(source):
-        assert isinstance(source, str | Path)
         return _of_task(Path(source), read_tokenizer(tokenizer_json, vocab_size), judged)
     calibrating = calibrating_tokens(max_tokens, weights)
     ids, info = held_out_ids(source, tokenizer_json, vocab_size, max_tokens, calibrating)

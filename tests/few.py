@@ -10,8 +10,7 @@ def few(parameters: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
     """Parameters of a test, which is slow for all that are not chosen; a tuple has one for each argument."""
     given = list(parameters)
     assert all(parameter in given for parameter in chosen)
-    slow = [] if chosen is given else [pytest.mark.slow]
     return [
-        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=() if each in chosen else slow)
+        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=() if each in chosen else pytest.mark.slow)
         for each in given
     ]

@@ -15,7 +15,7 @@ from iceformer import kernels
 from iceformer.model.activations import CHUNK, LEVELS, round_activations
 from iceformer.model.products import FEW_ROWS, multiply_all
 
-from .test_products import EXAMPLES, activations, check, in_form, packed, scaled
+from .test_products import EXAMPLES, activations, check, in_form, packed, product_of, scaled
 
 # Rows around a register tile of 6, a task of 256 and what is rounded together, 64. Depths and groups around a chunk of
 # 256; columns around a panel of 16 and a task of 64.
@@ -44,13 +44,6 @@ def rounded(x: jax.Array, groups: int, levels: int) -> np.ndarray:
                 integers = np.rint(wide[row, chunk] * (np.float32(levels) / largest))
                 result[row, chunk] = integers.astype(np.float64) * largest / levels
     return result
-
-
-def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, levels: int) -> np.ndarray:
-    def product(*arrays: Any) -> jax.Array:
-        return multiply_all(arrays[0], [arrays[1]], [arrays[2]], levels)[0]
-
-    return in_form(form, product, x, packed(kernel, scale), scale)
 
 
 def weights_of(rng: np.random.Generator, features: int, groups: int, columns: int) -> tuple[jax.Array, jax.Array]:

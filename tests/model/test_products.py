@@ -62,9 +62,9 @@ def packed(kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
     return jnp.asarray(in_panels(np.asarray(kernel)))
 
 
-def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> np.ndarray:
+def product_of(form: str, x: jax.Array, kernel: jax.Array, scale: jax.Array | None, levels: int = 0) -> np.ndarray:
     kernel = packed(kernel, scale)
-    return in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]])[0], x, kernel, scale)
+    return in_form(form, lambda *arrays: multiply_all(arrays[0], [arrays[1]], [arrays[2]], levels)[0], x, kernel, scale)
 
 
 def integers(
