@@ -1,5 +1,5 @@
 """Projections for low-rank scores, from the queries and keys of a calibration text. Runs once, at compile time, in
-numpy.
+float64.
 
 With M = Cq^1/2 Ck^1/2 = U S V', where Cq is the second moment of the queries and Ck the covariance of the keys, the
 rank-r product that is nearest to query . (key - mean key) in the mean square over independent queries and keys is (A'
@@ -7,8 +7,10 @@ query) . (B' key) with A = Ck^1/2 V S^-1/2 and B = Cq^1/2 U S^-1/2, the first r 
 all logits of a query alike, so it plays no part in a ranking. Loki (arXiv 2406.02542) is the case Cq = 1.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Float64
 
 
 def logit_projections(
@@ -24,19 +26,36 @@ def logit_projections(
         rank: dimensions to keep; a rank above `head_dim` keeps them all.
     """
     kv_heads, _, head_dim = key.shape
-    rank = min(rank, head_dim)
-    grouped = query.astype(np.float64).reshape(kv_heads, -1, head_dim)
-    pairs = [_head_projections(q, k.astype(np.float64), rank) for q, k in zip(grouped, key, strict=True)]
+    with jax.enable_x64(True):
+        moments = [np.asarray(moment) for moment in _moments(query.reshape(kv_heads, -1, head_dim), key)]
+    pairs = [_head_projections(*of_head, min(rank, head_dim)) for of_head in zip(*moments, strict=True)]
     of_queries, of_keys = zip(*pairs, strict=True)
     return np.stack(of_queries), np.stack(of_keys)
 
 
+@jax.jit
+def _moments(
+    query: Float[Array, "kv_heads queries head_dim"], key: Float[Array, "kv_heads tokens head_dim"]
+) -> tuple[Float64[Array, "kv_heads head_dim head_dim"], Float64[Array, "kv_heads head_dim head_dim"]]:
+    """The second moments of the queries and the covariances of the keys.
+
+    In XLA, whose threads sleep while they wait: those of numpy's BLAS do not, which on a busy machine takes minutes.
+    """
+    key = key.astype(jnp.float64)
+    centred = key - jnp.mean(key, axis=1, keepdims=True)
+    return _second_moments(query.astype(jnp.float64)), _second_moments(centred)
+
+
+def _second_moments(x: Float64[Array, "heads n d"]) -> Float64[Array, "heads d d"]:
+    return jnp.einsum("hni,hnj->hij", x, x) / x.shape[1]
+
+
 def _head_projections(
-    query: Float[np.ndarray, "queries head_dim"], key: Float[np.ndarray, "tokens head_dim"], rank: int
+    query_moment: Float64[np.ndarray, "head_dim head_dim"],
+    key_covariance: Float64[np.ndarray, "head_dim head_dim"],
+    rank: int,
 ) -> tuple[Float[np.ndarray, "head_dim rank"], Float[np.ndarray, "head_dim rank"]]:
-    centred = key - key.mean(axis=0)
-    query_root = _square_root(query.T @ query / len(query))
-    key_root = _square_root(centred.T @ centred / len(key))
+    query_root, key_root = _square_root(query_moment), _square_root(key_covariance)
     left, singular, right = np.linalg.svd(query_root @ key_root)
     # A direction of no variance keeps nothing: its projection is 0, not a division by 0.
     kept = singular[:rank] > 1e-9 * max(singular[0], 1e-30)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,43 +54,67 @@ def compile_bucket(
         page: tokens of the cache's pages; 0 where a slot is one page.
         choice: the plan, why it is that one, and the evidence for it.
         kv_dtype: of keys and values in the cache.
-        report: called with a line of text before each entry.
+        report: called with a line of text before each entry; XLA compiles those before it meanwhile.
 
     Raises:
         ValueError: the code calls something that a process which loads it may not have.
     """
     entries = dataclasses.replace(entries, plan=choice.plan)
     cache = entries.cache(capacity, batch, kv_dtype, page)
-    infos = {}
-    for name, entry in entries.functions(capacity, chunk, batch, page).items():
-        report(f"compiling {name} for {capacity} tokens")
-        infos[name] = _compile_entry(folder, f"{capacity}/{name}", entry, entries, cache)
+    lowered: dict[str, _Lowered] = {}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with _without_compilation_cache():
+            for name, entry in entries.functions(capacity, chunk, batch, page).items():
+                report(f"compiling {name} for {capacity} tokens")
+                lowered[name] = _lower(entry, entries, cache, pool)
+            infos = {name: _write_entry(folder, f"{capacity}/{name}", entry) for name, entry in lowered.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
     return BucketInfo(capacity, chunk, plan_to_dict(choice.plan), choice.reason, choice.evidence, cache, infos)
 
 
-def _compile_entry(folder: Path, name: str, entry: Entry, entries: Entries, cache: CacheInfo) -> EntryInfo:
+class _Lowered(NamedTuple):
+    """An entry that XLA compiles on another thread, and what else is stored of it."""
+
+    entry: Entry
+    lowered: jax.stages.Lowered
+    compiled: Future[tuple[jax.stages.Compiled, float]]
+    """With the seconds that it took."""
+    portable: bytes
+    attention: dict[str, int]
+
+
+def _lower(entry: Entry, entries: Entries, cache: CacheInfo, pool: ThreadPoolExecutor) -> _Lowered:
     weights = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in entries.weights)
     spec_of_cache = tuple({name: _spec(array) for name, array in layer.items()} for layer in cache.layers)
     specs = (weights, spec_of_cache, *(_spec(array) for array in entry.arguments.values()))
     with listening() as calls:
         lowered = jax.jit(entry.function, donate_argnums=1).lower(*specs)
+    compiled = pool.submit(_compile, lowered)
+    return _Lowered(entry, lowered, compiled, portable_code(entry.function, specs), dict(calls))
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
     start = time.perf_counter()
-    with _without_compilation_cache():
-        compiled = lowered.compile()
-    seconds = time.perf_counter() - start
+    compiled = lowered.compile()
+    return compiled, time.perf_counter() - start
+
+
+def _write_entry(folder: Path, name: str, made: _Lowered) -> EntryInfo:
+    compiled, seconds = made.compiled.result()
     custom_calls = tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text() or ""))))
     check_custom_calls(name, custom_calls)
     payload, _, _ = serialize_executable.serialize(compiled)
-    portable = portable_code(entry.function, specs)
-    _, *results = lowered.out_info
+    _, *results = made.lowered.out_info
     return EntryInfo(
         native=write_file(folder, f"native/{name}.bin", payload),
-        portable=write_file(folder, f"portable/{name}.stablehlo", portable),
-        arguments=entry.arguments,
-        results={key: _info(array) for key, array in zip(entry.results, results, strict=True)},
-        stablehlo_sha256=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        portable=write_file(folder, f"portable/{name}.stablehlo", made.portable),
+        arguments=made.entry.arguments,
+        results={key: _info(array) for key, array in zip(made.entry.results, results, strict=True)},
+        stablehlo_sha256=hashlib.sha256(made.lowered.as_text().encode()).hexdigest(),
         custom_calls=custom_calls,
-        attention=dict(calls),
+        attention=made.attention,
         memory=_memory(compiled),
         compile_seconds=round(seconds, 3),
     )
