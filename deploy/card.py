@@ -15,12 +15,15 @@ from .tables import (
     CROSSOVER_COLUMNS,
     EVIDENCE_COLUMNS,
     MEGABYTE,
+    PRODUCT_CALL,
+    PRODUCT_COLUMNS,
     code_rows,
     crossovers,
     describe_plan,
     describe_rounding,
     describe_task,
     evidence_rows,
+    product_rows,
     quantization_error_cells,
     text_rows,
 )
@@ -125,6 +128,9 @@ def _attention_text(manifest: Manifest) -> str:
     )
     for _, call, rows in crossovers(manifest):
         text += f"\n\nMeasured at compile time: {call}:\n\n{_markdown_table(CROSSOVER_COLUMNS, rows)}"
+    if manifest.products:
+        table = _markdown_table(PRODUCT_COLUMNS, product_rows(manifest))
+        text += f"\n\nProducts of bfloat16, measured at compile time: {PRODUCT_CALL}:\n\n{table}"
     return text
 
 

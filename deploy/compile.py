@@ -31,6 +31,7 @@ from ..host.files import check_absent, new_folder
 from ..model.activations import LEVELS
 from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
+from ..model.products import in_kernel
 from ..model.registry import Model, ModelConfig, build
 from ..model.rounding import FORMATS, GROUPS
 from ..model.self_attention import LayerConstants
@@ -61,6 +62,7 @@ from .manifest import (
     WeightsInfo,
     entry_names,
 )
+from .product_choice import kernel_shapes, measure_products
 from .quantization_error import kv_quantization_error, quantization_error
 from .steps import progress_of
 from .weights import cpu_device, described, write_weights
@@ -189,7 +191,7 @@ def compile(
     readings = 0 if terms is None else terms.most_readings
     entry_count = sum(len(entry_names(config.kind, min(chunk, capacity))) for capacity in buckets)
     layers = config.num_hidden_layers if weights == "int4" else 1
-    steps = 2 + rounds * layers + (kept == "int8") + measures + readings + entry_count
+    steps = 2 + (dtype == "bfloat16") + rounds * layers + (kept == "int8") + measures + readings + entry_count
 
     # The folder first, so that one that cannot be written is known before the work.
     with (
@@ -229,20 +231,25 @@ def compile(
             report.drop(1)
         entries = entries_class(model).of(model, constants)
         arrays = {name: np.asarray(array) for name, array in zip(entries.names, entries.weights, strict=True)}
-        compiled = tuple(
-            compile_bucket(
-                folder,
-                entries,
-                capacity=capacity,
-                chunk=min(chunk, capacity) if config.kind == "decoder" else capacity,
-                batch=batch,
-                page=page or 0,
-                choice=choice,
-                kv_dtype=kept,
-                report=report,
+        products = ()
+        if dtype == "bfloat16":
+            report("measuring the products of bfloat16")
+            products = measure_products(model)
+        with in_kernel(kernel_shapes(products)):
+            compiled = tuple(
+                compile_bucket(
+                    folder,
+                    entries,
+                    capacity=capacity,
+                    chunk=min(chunk, capacity) if config.kind == "decoder" else capacity,
+                    batch=batch,
+                    page=page or 0,
+                    choice=choice,
+                    kv_dtype=kept,
+                    report=report,
+                )
+                for capacity, choice in zip(buckets, choices, strict=True)
             )
-            for capacity, choice in zip(buckets, choices, strict=True)
-        )
         manifest = Manifest(
             schema=SCHEMA,
             iceformer=__version__,
@@ -251,6 +258,7 @@ def compile(
             model=info,
             crossover=measured,
             decode_crossover=measured_decode,
+            products=products,
             contract=None if terms is None else ContractInfo(terms.contract, terms.held_out),
             dtype=dtype,
             activations=activations,
@@ -497,7 +505,12 @@ def _copy_files(checkpoint: Path, folder: Path) -> tuple[FileInfo, ...]:
 
 def _print_tables(manifest: Manifest) -> None:
     from ..host.terminal import stdout
-    from .tables import attention_tables, code_table, rounding_tables
+    from .tables import attention_tables, code_table, product_tables, rounding_tables
 
-    for table in (*attention_tables(manifest), *rounding_tables(manifest), code_table(manifest)):
+    for table in (
+        *attention_tables(manifest),
+        *product_tables(manifest),
+        *rounding_tables(manifest),
+        code_table(manifest),
+    ):
         stdout.print(table)

@@ -20,7 +20,7 @@ from .evidence import Contract, Evidence
 from .generation_defaults import GenerationDefaults
 from .records import read_record
 
-SCHEMA = 11
+SCHEMA = 12
 TAIL = 128
 """Tokens of the calls that read a prompt's end, at most."""
 TAIL_ENTRY = "prefill_tail"
@@ -355,6 +355,29 @@ class CrossoverRow:
 
 
 @dataclass(frozen=True)
+class ProductRow:
+    """The time of a product of bfloat16 with weights in bfloat16, on the machine that compiled.
+
+    Attributes:
+        in_features, out_features: of the weights.
+        rows: that were multiplied.
+        kernel_seconds: by the native kernel.
+        xla_seconds: by XLA.
+    """
+
+    in_features: int
+    out_features: int
+    rows: int
+    kernel_seconds: float
+    xla_seconds: float
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether the kernel computes it."""
+        return self.kernel_seconds < self.xla_seconds
+
+
+@dataclass(frozen=True)
 class CalibrationInfo:
     """What the attention was calibrated on, or what a contract was judged on.
 
@@ -403,6 +426,7 @@ class Manifest:
         model: what was compiled.
         crossover: what was measured to choose each bucket's attention; empty where it was as asked.
         decode_crossover: the same of new tokens, for one of them in one layer.
+        products: what was measured to choose who multiplies bfloat16 with the weights.
         contract: what each bucket keeps of exact attention; None if nothing was asked.
         dtype: of activations, and of the weights that are not rounded.
         activations: "int8" or "int16" if the layers with int8 weights round what they multiply to it, but for a few
@@ -423,6 +447,7 @@ class Manifest:
     model: ModelInfo
     crossover: tuple[CrossoverRow, ...]
     decode_crossover: tuple[CrossoverRow, ...]
+    products: tuple[ProductRow, ...]
     contract: ContractInfo | None
     dtype: str
     activations: str

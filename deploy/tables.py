@@ -77,6 +77,31 @@ def _dispatch_table(manifest: Manifest) -> Table:
     return table
 
 
+def product_tables(manifest: Manifest) -> list[Table]:
+    """Who multiplies bfloat16 with the weights, if that was measured."""
+    if not manifest.products:
+        return []
+    table = Table(title="products of bfloat16, measured", caption=PRODUCT_CALL)
+    for column in PRODUCT_COLUMNS:
+        table.add_column(column, justify="left" if column == "computed" else "right")
+    for row in product_rows(manifest):
+        table.add_row(*row)
+    return [table]
+
+
+def product_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """What was measured of the products of bfloat16, as cells for `PRODUCT_COLUMNS`."""
+    return [
+        (
+            f"{row.in_features} x {row.out_features}",
+            _milliseconds(row.kernel_seconds),
+            _milliseconds(row.xla_seconds),
+            "in a kernel" if row.in_kernel else "in XLA",
+        )
+        for row in manifest.products
+    ]
+
+
 def _crossover_table(name: str, call: str, rows: Iterable[tuple[str, ...]]) -> Table:
     table = Table(title=f"{name}, measured", caption=call)
     for column in CROSSOVER_COLUMNS:
@@ -99,6 +124,8 @@ def _contract_table(contract: ContractInfo, rows: Iterable[tuple[str, ...]]) -> 
 _LABELS_SHOWN = 8
 EVIDENCE_COLUMNS = ("bucket", "attention", "weights", "KV cache", "seconds", "same token", "KL", "loss", "contract")
 _WORDS = ("attention", "weights", "KV cache", "contract")
+PRODUCT_COLUMNS = ("weights", "kernel ms", "XLA ms", "computed")
+PRODUCT_CALL = "256 rows with the weights of a layer; a few rows are always the kernel's"
 CROSSOVER_COLUMNS = ("keys", "exact ms", "selecting ms", "ratio")
 
 

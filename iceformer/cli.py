@@ -630,7 +630,14 @@ def encode(
 def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Check an artifact's files and show what it contains."""
     from .deploy.artifact import open_artifact
-    from .deploy.tables import attention_tables, code_table, file_table, rounding_tables, summary_table
+    from .deploy.tables import (
+        attention_tables,
+        code_table,
+        file_table,
+        product_tables,
+        rounding_tables,
+        summary_table,
+    )
 
     opened = open_artifact(artifact)
     if as_json:
@@ -640,6 +647,7 @@ def inspect(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     for table in (
         summary_table(info),
         *attention_tables(info),
+        *product_tables(info),
         *rounding_tables(info),
         code_table(info),
         file_table(info),

@@ -3,12 +3,16 @@
 A few rows, as in decoding, take as long as it takes to read the weights, which the kernel does as they lie in memory,
 in whatever dtype. With int8 and int4 it rounds the rows to integers of 30 bits, which keeps what a float32 has. More
 rows are XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a
-time, where XLA would make floats of them all. Where activations are to be rounded (`activations`), more rows and int8
+time, where XLA would make floats of them all. Of bfloat16 with bfloat16 either may be faster: the kernel multiplies as
+fast as in float32, XLA faster where the processor multiplies bfloat16 and slower elsewhere. Where activations are to be
+rounded (`activations`), more rows and int8
 are multiplied as integers; XLA multiplies the same numbers as floats.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +33,24 @@ _PANEL = 256
 
 Weight = Shaped[Array, "in_features _"] | panels.Panels
 """[in_features, out_features], in the dtype of the activations or bfloat16, or panels of int8 or int4 with scales."""
+Shape = tuple[int, int]
+"""Input and output features of a weight."""
 Scale = Float32[Array, "_ _"] | BFloat16[Array, "_ _"]
 """[groups of input features, out_features]: what the integers of a group are multiplied by; bfloat16 with int4."""
+_in_kernel: ContextVar[frozenset[Shape] | None] = ContextVar("_in_kernel", default=None)
+
+
+@contextmanager
+def in_kernel(shapes: Collection[Shape]) -> Iterator[None]:
+    """Inside, of many rows in bfloat16, products with weights of these shapes are the kernel's, and others XLA's.
+
+    Outside, all are the kernel's on a processor that does not multiply bfloat16, and none on others.
+    """
+    token = _in_kernel.set(frozenset(shapes))
+    try:
+        yield
+    finally:
+        _in_kernel.reset(token)
 
 
 def multiply(x: Float[Array, "*rows in_features"], weight: Weight) -> Float32[Array, "*rows _"]:
@@ -41,19 +61,18 @@ def multiply(x: Float[Array, "*rows in_features"], weight: Weight) -> Float32[Ar
 def multiply_all(
     x: Float[Array, "*rows in_features"], weights: Sequence[Weight], scales: Sequence[Scale | None], levels: int = 0
 ) -> list[Float32[Array, "*rows _"]]:
-    """`x @ (weight * scale)` for each weight, in one call of the native kernel where that computes them all.
+    """`x @ (weight * scale)` for each weight, in one call of the native kernel for those that it computes.
 
     Where a weight is int8, more than `FEW_ROWS` rows are rounded to integers of at most `levels`, if that is not 0.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if all(_native(flat, weight.dtype) for weight in weights):
-        features = [
-            weight.shape[1] if scale is None else scale.shape[1] for weight, scale in zip(weights, scales, strict=True)
-        ]
-        arrays = [*weights, *(scale for scale in scales if scale is not None)]
-        products = _call(flat, arrays, features, transposed=False, levels=levels)
-    else:
-        products = [_in_xla(flat, weight, scale, levels) for weight, scale in zip(weights, scales, strict=True)]
+    native = [_native(flat, weight.dtype) or _bfloat16_in_kernel(flat, weight) for weight in weights]
+    chosen = [pair for pair, is_native in zip(zip(weights, scales, strict=True), native, strict=True) if is_native]
+    in_kernel = iter(_all_in_kernel(flat, chosen, levels) if chosen else ())
+    products = [
+        next(in_kernel) if is_native else _in_xla(flat, weight, scale, levels)
+        for weight, scale, is_native in zip(weights, scales, native, strict=True)
+    ]
     return [product.reshape(*x.shape[:-1], product.shape[1]) for product in products]
 
 
@@ -72,6 +91,21 @@ def multiply_transposed(
 def _native(x: Float[Array, "rows in_features"], dtype: jnp.dtype) -> bool:
     narrower = dtype.itemsize < x.dtype.itemsize
     return x.dtype in (jnp.float32, jnp.bfloat16) and kernels.enabled() and (narrower or x.shape[0] <= FEW_ROWS)
+
+
+def _bfloat16_in_kernel(x: Float[Array, "rows in_features"], weight: Weight) -> bool:
+    if not (x.dtype == weight.dtype == jnp.bfloat16 and kernels.enabled()):
+        return False
+    shapes = _in_kernel.get()
+    return weight.shape in shapes if shapes is not None else not kernels.multiplies_bfloat16()
+
+
+def _all_in_kernel(
+    x: Float[Array, "rows in_features"], weights: Sequence[tuple[Weight, Scale | None]], levels: int
+) -> list[Float32[Array, "rows _"]]:
+    scales = [scale for _, scale in weights if scale is not None]
+    features = [weight.shape[1] if scale is None else scale.shape[1] for weight, scale in weights]
+    return _call(x, [*(weight for weight, _ in weights), *scales], features, transposed=False, levels=levels)
 
 
 def _call(
