@@ -26,7 +26,7 @@ def logit_projections(
         rank: dimensions to keep; a rank above `head_dim` keeps them all.
     """
     kv_heads, _, head_dim = key.shape
-    with jax.enable_x64(True):
+    with jax.enable_x64(True):  # pyright: ignore[reportCallIssue]
         moments = [np.asarray(moment) for moment in _moments(query.reshape(kv_heads, -1, head_dim), key)]
     pairs = [_head_projections(*of_head, min(rank, head_dim)) for of_head in zip(*moments, strict=True)]
     of_queries, of_keys = zip(*pairs, strict=True)
