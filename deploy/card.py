@@ -164,7 +164,7 @@ def _weights_text(manifest: Manifest) -> str:
     return f"""
 ## Weights
 
-The kernels of linear layers, and an output layer tied to embeddings, are
+The kernels of linear layers, experts and convolutions, and an output layer tied to embeddings, are
 {manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {_activations(manifest)}.
 {_rounding(manifest)}{_cost(manifest, error)}"""
 

@@ -201,11 +201,13 @@ def compile(
         model = floats = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
         error = kv_error = rounding = None
+        unseen = 0
         if rounds:
             rounding = rounding_text(model, weights, calibration, checkpoint / layout.TOKENIZER)
             if rounding.method != GPTQ:
                 report.drop(layers - 1)
-            model = round_model(model, weights, rounding, report, activations)
+            rounded = round_model(model, weights, rounding, report, activations)
+            model, unseen = rounded.model, rounded.unseen_experts
             error = quantization_error(floats, model, rounding.judged, rounding.first)
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
@@ -265,6 +267,7 @@ def compile(
                 GROUPS.get(weights),
                 None if rounding is None else rounding.method,
                 0 if rounding is None else rounding.fitted_tokens,
+                unseen,
             ),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),
