@@ -31,6 +31,7 @@ from ..host.files import check_absent, new_folder
 from ..model.activations import LEVELS
 from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
+from ..model.moe import separate_experts
 from ..model.registry import Model, ModelConfig, build
 from ..model.rounding import FORMATS, GROUPS
 from ..model.self_attention import LayerConstants
@@ -209,6 +210,8 @@ def compile(
             rounded = round_model(model, weights, rounding, report, activations)
             model, unseen = rounded.model, rounded.unseen_experts
             error = quantization_error(floats, model, rounding.judged, rounding.first)
+        else:
+            separate_experts(model)
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")

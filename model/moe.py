@@ -48,6 +48,13 @@ class Expert(nnx.Module):
         return _activated(self.gate_up_proj.in_float32(x), self.hidden_act).astype(x.dtype)
 
 
+def separate_experts(model: nnx.Module) -> None:
+    """Gives all experts of a model layers of their own, so that the native kernel need not copy what it reads."""
+    for _, node in [*nnx.iter_graph(model)]:
+        if isinstance(node, SparseMoE) and node.experts is None:
+            node.separate(lambda number, expert: None)
+
+
 class SparseMoE(nnx.Module):
     """The sum over a token's experts of `weight * down(activation(gate(x)) * up(x))`.
 
@@ -164,9 +171,7 @@ class SparseMoE(nnx.Module):
         return matmul(activated.astype(x.dtype), down)
 
 
-def _activated(
-    gate_up: Float32[Array, "rows both_sizes"], hidden_act: str
-) -> Float32[Array, "rows intermediate_size"]:
+def _activated(gate_up: Float32[Array, "rows both_sizes"], hidden_act: str) -> Float32[Array, "rows intermediate_size"]:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return ACTIVATIONS[hidden_act](gate) * up
 

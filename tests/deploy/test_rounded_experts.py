@@ -1,4 +1,4 @@
-"""Artifacts of a mixture of experts with rounded weights: they compute what their weights say, and say what they cost."""
+"""Artifacts of a mixture of experts: they compute what their rounded weights say, and say what those cost."""
 
 import dataclasses
 import json
@@ -45,7 +45,6 @@ def text_like(tokens: int, seed: int = 0) -> np.ndarray:
     """Ids of which few are frequent, as in a text."""
     ranks = np.random.default_rng(seed).zipf(1.3, tokens)
     return (ranks % VOCABULARY).astype(np.int32)
-
 
 
 def random_model() -> Any:
@@ -118,7 +117,7 @@ def test_scores_and_writes_as_the_multiplied_out_model(artifact: Path, checkpoin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8", "bfloat16"])
+@pytest.mark.parametrize("form", ["int8", "bfloat16", "same"])
 def test_other_formats(checkpoint: Path, tmp_path: Path, form: str) -> None:
     check(iceformer.compile(checkpoint, tmp_path / "a", weights=form, **OPTIONS), checkpoint)
 
