@@ -90,7 +90,8 @@ def multiplied_out(model: Any, tensors: dict[str, np.ndarray]) -> Any:
         if isinstance(node, Linear):
             node.kernel[...] = kernel(name, node.kernel.shape)
         if isinstance(node, SparseMoE):
-            gate, up, down = node.gate_proj, node.up_proj, node.down_proj
+            stacks: Any = node
+            gate, up, down = stacks.gate_proj, stacks.up_proj, stacks.down_proj
             for expert in range(EXPERTS):
                 both = kernel(f"{name}.experts.{expert}.gate_up_proj", (HIDDEN, 2 * INTERMEDIATE))
                 gate[expert], up[expert] = both[:, :INTERMEDIATE], both[:, INTERMEDIATE:]

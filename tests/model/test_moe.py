@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from iceformer import kernels
 from iceformer.model.activations import LEVELS
 from iceformer.model.modules import Linear
-from iceformer.model.moe import SparseMoE
+from iceformer.model.moe import Expert, SparseMoE
 from iceformer.model.panels import unpack
 from iceformer.model.products import FEW_ROWS
 from iceformer.model.rounding import round_experts, round_weights
@@ -51,13 +51,13 @@ def qwen3(experts: int, chosen: int, norm_topk_prob: bool) -> Any:
 
 def pair(
     make: Callable[[int, int, bool], Any], experts: int, chosen: int, norm_topk_prob: bool, dtype: DTypeLike
-) -> tuple[SparseMoE, Any]:
+) -> tuple[Any, Any]:
     """The module and transformers' block with the same random parameters, representable in `dtype`."""
     import torch
 
     torch.manual_seed(0)
     reference = make(experts, chosen, norm_topk_prob).eval()
-    module = SparseMoE(
+    module: Any = SparseMoE(
         HIDDEN,
         INTERMEDIATE,
         num_experts=experts,
@@ -81,7 +81,7 @@ def pair(
     return module, reference
 
 
-def outputs(module: SparseMoE, reference: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def outputs(module: Any, reference: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     import torch
 
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_bfloat16_is_close(make: Callable[[int, int, bool], Any], tokens: int) -
     assert error.max() > 0
 
 
-def random_mixture(hidden: int, intermediate: int, experts: int, chosen: int = 2, dtype: str = "float32") -> SparseMoE:
+def random_mixture(hidden: int, intermediate: int, experts: int, chosen: int = 2, dtype: str = "float32") -> Any:
     return SparseMoE(
         hidden,
         intermediate,
@@ -170,24 +170,28 @@ def random_mixture(hidden: int, intermediate: int, experts: int, chosen: int = 2
     )
 
 
-def weights_of(module: SparseMoE) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Gate, up and down projection of each expert, multiplied out."""
+Projections = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Gate, up and down projection of an expert."""
 
-    def kernel(linear: Linear) -> np.ndarray:
+
+def weights_of(module: Any) -> list[Projections]:
+    """Those of each expert, multiplied out."""
+
+    def kernel(linear: Linear, features: int) -> np.ndarray:
         if linear.scale is None:
             return np.asarray(linear.kernel[...], np.float64)
         scale = np.asarray(linear.scale[...], np.float64)
-        features = module.gate.kernel.shape[0] if linear in inwards else linear.kernel.shape[1] * 4
         weights = np.asarray(unpack(linear.kernel[...], features), np.float64)[:, : scale.shape[1]]
         return weights * np.repeat(scale, features // len(scale), axis=0)
 
-    assert module.experts is not None
-    inwards = [expert.gate_up_proj for expert in module.experts]
-    both = [np.split(kernel(linear), 2, axis=1) for linear in inwards]
-    return [(*each, kernel(expert.down_proj)) for each, expert in zip(both, module.experts, strict=True)]
+    def projections(expert: Expert) -> Projections:
+        gate, up = np.split(kernel(expert.gate_up_proj, module.gate.kernel.shape[0]), 2, axis=1)
+        return gate, up, kernel(expert.down_proj, gate.shape[1])
+
+    return [projections(expert) for expert in module.experts]
 
 
-def in_numpy(module: SparseMoE, weights: list[tuple[np.ndarray, np.ndarray, np.ndarray]], x: jax.Array) -> np.ndarray:
+def in_numpy(module: SparseMoE, weights: list[Projections], x: jax.Array) -> np.ndarray:
     """What a mixture with the module's router and these weights makes of x."""
     shares, chosen = (np.asarray(each) for each in module.route(x))
     result = np.zeros(x.shape)
@@ -214,7 +218,7 @@ def test_rounded_experts_equal_their_weights_multiplied_out(
     form: str, weights: str, tokens: int, sizes: tuple[int, int, int]
 ) -> None:
     module, x = random_mixture(*sizes), jnp.asarray(np.random.default_rng(0).standard_normal((tokens, sizes[0])))
-    stacks = [np.asarray(stack[...]) for stack in (module.gate_proj, module.up_proj, module.down_proj) if stack]
+    stacks = [np.asarray(stack[...]) for stack in (module.gate_proj, module.up_proj, module.down_proj)]
     exact = in_numpy(module, list(zip(*stacks, strict=True)), x)
     round_experts(module, weights)
     rounded = in_form(form, lambda module, x: module(x), module, x)
