@@ -182,7 +182,8 @@ def _activations(manifest: Manifest) -> str:
     if manifest.activations == "same":
         return manifest.dtype
     return (
-        f"{manifest.dtype}, and where linear layers but the output layer multiply more than {FEW_ROWS} rows,\n"
+        f"{manifest.dtype}, and where experts, and linear layers but the output layer,\n"
+        f"multiply more than {FEW_ROWS} rows,\n"
         f"{manifest.activations} with a scale for every {GROUP} numbers of a row"
     )
 
