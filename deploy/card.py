@@ -170,7 +170,7 @@ def _weights_text(manifest: Manifest) -> str:
     return f"""
 ## Weights
 
-The kernels of linear layers, and an output layer tied to embeddings, are
+The kernels of linear layers, experts and convolutions, and an output layer tied to embeddings, are
 {manifest.weights.format}{_SCALES.get(manifest.weights.format, "")}; activations are {_activations(manifest)}.
 {_rounding(manifest)}{_cost(manifest, error)}"""
 
@@ -188,7 +188,8 @@ def _activations(manifest: Manifest) -> str:
     if manifest.activations == "same":
         return manifest.dtype
     return (
-        f"{manifest.dtype}, and where linear layers but the output layer multiply more than {FEW_ROWS} rows,\n"
+        f"{manifest.dtype}, and where experts, and linear layers but the output layer,\n"
+        f"multiply more than {FEW_ROWS} rows,\n"
         f"{manifest.activations} with a scale for every {GROUP} numbers of a row"
     )
 

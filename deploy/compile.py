@@ -31,6 +31,7 @@ from ..host.files import check_absent, new_folder
 from ..model.activations import LEVELS
 from ..model.decoder import CausalLM, DecoderConfig
 from ..model.encoder import CLASSIFYING, read_labels
+from ..model.moe import separate_experts
 from ..model.products import in_kernel
 from ..model.registry import Model, ModelConfig, build
 from ..model.rounding import FORMATS, GROUPS
@@ -110,20 +111,21 @@ def compile(
             None means `Auto()`. New tokens attend exactly, unless `Plan(prompt, decode)` or `Auto(decode=...)` says
             otherwise.
         dtype: "float32" or "bfloat16", for weights, activations and KV cache.
-        weights: "same" as dtype; "bfloat16": the kernels of linear layers, and an output layer tied to embeddings, are
-            rounded to it, activations are not; "int8": these are quantised to int8 with a scale for every 64
-            inputs of each output (32 of a tied output layer), but for the projections of values, which are bfloat16; an
-            output layer tied to embeddings is rounded with them; "int4": the layers' kernels are quantised to int4 with
-            a scale for every 32 inputs of each output, but for the projections of values, which are int8 as everything
-            outside of the layers is. int4 is rounded for the inputs that each layer gets of the calibration text, by
-            GPTQ; without a text (no tokenizer, images or sound), each weight to its nearest, which manifest and card
-            say. A book rounds better than the few pages of the default text. The loss of accuracy is measured on the
-            calibration text, with int4 on its last quarter (1024 tokens at most), which the rounding has not seen, and
-            recorded in the manifest and the card.
-        activations: with int8 weights, what more than 4 rows, as prompts have, are rounded to before linear layers
-            multiply them, in integers: "int8" or "int16", with a scale for every 64 numbers of a row. "same" multiplies
-            them in dtype. An output layer always takes them as they are. The loss of accuracy is measured and recorded
-            together with that of the weights.
+        weights: "same" as dtype; "bfloat16": the kernels of linear layers, experts, convolutions and patch embeddings,
+            and an output layer tied to embeddings, are rounded to it, activations are not; "int8": these are quantised
+            to int8 with a scale for every 64 inputs of each output (32 of a tied output layer), but for the projections
+            of values, which are bfloat16; an output layer tied to embeddings is rounded with them; "int4": the layers'
+            kernels, experts included, are quantised to int4 with a scale for every 32 inputs of each output, but for
+            the projections of values, which are int8 as everything outside of the layers is. int4 is rounded for the
+            inputs that each layer and each expert gets of the calibration text, by GPTQ; without a text (no tokenizer,
+            images or sound), each weight to its nearest, which manifest and card say, as they say how many experts got
+            no token. A book rounds better than the few pages of the default text. The loss of accuracy is measured on
+            the calibration text, with int4 on its last quarter (1024 tokens at most), which the rounding has not seen,
+            and recorded in the manifest and the card.
+        activations: with int8 weights, what more than 4 rows, as prompts have, are rounded to before linear layers and
+            experts multiply them, in integers: "int8" or "int16", with a scale for every 64 numbers of a row. "same"
+            multiplies them in dtype. An output layer, convolutions and patch embeddings always take them as they are.
+            The loss of accuracy is measured and recorded together with that of the weights.
         kv_dtype: of a decoder's KV cache: "same" as dtype, or "int8" with one scale for each token and head, which is
             read four times as fast as float32. The loss of accuracy is measured and recorded like that of int8 weights.
             "auto", with a contract: int8 if every bucket then fulfils it, else "same".
@@ -203,12 +205,16 @@ def compile(
         model = floats = load_model(checkpoint, dtype=dtype)
         info = _model_info(checkpoint, raw_config, config, ends, model)
         error = kv_error = rounding = None
+        unseen = 0
         if rounds:
             rounding = rounding_text(model, weights, calibration, checkpoint / layout.TOKENIZER)
             if rounding.method != GPTQ:
                 report.drop(layers - 1)
-            model = round_model(model, weights, rounding, report, activations)
+            rounded = round_model(model, weights, rounding, report, activations)
+            model, unseen = rounded.model, rounded.unseen_experts
             error = quantization_error(floats, model, rounding.judged, rounding.first)
+        else:
+            separate_experts(model)
         choices, measured = decide(asked, buckets, timed, report)
         choices, measured_decode = decide_decode(choices, asked, buckets, timed, report)
         report("calibrating the attention")
@@ -273,6 +279,7 @@ def compile(
                 GROUPS.get(weights),
                 None if rounding is None else rounding.method,
                 0 if rounding is None else rounding.fitted_tokens,
+                unseen,
             ),
             buckets=compiled,
             files=_copy_files(checkpoint, folder),

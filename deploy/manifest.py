@@ -203,13 +203,15 @@ class WeightsInfo:
     Attributes:
         file: that holds them.
         tensors: that it holds, by name, in the order in which every entry takes them, which is that of their names.
-        format: "int4", "int8" or "bfloat16" if the kernels of linear layers are rounded to it; "same" if they have the
-            artifact's dtype.
+        format: "int4", "int8" or "bfloat16" if the kernels of linear layers, experts and convolutions are rounded to
+            it; "same" if they have the artifact's dtype.
         error: what rounding them cost, together with the activations; None if they are not rounded.
         group: inputs of a linear layer that share a scale, where they come in whole groups; None without scales.
         rounding: how: "nearest" or "gptq"; None if they are not rounded.
         fitted_tokens: first tokens of the calibration text that they were rounded for; the error is that of the tokens
             behind them. 0 if each weight is rounded by itself.
+        unseen_experts: experts that got none of these tokens: their gate and up projections are rounded for all
+            tokens, the weights of their down projections each to its nearest.
     """
 
     file: FileInfo
@@ -219,6 +221,7 @@ class WeightsInfo:
     group: int | None = None
     rounding: str | None = None
     fitted_tokens: int = 0
+    unseen_experts: int = 0
 
     def __post_init__(self) -> None:
         if list(self.tensors) != sorted(self.tensors):

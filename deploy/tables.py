@@ -190,15 +190,16 @@ def rounding_tables(manifest: Manifest) -> list[Table]:
     """What rounding the weights cost, and rounding keys and values; no table of what is not rounded."""
     weights = manifest.weights
     beside = "" if manifest.activations == "same" else f", {manifest.activations} activations"
+    note = f"; {describe_rounding(weights)}" if weights.unseen_experts else ""
     rounded = {
-        f"{weights.format} weights{beside}": weights.error,
-        f"{manifest.kv_dtype} keys and values": manifest.kv_error,
+        f"{weights.format} weights{beside}": (weights.error, note),
+        f"{manifest.kv_dtype} keys and values": (manifest.kv_error, ""),
     }
-    return [_rounding_table(title, error) for title, error in rounded.items() if error is not None]
+    return [_rounding_table(title, error, note) for title, (error, note) in rounded.items() if error is not None]
 
 
-def _rounding_table(title: str, error: QuantizationError) -> Table:
-    table = Table(title=title, caption="exact attention, before and after rounding")
+def _rounding_table(title: str, error: QuantizationError, note: str) -> Table:
+    table = Table(title=title, caption=f"exact attention, before and after rounding{note}")
     cells = quantization_error_cells(error)
     for name in cells:
         table.add_column(name, justify="left" if name == "text" else "right")
@@ -249,7 +250,9 @@ def _weight_format(weights: WeightsInfo) -> str:
 def describe_rounding(weights: WeightsInfo) -> str:
     """How weights were rounded."""
     if weights.rounding == "gptq":
-        return f"rounded by GPTQ for {weights.fitted_tokens} tokens of text"
+        count = weights.unseen_experts
+        unseen = f", of which {count} expert{'s' * (count > 1)} got none" if count else ""
+        return f"rounded by GPTQ for {weights.fitted_tokens} tokens of text{unseen}"
     return "each rounded to its nearest"
 
 

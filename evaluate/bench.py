@@ -175,7 +175,7 @@ class Bench:
 
     def _rounded(self, weights: str, activations: str) -> CausalLM:
         text = rounding_text(self.model, weights, self._calibration, self._checkpoint / TOKENIZER)
-        return round_model(self.model, weights, text, lambda _: None, activations)
+        return round_model(self.model, weights, text, lambda _: None, activations).model
 
     def constants(self, name: str) -> LayerConstants | None:
         """What the attention of a configuration is calibrated to; None if it needs nothing."""

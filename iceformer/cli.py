@@ -76,7 +76,7 @@ class Dtype(StrEnum):
 
 
 class WeightFormat(StrEnum):
-    """Number format of the weights of linear layers."""
+    """Number format of the weights of linear layers, experts and convolutions."""
 
     SAME = "same"
     BFLOAT16 = "bfloat16"
@@ -85,7 +85,7 @@ class WeightFormat(StrEnum):
 
 
 class ActivationFormat(StrEnum):
-    """Number format of what linear layers with int8 weights multiply."""
+    """Number format of what linear layers and experts with int8 weights multiply."""
 
     SAME = "same"
     INT8 = "int8"
@@ -306,15 +306,15 @@ def compile(
     weights: Annotated[
         WeightFormat,
         typer.Option(
-            help="Number format of linear layers: same as --dtype, bfloat16, int8 with a scale for every 64 "
-            "inputs of each output, or int4 with one for every 32, rounded for the calibration text. The loss of "
-            "accuracy is measured and reported."
+            help="Number format of linear layers, experts and convolutions: same as --dtype, bfloat16, int8 with a "
+            "scale for every 64 inputs of each output, or int4 with one for every 32, rounded for the calibration "
+            "text. The loss of accuracy is measured and reported."
         ),
     ] = WeightFormat.SAME,
     activations: Annotated[
         ActivationFormat,
         typer.Option(
-            help="With int8 weights: number format of prompts where linear layers multiply them, int8 or int16 with a "
+            help="With int8 weights: number format of prompts where layers multiply them, int8 or int16 with a "
             "scale for every 64 numbers, or same as --dtype. The loss of accuracy is measured and reported."
         ),
     ] = ActivationFormat.SAME,

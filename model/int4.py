@@ -91,10 +91,24 @@ def shrunk(
     covariances are shrunk like this (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
     matrices", 2004); with this share, layers of SmolLM2 did about best after 2500, 8192 and 16384 tokens.
     """
-    share = 2 * len(moments) / (2 * len(moments) + count)
-    kept = moments * np.float32(1 - share)
+    kept = moments * np.float32(1 - _share(moments, count))
     np.fill_diagonal(kept, np.diagonal(moments))
     return kept
+
+
+def shrunk_towards(
+    common: Float32[np.ndarray, "in_features in_features"],
+    moments: Float32[np.ndarray, "in_features in_features"],
+    count: int,
+) -> Float32[np.ndarray, "in_features in_features"]:
+    """The mean of x x^T over `count` inputs, from their second moments, mixed with that over a larger set of inputs by
+    the share of `shrunk`: an expert's inputs, and those of all experts. Without inputs it is that of the larger set."""
+    share = np.float32(_share(moments, count))
+    return moments * ((1 - share) / np.float32(max(count, 1))) + common * share
+
+
+def _share(moments: Float32[np.ndarray, "in_features in_features"], count: int) -> float:
+    return 2 * len(moments) / (2 * len(moments) + count)
 
 
 def inverse_factor(

@@ -3,6 +3,7 @@
 Activations have the parameters' dtype; products accumulate in float32, the rest is computed in it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from . import panels
-from .products import multiply, multiply_all, multiply_transposed
+from .products import Weight, multiply_all, multiply_transposed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -56,6 +57,18 @@ class Linear(nnx.Module):
         self.scale: nnx.Param | None = nnx.data(None)
         self.levels = 0
 
+    @classmethod
+    def of(cls, kernel: Float[Array, "in_features out_features"]) -> "Linear":
+        """The layer with a kernel and without a bias."""
+        linear = Linear(0, 0, use_bias=False, rngs=nnx.Rngs(0), param_dtype=kernel.dtype)
+        linear.kernel = nnx.Param(kernel)
+        return linear
+
+    @property
+    def weight(self) -> Weight:
+        """The kernel, as products take it."""
+        return self.kernel[...]
+
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
         return self.in_float32(x).astype(x.dtype)
 
@@ -64,14 +77,14 @@ class Linear(nnx.Module):
         return project(x, self)[0]
 
 
-Observer = Callable[[tuple[Linear, ...], Array], None]
-"""Is given linear layers, and the input that they take together."""
+Observer = Callable[[tuple[nnx.Module, ...], Array], None]
+"""Is given linear layers, or experts, and the input that they take together."""
 _observer: ContextVar[Observer | None] = ContextVar("_observer", default=None)
 
 
 @contextmanager
 def observing_inputs(observe: Observer) -> Iterator[None]:
-    """Within it, `observe` is given what linear layers take, while the function is traced."""
+    """Within it, `observe` is given what linear layers and experts take, while the function is traced."""
     token = _observer.set(observe)
     try:
         yield
@@ -79,22 +92,29 @@ def observing_inputs(observe: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
-def project(x: Float[Array, "*rows in_features"], *layers: Linear) -> list[Float32[Array, "*rows _"]]:
-    """What several linear layers make of the same input, in float32."""
+def show_input(modules: tuple[nnx.Module, ...], x: Float[Array, "*rows in_features"]) -> None:
+    """Gives the observer, if there is one, what these take."""
     observe = _observer.get()
     if observe is not None:
-        observe(layers, x)
+        observe(modules, x)
+
+
+def project(x: Float[Array, "*rows in_features"], *layers: Linear) -> list[Float32[Array, "*rows _"]]:
+    """What several linear layers make of the same input, in float32."""
+    show_input(layers, x)
     scales = [None if layer.scale is None else layer.scale[...] for layer in layers]
     levels = max(layer.levels for layer in layers)
-    products = multiply_all(x, [layer.kernel[...] for layer in layers], scales, levels)
+    products = multiply_all(x, [layer.weight for layer in layers], scales, levels)
     return [
         product if layer.bias is None else product + layer.bias[...].astype(jnp.float32)
         for product, layer in zip(products, layers, strict=True)
     ]
 
 
-class Convolution(nnx.Module):
+class Convolution(Linear):
     """The product of a convolution, `windows @ kernel + bias`, over windows that the caller cuts.
+
+    The kernel is [*window, out_features], or that of a linear layer where it is int8.
 
     Args:
         window: what a window is made of, e.g. (channels, height, width).
@@ -102,14 +122,19 @@ class Convolution(nnx.Module):
     """
 
     def __init__(self, window: tuple[int, ...], out_features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
-        self.kernel = nnx.Param(_initial(rngs.params(), (*window, out_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+        super().__init__(math.prod(window), out_features, use_bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.kernel = nnx.Param(self.kernel[...].reshape(*window, out_features))
+
+    @property
+    def weight(self) -> Weight:
+        """The kernel, as products take it: of flat windows."""
+        kernel = self.kernel[...]
+        return kernel.reshape(-1, kernel.shape[-1]) if self.scale is None else kernel
 
     def __call__(self, windows: Float[Array, "*rows in_features"]) -> Float32[Array, "*rows out_features"]:
         """The result in float32, for windows that are flat and in any dtype."""
-        kernel = self.kernel[...]
-        product = multiply(windows.astype(kernel.dtype), kernel.reshape(-1, kernel.shape[-1]))
-        return product + self.bias[...].astype(jnp.float32)
+        assert self.bias is not None
+        return self.in_float32(windows.astype(self.bias.dtype))
 
 
 class Embedding(nnx.Module):

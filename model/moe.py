@@ -2,9 +2,14 @@
 
 The pairs of a token and one of its experts are sorted by expert and cut into blocks of rows with one expert; a loop
 runs over the blocks that there are. So every pair is computed, and an expert without tokens is not read.
+
+The experts' weights are stacks, or linear layers of each expert, which can be rounded: the native kernel reads those of
+one where they lie, and XLA copies one expert at a time.
 Sources: Mixtral (Jiang et al., arXiv 2401.04088); transformers' `modeling_mixtral.py` and `modeling_qwen3_moe.py`,
 whose outputs these equal.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ..attention.ops import matmul
-from .modules import ACTIVATIONS, Linear
+from .modules import ACTIVATIONS, Linear, show_input
+from .products import multiply_by_one_of
 
 # More rows pad more, fewer read an expert's weights more often; XLA wants at least 8 for its bfloat16 product.
 _LEAST_ROWS, _MOST_ROWS = 8, 256
@@ -30,11 +36,34 @@ def check_experts(num_experts_per_tok: int, num_experts: int) -> None:
         )
 
 
+class Expert(nnx.Module):
+    """One gated MLP, whose gate and up projection are one layer: the outputs of the one, then those of the other."""
+
+    def __init__(self, gate_up_proj: Linear, down_proj: Linear, *, hidden_act: str) -> None:
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.hidden_act = hidden_act
+
+    def activated(self, x: Float[Array, "rows hidden_size"]) -> Float[Array, "rows intermediate_size"]:
+        """What the down projection takes."""
+        return _activated(self.gate_up_proj.in_float32(x), self.hidden_act).astype(x.dtype)
+
+
+def separate_experts(model: nnx.Module) -> None:
+    """Gives all experts of a model layers of their own, so that the native kernel need not copy what it reads."""
+    for _, node in [*nnx.iter_graph(model)]:
+        if isinstance(node, SparseMoE) and node.experts is None:
+            node.separate(lambda number, expert: None)
+
+
 class SparseMoE(nnx.Module):
     """The sum over a token's experts of `weight * down(activation(gate(x)) * up(x))`.
 
     A token's experts are those with the highest probabilities by the router, a softmax in float32. These are the
     weights, divided by their sum if `norm_topk_prob` (which Mixtral always does).
+
+    Attributes:
+        gate_proj, up_proj, down_proj: the stacks of all experts' weights; None after `separate`.
+        experts: one by one, after it; None before.
 
     Raises:
         ValueError: more experts per token than there are.
@@ -59,17 +88,38 @@ class SparseMoE(nnx.Module):
             )
         inwards, outwards = (num_experts, hidden_size, intermediate_size), (num_experts, intermediate_size, hidden_size)
         self.gate = Linear(hidden_size, num_experts, use_bias=False, rngs=rngs, param_dtype=param_dtype)
-        self.gate_proj = nnx.Param(_initial(rngs.params(), inwards, param_dtype))
-        self.up_proj = nnx.Param(_initial(rngs.params(), inwards, param_dtype))
-        self.down_proj = nnx.Param(_initial(rngs.params(), outwards, param_dtype))
+        self.gate_proj: nnx.Param | None = nnx.data(nnx.Param(_initial(rngs.params(), inwards, param_dtype)))
+        self.up_proj: nnx.Param | None = nnx.data(nnx.Param(_initial(rngs.params(), inwards, param_dtype)))
+        self.down_proj: nnx.Param | None = nnx.data(nnx.Param(_initial(rngs.params(), outwards, param_dtype)))
+        self.experts: nnx.List[Expert] | None = nnx.data(None)
+        self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.hidden_act = hidden_act
 
     def __call__(self, x: Float[Array, "*rows hidden_size"]) -> Float[Array, "*rows hidden_size"]:
         tokens = x.reshape(-1, x.shape[-1])
+        show_input((self,), tokens)
         weights, experts = self.route(tokens)
         return self._sum_of_experts(tokens, weights, experts).astype(x.dtype).reshape(x.shape)
+
+    def separate(self, finish: Callable[[int, Expert], None]) -> None:
+        """Gives every expert layers of its own in place of its part of the stacks.
+
+        Args:
+            finish: is given each expert with its number as soon as it is there, to round it before the next one.
+        """
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        assert gate is not None
+        assert up is not None
+        assert down is not None
+        self.experts = nnx.List()
+        for number in range(self.num_experts):
+            gate_up = jnp.concatenate([gate[number], up[number]], axis=-1)
+            expert = Expert(Linear.of(gate_up), Linear.of(down[number]), hidden_act=self.hidden_act)
+            finish(number, expert)
+            self.experts.append(expert)
+        self.gate_proj = self.up_proj = self.down_proj = nnx.data(None)
 
     def route(
         self, x: Float[Array, "tokens hidden_size"]
@@ -88,8 +138,8 @@ class SparseMoE(nnx.Module):
         experts: Int32[Array, "tokens chosen"],
     ) -> Float32[Array, "tokens hidden_size"]:
         tokens, chosen = experts.shape
-        num_experts = self.gate_proj.shape[0]
-        rows = _block_rows(tokens * chosen, num_experts)
+        num_experts = self.num_experts
+        rows = _block_rows(tokens * chosen, num_experts, _LEAST_ROWS if self.experts is None else 1)
         # Pairs by expert, padded so that a block never reaches past them.
         order = jnp.pad(jnp.argsort(experts.reshape(-1), stable=True), (0, rows)).astype(jnp.int32)
         counts = jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
@@ -111,16 +161,33 @@ class SparseMoE(nnx.Module):
     def _expert(
         self, expert: Int32[Array, ""], x: Float[Array, "rows hidden_size"]
     ) -> Float32[Array, "rows hidden_size"]:
-        stacks = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
-        gate, up, down = (_one_of(stack, expert) for stack in stacks)
+        if self.experts is not None:
+            gate_up = _by_one_of([each.gate_up_proj for each in self.experts], expert, x)
+            activated = _activated(gate_up, self.hidden_act)
+            return _by_one_of([each.down_proj for each in self.experts], expert, activated.astype(x.dtype))
+        stacks = (self.gate_proj, self.up_proj, self.down_proj)
+        gate, up, down = (_one_of(stack[...], expert) for stack in stacks if stack is not None)
         activated = ACTIVATIONS[self.hidden_act](matmul(x, gate)) * matmul(x, up)
         return matmul(activated.astype(x.dtype), down)
 
 
-def _block_rows(pairs: int, num_experts: int) -> int:
+def _activated(gate_up: Float32[Array, "rows both_sizes"], hidden_act: str) -> Float32[Array, "rows intermediate_size"]:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return ACTIVATIONS[hidden_act](gate) * up
+
+
+def _block_rows(pairs: int, num_experts: int, least: int) -> int:
     """Rows of a block: the power of two at or above the pairs that an expert has on average."""
-    average = -(-pairs // num_experts)
-    return min(max(1 << (average - 1).bit_length(), _LEAST_ROWS), _MOST_ROWS)
+    average = max(-(-pairs // num_experts), 1)
+    return min(max(1 << (average - 1).bit_length(), least), _MOST_ROWS)
+
+
+def _by_one_of(
+    layers: Sequence[Linear], number: Int32[Array, ""], x: Float[Array, "rows in_features"]
+) -> Float32[Array, "rows out_features"]:
+    """What one of several layers without biases makes of x."""
+    scales = [None if layer.scale is None else layer.scale[...] for layer in layers]
+    return multiply_by_one_of(x, number, [layer.weight for layer in layers], scales, layers[0].levels)
 
 
 def _one_of(stack: Float[Array, "experts m n"], expert: Int[Array, ""]) -> Float[Array, "m n"]:

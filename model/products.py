@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Float32, Shaped
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Shaped
 
 from .. import kernels
 from . import panels
@@ -76,6 +77,24 @@ def multiply_all(
     return [product.reshape(*x.shape[:-1], product.shape[1]) for product in products]
 
 
+def multiply_by_one_of(
+    x: Float[Array, "*rows in_features"],
+    number: Int[Array, ""],
+    weights: Sequence[Weight],
+    scales: Sequence[Scale | None],
+    levels: int = 0,
+) -> Float32[Array, "*rows _"]:
+    """`x @ (weight * scale)` for the weight of that number among several of one shape and dtype.
+
+    The native kernel reads that weight where it lies, and none of the others; XLA makes a copy of it first.
+    """
+    pairs = list(zip(weights, scales, strict=True))
+    if _native(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weights[0].dtype):
+        return lax.switch(number, [partial(_multiply_by, pair, levels) for pair in pairs], x)
+    # A product in each branch would be compiled as often as there are weights.
+    return _multiply_by(lax.switch(number, [partial(_same, pair) for pair in pairs]), levels, x)
+
+
 def multiply_transposed(
     x: Float[Array, "*rows in_features"], table: Float[Array, "out_features in_features"]
 ) -> Float32[Array, "*rows out_features"]:
@@ -86,6 +105,17 @@ def multiply_transposed(
     else:
         product = _of_floats(flat, table, axis=1)
     return product.reshape(*x.shape[:-1], table.shape[0])
+
+
+def _multiply_by(
+    pair: tuple[Weight, Scale | None], levels: int, x: Float[Array, "*rows in_features"]
+) -> Float32[Array, "*rows _"]:
+    weight, scale = pair
+    return multiply_all(x, [weight], [scale], levels)[0]
+
+
+def _same(pair: tuple[Weight, Scale | None]) -> tuple[Weight, Scale | None]:
+    return pair
 
 
 def _native(x: Float[Array, "rows in_features"], dtype: jnp.dtype) -> bool:

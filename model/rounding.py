@@ -1,4 +1,5 @@
-"""Rounded weights: linear layers whose kernel is bfloat16, or int8 or int4 with a scale for a group of its inputs.
+"""Rounded weights: linear layers, experts of mixtures and convolutions whose kernel is bfloat16, or int8 or int4 with a
+scale for a group of its inputs.
 
 A rounded weight is a float without loss, so that a product is exact but for the order of its sums, unless activations
 are rounded too (`activations`), which int8 weights allow: then more rows than a few are integers, in all layers but the
@@ -6,7 +7,7 @@ output layer. An output layer tied to the embeddings is rounded with them, in in
 other embeddings, norms and biases keep their dtype. The projections of values have the next wider format, bfloat16 with
 int8 and int8 with int4: their outputs are small beside their inputs, so that rounding costs them most, and they are 3%
 of a decoder's weights. So have with int4 the layers outside of the model's stack, such as an output layer, whose errors
-are those of the logits themselves, and the routers of experts.
+are those of the logits themselves, convolutions and patch embeddings, and the routers of experts.
 """
 
 from typing import Any
@@ -19,7 +20,8 @@ from jaxtyping import Float32, Int8
 from .activations import LEVELS
 from .decoder import CausalLM
 from .int4 import INT4_GROUP, Rounded, quantize_int4
-from .modules import Embedding, Linear
+from .modules import Convolution, Embedding, Linear
+from .moe import Expert, SparseMoE
 from .panels import pack, pack_int4
 
 FORMATS = ("bfloat16", "int8", "int4")
@@ -40,21 +42,26 @@ _STACK = "layers"
 
 
 def round_weights(model: nnx.Module, form: str, activations: str = "same") -> Any:
-    """The model with every `Linear` rounded, which shares everything else with the given model.
+    """The model with every `Linear`, `Convolution` and `Expert` rounded, which shares everything else with the given
+    model.
 
     Args:
         model: the model, which stays as it is. Layers of it that are integers already stay, too.
         form: one of `FORMATS`.
-        activations: one of `activations.LEVELS`: what the layers with int8 weights round their inputs to.
+        activations: one of `activations.LEVELS`: what the layers with int8 weights round their inputs to, but for
+            convolutions, whose inputs are the model's own.
     """
     rounded = nnx.merge(*nnx.split(model))
+    for path, node in [*nnx.iter_graph(rounded)]:
+        if isinstance(node, SparseMoE) and node.experts is None:
+            round_experts(node, form_of(path, form))
     for path, node in nnx.iter_graph(rounded):
         if not isinstance(node, Linear):
             continue
         if node.scale is None:
             round_linear(node, form_of(path, form))
         # The errors of an output layer are those of the logits themselves.
-        if node.scale is not None and path != (_OUTPUT,):
+        if node.scale is not None and path != (_OUTPUT,) and not isinstance(node, Convolution):
             node.levels = LEVELS[activations]
     if isinstance(rounded, CausalLM) and rounded.lm_head is None:
         _round_tied(rounded.model.embed_tokens, form)
@@ -75,12 +82,22 @@ def set_int4(linear: Linear, rounded: Rounded) -> None:
     linear.kernel, linear.scale = nnx.Param(jnp.asarray(pack_int4(numbers))), nnx.Param(jnp.asarray(scale))
 
 
+def round_experts(experts: SparseMoE, form: str) -> None:
+    """Rounds all experts to a format, each weight to its nearest; floats of one are held at a time."""
+
+    def finish(_: int, expert: Expert) -> None:
+        round_linear(expert.gate_up_proj, form)
+        round_linear(expert.down_proj, form)
+
+    experts.separate(finish)
+
+
 def round_linear(linear: Linear, form: str) -> None:
     """Rounds a layer's kernel to a format, each weight to its nearest."""
     if form == "bfloat16":
         linear.kernel = nnx.Param(linear.kernel[...].astype(jnp.bfloat16))
         return
-    kernel = np.asarray(linear.kernel[...], np.float32)
+    kernel = np.asarray(linear.weight, np.float32)
     if form == "int4":
         set_int4(linear, quantize_int4(kernel))
         return

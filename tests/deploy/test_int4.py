@@ -111,7 +111,7 @@ def test_rounding_for_a_text_keeps_more_of_the_model(checkpoint: Path) -> None:
     """Of hidden states over another text of the same kind."""
     model: Any = iceformer.load_model(checkpoint)
     told: list[str] = []
-    fitted = round_for_inputs(model, text_like(1024)[None], told.append)
+    fitted = round_for_inputs(model, text_like(1024)[None], told.append).model
     assert told == ["rounding the weights of layer 1 of 2", "rounding the weights of layer 2 of 2"]
     ids = jnp.asarray(text_like(256, seed=2)[None])
 

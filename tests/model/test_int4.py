@@ -4,7 +4,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from iceformer.model.int4 import INT4_GROUP, group_size, inverse_factor, quantize_for_inputs, quantize_int4
+from iceformer.model.int4 import (
+    INT4_GROUP,
+    group_size,
+    inverse_factor,
+    quantize_for_inputs,
+    quantize_int4,
+    shrunk_towards,
+)
 
 FEATURES, OUTPUTS = 96, 7
 
@@ -110,3 +117,13 @@ def test_factor_is_that_of_the_inverse(tokens: int) -> None:
     np.testing.assert_array_equal(factor, np.triu(factor))
     # Of the identity, as both are ill-conditioned.
     np.testing.assert_allclose(factor @ damped @ factor.T, np.eye(FEATURES), atol=2e-2)
+
+
+def test_moments_of_a_few_inputs_are_mixed_with_common_ones() -> None:
+    own, common = moments(tokens=50), moments(tokens=500) / 500
+    np.testing.assert_array_equal(shrunk_towards(common, np.zeros_like(own), 0), common)
+    # As many as twice the features: half of each.
+    mixed = shrunk_towards(common, own, 2 * FEATURES)
+    np.testing.assert_allclose(mixed, (own / (2 * FEATURES) + common) / 2, atol=1e-5)
+    many = shrunk_towards(common, own * 10**6, 50 * 10**6)
+    np.testing.assert_allclose(many, own / 50, atol=1e-4 * float(np.abs(own).max()))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from iceformer import kernels
-from iceformer.model.modules import Embedding, GatedMLP, Linear, RMSNorm
+from iceformer.model.modules import Convolution, Embedding, GatedMLP, Linear, RMSNorm
 from iceformer.model.panels import unpack
+from iceformer.model.registry import build
 from iceformer.model.rounding import GROUP, form_of, quantize_kernel, round_weights
 
 
@@ -181,3 +182,72 @@ def test_every_linear_layer_is_replaced_and_the_model_given_is_not() -> None:
     np.testing.assert_array_equal(model(ids), before)
     assert not np.array_equal(rounded(ids), before)
     np.testing.assert_allclose(rounded(ids), before, atol=0.05 * float(jnp.abs(before).max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_convolution_is_the_product_of_windows_with_the_rounded_weights(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    layer = Convolution((3, 4, 8), 70, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
+    assert layer.bias is not None
+    layer.bias[...] = jnp.asarray(rng.standard_normal(70), dtype)
+    rounded = round_weights(layer, "int8", "int8")
+    assert (layer.kernel.shape, rounded.kernel.dtype, rounded.scale.shape) == ((3, 4, 8, 70), jnp.int8, (1, 70))
+    # What it takes is not rounded.
+    assert rounded.levels == 0
+    kernel = np.asarray(unpack(rounded.kernel[...], 96), np.float64)[:, :70] * np.asarray(
+        rounded.scale[...], np.float64
+    )
+    windows = jnp.asarray(rng.standard_normal((2, 9, 96)), dtype)
+    expected = np.asarray(windows, np.float64) @ kernel + np.asarray(layer.bias[...], np.float64)
+    result = rounded(windows.astype(jnp.float32))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    np.testing.assert_allclose(result, layer(windows), atol=96 * 0.1 / 254 * 4)
+    in_bfloat16 = round_weights(layer, "bfloat16")
+    flat = np.asarray(layer.kernel[...].astype(jnp.bfloat16), np.float64).reshape(96, 70)
+    expected = np.asarray(windows, np.float64) @ flat + np.asarray(layer.bias[...], np.float64)
+    np.testing.assert_allclose(in_bfloat16(windows), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize(
+    ("config", "name", "shape"),
+    [
+        pytest.param(
+            {"model_type": "vit", "image_size": 24, "patch_size": 8},
+            "pixel_values",
+            (3, 24, 24),
+            marks=pytest.mark.slow,
+        ),
+        ({"model_type": "dinov2", "image_size": 28, "patch_size": 14}, "pixel_values", (3, 28, 28)),
+        (
+            {"model_type": "whisper", "architectures": ["WhisperModel"], "max_source_positions": 10},
+            "input_features",
+            (80, 20),
+        ),
+    ],
+    ids=["vit", "dinov2", "whisper"],
+)
+def test_patch_embeddings_and_convolutions_in_front_of_an_encoder_are_int8(
+    weights: str, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> None:
+    """They equal those whose kernels are the rounded ones, multiplied out."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    if config["model_type"] == "whisper":
+        sizes = {"d_model": 48, "encoder_attention_heads": 4, "encoder_layers": 1}
+    architecture, read = build(config | sizes)
+    model: Any = architecture.module(read, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    rounded = round_weights(model, weights)
+    inputs = {name: jnp.asarray(np.random.default_rng(0).standard_normal((2, *shape)), jnp.float32)}
+    exact, result = model.embeddings(inputs), rounded.embeddings(inputs)
+    nodes = dict(nnx.iter_graph(rounded.embeddings))
+    for path, node in nnx.iter_graph(model.embeddings):
+        if isinstance(node, Convolution):
+            their = nodes[path]
+            assert their.kernel.dtype == jnp.int8
+            features = node.weight.shape[0]
+            scale = jnp.repeat(their.scale[...], features // len(their.scale), axis=0)
+            kernel = unpack(their.kernel[...], features)[:, :48] * scale
+            node.kernel[...] = kernel.reshape(node.kernel.shape)
+    np.testing.assert_allclose(result, model.embeddings(inputs), atol=1e-5)
+    assert 0 < float(jnp.abs(result - exact).max()) < 0.05 * float(jnp.abs(exact).max())
