@@ -1,6 +1,7 @@
 """What every method of the registry has in common, and each method's formula in loops of numpy."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,7 +116,7 @@ def test_new_tokens_attend_to_a_selection(name: str) -> None:
     method = method_of(name)
     config = DecodeSelection(method, budget=64, key_block=KEY_BLOCK, sink=4, local=8)
     case = Case(method)
-    case.query = case.query[:, :, -1:]
+    case.query = 4 * case.query[:, :, -1:]  # of random keys few matter then
     rows = Rows(
         jnp.arange(2, dtype=jnp.int32), jnp.asarray(case.lengths - 1, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
     )
@@ -312,6 +313,23 @@ def test_a_method_from_outside_joins_by_name() -> None:
             register_method(type("Other", (LowRank,), {"name": "tail"}))
     finally:
         del METHODS["tail"]
+
+
+def test_the_documented_example_is_a_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    code = next(block for block in page.split("```python\n")[1:] if "register_method" in block).split("```")[0]
+    namespace: dict[str, Any] = {}
+    try:
+        exec(code, namespace)
+        method = namespace["LongestKey"]()
+        case = Case(method)
+        found = case.attend(TwoStage("longest_key", **SMALL))
+        assert np.isfinite(found[0]).all()
+        longest = np.argmax(np.linalg.norm(case.key[0, 0, :96], axis=1)) // KEY_BLOCK
+        scores = products(method, case.query[0, 0, :8], case.key[0, 0, :96])
+        assert (scores.argmax(axis=0) == longest).all()
+    finally:
+        METHODS.pop("longest_key", None)
 
 
 def test_the_search_as_published_selects_for_each_query_alone() -> None:
