@@ -1,8 +1,8 @@
 """What every method of the registry has in common, and each method's formula in loops of numpy."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from iceformer.attention import (
     LowRank,
     Lsh,
     Mask,
+    MeanPool,
     Method,
     ProductQuant,
     Rows,
@@ -32,6 +33,7 @@ from iceformer.attention import (
 )
 from iceformer.attention.plan import Plan
 
+from ..few import few
 from .reference import naive_attention, random_inputs
 
 KEYS, HEAD_DIM, KEY_BLOCK = 192, 16, 8
@@ -48,8 +50,26 @@ ALL = sorted(METHODS)
 FOR_NEW_TOKENS = [name for name in ALL if METHODS[name].single_queries]
 
 
+@pytest.fixture
+def name(form: str, request: pytest.FixtureRequest) -> str:
+    """Of a method."""
+    if form == "kernels" and not issubclass(METHODS[request.param], LowRank):
+        pytest.skip("runs in XLA in both forms")
+    return request.param
+
+
 def method_of(name: str) -> Method:
     return make_method(name, **OPTIONS.get(name, {}))
+
+
+@dataclass(frozen=True)
+class Blind(MeanPool):
+    """Finds all key blocks equal, so that the first are taken."""
+
+    name: ClassVar[str] = "blind"
+
+    def block_products(self, features: Any, index: Any) -> jax.Array:
+        return 0 * super().block_products(features, index)
 
 
 class Case:
@@ -84,7 +104,7 @@ def _attend(attention: Any, query: Any, keys: Any, rows: Any, constants: Any) ->
     )
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", few(ALL, ["antidiagonal", "clusters", "iceformer", "label_cache"]), indirect=True)
 def test_chunks_of_ragged_rows_equal_one_call_and_lie_near_exact_attention(name: str) -> None:
     case, config = Case(method_of(name)), TwoStage(method_of(name), **SMALL)
     whole = case.attend(config)
@@ -95,13 +115,12 @@ def test_chunks_of_ragged_rows_equal_one_call_and_lie_near_exact_attention(name:
         assert np.isfinite(seen).all()
         np.testing.assert_allclose(pieces[row, :, :96], whole[row, :, :96], atol=1e-5)
         np.testing.assert_allclose(pieces[row, :, length - 16 : length], exact[row, :, length - 16 : length], atol=1e-5)
-        # Blind choice among the keys is off by half; the worst of these by less.
-        error = np.linalg.norm(seen - exact[row, :, :length]) / np.linalg.norm(exact[row, :, :length])
-        assert 1e-4 < error < 0.5
+    error = np.linalg.norm(whole[0] - exact[0])
+    assert 0 < error < np.linalg.norm(case.attend(replace(config, method=Blind()))[0] - exact[0])
     np.testing.assert_array_equal(case.attend(config), whole)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", few(ALL, ["lsh", "label_cache"]), indirect=True)
 def test_a_budget_for_every_key_is_exact_attention(name: str) -> None:
     method = method_of(name)
     assert TwoStage(method, **{**SMALL, "budget": KEYS}).within(KEYS, Mask()) == Exact()
@@ -111,7 +130,7 @@ def test_a_budget_for_every_key_is_exact_attention(name: str) -> None:
     np.testing.assert_allclose(case.attend(config)[1, :, :150], case.exact()[1, :, :150], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FOR_NEW_TOKENS)
+@pytest.mark.parametrize("name", few(FOR_NEW_TOKENS, ["product_quant", "label_cache"]), indirect=True)
 def test_new_tokens_attend_to_a_selection(name: str) -> None:
     method = method_of(name)
     config = DecodeSelection(method, budget=64, key_block=KEY_BLOCK, sink=4, local=8)
@@ -121,12 +140,14 @@ def test_new_tokens_attend_to_a_selection(name: str) -> None:
         jnp.arange(2, dtype=jnp.int32), jnp.asarray(case.lengths - 1, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
     )
     keys = KeyView(jnp.asarray(case.key), jnp.asarray(case.value))
-    found = np.asarray(_attend(config, jnp.asarray(case.query), keys, rows, case.constants))
     exact = naive_attention(
         case.query, case.key, case.value, causal=True, offset=case.lengths - 1, lengths=case.lengths
     )
-    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.6
+    error, of_blind = (
+        np.linalg.norm(np.asarray(_attend(each, jnp.asarray(case.query), keys, rows, case.constants)) - exact)
+        for each in (config, replace(config, method=Blind()))
+    )
+    assert 0 < error < of_blind
 
 
 @pytest.mark.parametrize("name", ALL)
