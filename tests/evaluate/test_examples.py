@@ -76,7 +76,7 @@ def test_a_chain_of_variables_has_one_value(tokenizer: TextTokenizer, text: Path
     for example in make("variable_tracking", tokenizer, text):
         known: dict[str, str] = {}
         for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", example.context):
-            known[name] = known.get(value, value)
+            known[name] = known[value] if value in known else value
         asked = re.findall(r"\d+", example.question)[0]
         chain = example.answer.strip().split(", ")
         assert len(chain) == 5
