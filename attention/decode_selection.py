@@ -95,6 +95,12 @@ class DecodeSelection(Selective):
 
     def __post_init__(self) -> None:
         method = make_method(self.method) if isinstance(self.method, str) else self.method
+        if not method.single_queries:
+            raise ValueError(f"method is {method.name}, which ranks for blocks of queries, not for a new token")
+        if self.mass and not method.estimates:
+            raise ValueError(
+                f"mass is {self.mass}, but {method.name} only ranks keys, and estimates no weights: leave it out"
+            )
         object.__setattr__(self, "method", method.with_every_query)
         if self.key_block == 0:
             object.__setattr__(self, "key_block", self.ranking.key_block)

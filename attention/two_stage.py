@@ -98,6 +98,11 @@ class TwoStage(Selective):
         if isinstance(self.method, str):
             object.__setattr__(self, "method", make_method(self.method))
         if self.mass:
+            if not self.ranking.estimates:
+                raise ValueError(
+                    f"mass is {self.mass}, but {self.ranking.name} only ranks keys, and estimates no weights: give "
+                    "budget as a number"
+                )
             object.__setattr__(self, "method", self.ranking.with_every_query)
         if self.query_block == 0:
             object.__setattr__(self, "query_block", _default_query_block(self.most_keys))

@@ -31,7 +31,7 @@ def measure_products(model: nnx.Module) -> tuple[ProductRow, ...]:
     """Times a product with each shape of a model's bfloat16 weights by the kernel and by XLA, in turn; nothing where
     there is no kernel."""
     linears = [node for _, node in nnx.iter_graph(model) if isinstance(node, Linear)]
-    shapes = dict.fromkeys(linear.kernel.shape for linear in linears if linear.kernel.dtype == jnp.bfloat16)
+    shapes = dict.fromkeys(linear.weight.shape for linear in linears if linear.kernel.dtype == jnp.bfloat16)
     return tuple(_measured(shape) for shape in shapes) if kernels.enabled() else ()
 
 

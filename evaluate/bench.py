@@ -23,7 +23,7 @@ from ..deploy.tokenization import TextTokenizer
 from ..model.decoder import CausalLM
 from ..model.self_attention import LayerConstants
 from .configuration import Configuration
-from .examples import TASKS
+from .tasks import TASKS
 from .texts import read_ids
 
 _CHUNK = 2048

@@ -1,11 +1,11 @@
-"""Questions over a long context: passkey, needle and line retrieval, generated from a seed.
+"""Questions over a long context, generated from a seed: passkey, needle, line and key-value retrieval, repetition.
 
 Examples with one context are second questions over it.
 """
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ _CITIES = (
 )
 _SENTENCE_END = re.compile(r"[.!?]\W*\s")
 _WORDS = 4000
+_BEGINNING, _REPEATED = 8, 16
+"""Words of a passage that are given, and that are to be repeated."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ class Setting:
 
 def passkey(setting: Setting) -> list[HiddenAnswer]:
     """Keys of five digits in a text that repeats itself (Mohtashami and Jaggi, arXiv 2305.16300), one at each depth."""
-    names, numbers = _facts(setting, 5)
+    names, numbers = facts(setting, 5)
     hidden = [
         f"The pass key of {name} is {number}. Remember it. {number} is the pass key of {name}. "
         for name, number in zip(names, numbers, strict=True)
     ]
-    context, depths = _hide(setting, _GRASS * (2 * setting.tokens // setting.count(_GRASS) + 1), hidden)
+    context, depths = hide(setting, grass(setting), hidden, setting.depths)
     return [
         HiddenAnswer(context, f"What is the pass key of {name}?", f"The pass key of {name} is", f" {number}", 16, depth)
         for name, number, depth in zip(names, numbers, depths, strict=True)
@@ -74,13 +76,13 @@ def passkey(setting: Setting) -> list[HiddenAnswer]:
 
 def needle(setting: Setting) -> list[HiddenAnswer]:
     """Numbers of seven digits in ordinary text, as in RULER (Hsieh et al., arXiv 2404.06654), one at each depth."""
-    names, numbers = _facts(setting, 7)
+    names, numbers = facts(setting, 7)
     subject = "the special magic number for {} mentioned in the provided text"
     hidden = [
         f"One of the special magic numbers for {name} is: {number}. "
         for name, number in zip(names, numbers, strict=True)
     ]
-    context, depths = _hide(setting, setting.filler, hidden)
+    context, depths = hide(setting, setting.filler, hidden, setting.depths)
     return [
         HiddenAnswer(
             context,
@@ -119,11 +121,53 @@ def lines(setting: Setting) -> list[HiddenAnswer]:
     ]
 
 
-TASKS: dict[str, Callable[[Setting], list[HiddenAnswer]]] = {"passkey": passkey, "needle": needle, "lines": lines}
-"""Each gives one example for each depth, all over one context."""
+def key_value(setting: Setting) -> list[HiddenAnswer]:
+    """A JSON object of random keys and values (Liu et al., "Lost in the Middle", arXiv 2307.03172), and the values of
+    the keys that stand nearest to each depth."""
+    seed = int(setting.rng.integers(2**31))
+
+    def make(count: int) -> tuple[list[tuple[str, str]], str]:
+        words = np.random.default_rng(seed).integers(2**32, size=(count, 2))
+        pairs = [(f"{key:08x}", f"{value:08x}") for key, value in words]
+        return pairs, "{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
+
+    (pairs, context), count = longest_fit(make, lambda made: setting.count(made[1]), setting.tokens)
+    places = [min(int(depth * count), count - 1) for depth in setting.depths]
+    return [
+        HiddenAnswer(
+            context,
+            "Extract the value of the specified key from the JSON object above.",
+            f'Key: "{pairs[place][0]}"\nCorresponding value: "',
+            f'{pairs[place][1]}"',
+            24,
+            place / count,
+        )
+        for place in places
+    ]
 
 
-def _facts(setting: Setting, digits: int) -> tuple[list[str], list[int]]:
+def repetition(setting: Setting) -> list[HiddenAnswer]:
+    """Passages of ordinary text to repeat, by their first words (Ribar et al., SparQ, arXiv 2312.04985)."""
+    offsets = setting.tokenizer.encode(setting.filler, add_special_tokens=False).offsets
+    context = setting.filler[: offsets[setting.tokens - 1][1]]
+    words = list(re.finditer(r"\S+", context))
+    examples = []
+    for depth in setting.depths:
+        first = int(depth * len(words)) + int(setting.rng.integers(_REPEATED))
+        first = min(first, len(words) - _BEGINNING - _REPEATED)
+        begin, given, end = (words[first + count].start() for count in (0, _BEGINNING, _BEGINNING + _REPEATED - 1))
+        beginning, passage = context[begin:given].rstrip(), context[given:end].rstrip()
+        question = f"Repeat the passage of the text that begins with: {' '.join(beginning.split())}"
+        examples.append(HiddenAnswer(context, question, beginning, f" {passage}", 64, begin / len(context)))
+    return examples
+
+
+def grass(setting: Setting) -> str:
+    """A text that repeats itself, more than long enough."""
+    return _GRASS * (2 * setting.tokens // setting.count(_GRASS) + 1)
+
+
+def facts(setting: Setting, digits: int) -> tuple[list[str], list[int]]:
     """A name and a number for each depth."""
     count = len(setting.depths)
     cities = _CITIES.split()
@@ -134,8 +178,9 @@ def _facts(setting: Setting, digits: int) -> tuple[list[str], list[int]]:
     return names, [int(number) for number in numbers]
 
 
-def _hide(setting: Setting, filler: str, hidden: Sequence[str]) -> tuple[str, list[float]]:
-    """The filler, cut to length, with each text between two of its sentences nearest to its depth; and these depths."""
+def hide(setting: Setting, filler: str, hidden: Sequence[str], depths: Sequence[float]) -> tuple[str, list[float]]:
+    """The filler, cut to length, with each text between two of its sentences nearest to its depth, which rise; and
+    these depths."""
     room = setting.tokens - sum(setting.count(text) + 2 for text in hidden)
     offsets = setting.tokenizer.encode(filler, add_special_tokens=False).offsets
     if room < 1 or len(offsets) < room:
@@ -144,7 +189,7 @@ def _hide(setting: Setting, filler: str, hidden: Sequence[str]) -> tuple[str, li
         )
     filler = filler[: offsets[room - 1][1]]
     ends = [0, *(match.end() for match in _SENTENCE_END.finditer(filler))]
-    places = [_nearest(ends, depth * len(filler)) for depth in setting.depths]
+    places = [_nearest(ends, depth * len(filler)) for depth in depths]
     parts, last = [], 0
     for place, text in zip(places, hidden, strict=True):
         parts += [filler[last:place], text]

@@ -14,8 +14,9 @@ from ..deploy.tokenization import TextTokenizer
 from .answers import Answer
 from .bench import Bench
 from .evaluation_result import Evaluation
-from .examples import TASKS, HiddenAnswer, Setting
+from .examples import HiddenAnswer, Setting
 from .processes import Report
+from .tasks import TASKS
 
 LEVEL = "tasks"
 Piece = tuple[str, int, int]

@@ -708,7 +708,9 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Separated by commas: passkey, needle, lines; none to leave them out.", rich_help_panel=_TASKS
+            help="Separated by commas: passkey, needle, lines, key_value, repetition, and of RULER multi_key, "
+            "multi_value, multi_query, variable_tracking, common_words, frequent_words; none to leave them out.",
+            rich_help_panel=_TASKS,
         ),
     ] = "passkey,needle",
     task_lengths: Annotated[

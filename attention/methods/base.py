@@ -38,8 +38,14 @@ class Method(ABC):
 
     name: ClassVar[str]
     """The name under which the registry knows the method."""
+    source: ClassVar[str]
+    """Where it is published."""
     calibrated: ClassVar[bool] = False
     """Whether the method needs what `calibrate` gives."""
+    estimates: ClassVar[bool] = True
+    """Whether its products estimate logits, so that a mass can be made of them; others only rank."""
+    single_queries: ClassVar[bool] = True
+    """Whether it ranks for a new token, and not only for a block of queries."""
     key_block: ClassVar[int] = 8
     """Keys that decoding ranks together, unless it is told otherwise."""
 
@@ -108,3 +114,14 @@ def every_lane(query: Float[Array, "heads query_blocks queries head_dim"]) -> In
 def of_heads(constant: Shaped[Array, "kv_heads ..."], heads: int) -> Shaped[Array, "heads ..."]:
     """A constant for heads that are counted through rows and KV heads."""
     return jnp.tile(constant, (heads // constant.shape[0], *(1,) * (constant.ndim - 1)))
+
+
+def required(constants: Constants, name: str, method: str) -> Array:
+    """A constant by name.
+
+    Raises:
+        ValueError: it is not among them.
+    """
+    if name not in constants:
+        raise ValueError(f"{method} needs the constant {name}: pass constants=, as its calibrate makes them")
+    return constants[name]

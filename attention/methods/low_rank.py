@@ -22,7 +22,7 @@ from ..blocks import pad_axis
 from ..cache import Field, Fields
 from ..calibration import logit_projections
 from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries, every_lane, of_heads
+from .base import Constants, Method, RankingQueries, every_lane, of_heads, required
 
 PROJECTED_KEY = "projected_key"
 """The index: a projection of each key."""
@@ -44,6 +44,7 @@ class LowRank(Method):
     """
 
     name: ClassVar[str] = "low_rank"
+    source: ClassVar[str] = "after Loki, arXiv 2406.02542"
     calibrated: ClassVar[bool] = True
 
     rank: int = 32
@@ -64,7 +65,7 @@ class LowRank(Method):
         query: Float[np.ndarray, "query_heads tokens head_dim"],
         key: Float[np.ndarray, "kv_heads tokens head_dim"],
     ) -> dict[str, Float32[np.ndarray, "kv_heads head_dim ..."]]:
-        of_queries, of_keys = logit_projections(query, key, self.rank)
+        of_queries, of_keys = self.projections(query, key)
         largest = np.abs(np.einsum("htd,hdr->htr", key, of_keys)).max(axis=1)
         unit = np.where(largest > 0, largest, 1.0)[:, None] / _CALIBRATED_LARGEST
         mean = key.mean(axis=1)
@@ -72,10 +73,18 @@ class LowRank(Method):
         constants = {QUERY_PROJECTION: of_queries * unit, KEY_PROJECTION: of_keys / unit, LOST_MEAN: lost}
         return {name: constant.astype(np.float32) for name, constant in constants.items()}
 
+    def projections(
+        self,
+        query: Float[np.ndarray, "query_heads tokens head_dim"],
+        key: Float[np.ndarray, "kv_heads tokens head_dim"],
+    ) -> tuple[Float[np.ndarray, "kv_heads head_dim rank"], Float[np.ndarray, "kv_heads head_dim rank"]]:
+        """Those of queries and of keys whose products stand for the logits."""
+        return logit_projections(query, key, self.rank)
+
     def offsets(
         self, query: Float[Array, "heads query_blocks queries head_dim"], constants: Constants
     ) -> Float32[Array, "heads query_blocks queries"]:
-        lost = of_heads(_required(constants, LOST_MEAN), query.shape[0]).astype(query.dtype)
+        lost = of_heads(required(constants, LOST_MEAN, self.name), query.shape[0]).astype(query.dtype)
         return jnp.einsum("hbqd,hd->hbq", query, lost, preferred_element_type=jnp.float32)
 
     def fields(self, head_dim: int, key_block: int) -> Fields:
@@ -84,7 +93,7 @@ class LowRank(Method):
     def entries(
         self, field: str, key: Float[Array, "heads runs 1 head_dim"], constants: Constants
     ) -> Int8[Array, "heads runs padded_rank"]:
-        return project_keys(key[:, :, 0], of_heads(_required(constants, KEY_PROJECTION), key.shape[0]))
+        return project_keys(key[:, :, 0], of_heads(required(constants, KEY_PROJECTION, self.name), key.shape[0]))
 
     def ranking_queries(
         self,
@@ -109,7 +118,7 @@ class LowRank(Method):
         self, query: Float[Array, "heads query_blocks queries head_dim"], constants: Constants
     ) -> Float32[Array, "heads query_blocks queries padded_rank"]:
         """The calibrated projections of queries, with zeros up to a multiple of 4 components."""
-        projection = of_heads(_required(constants, QUERY_PROJECTION), query.shape[0])[:, None]
+        projection = of_heads(required(constants, QUERY_PROJECTION, self.name), query.shape[0])[:, None]
         return _pad(jnp.matmul(query, projection.astype(query.dtype), preferred_element_type=jnp.float32))
 
     def ranking_count(self, queries: int) -> int:
@@ -143,9 +152,3 @@ def _pad(x: Float[Array, "*axes rank"]) -> Float[Array, "*axes padded_rank"]:
 
 def _padded(rank: int) -> int:
     return -(-rank // 4) * 4
-
-
-def _required(constants: Constants, name: str) -> Array:
-    if name not in constants:
-        raise ValueError(f"low_rank needs the constant {name}: pass constants=, as LowRank.calibrate makes them")
-    return constants[name]

@@ -22,6 +22,7 @@ class MeanPool(Method):
     """Scores `query . mean(key block)`; costs `keys / key_block` dot products a query."""
 
     name: ClassVar[str] = "mean_pool"
+    source: ClassVar[str] = "SpargeAttn, arXiv 2502.18137"
 
     def fields(self, head_dim: int, key_block: int) -> Fields:
         return {_MEAN: Field((head_dim,), "float32", key_block)}

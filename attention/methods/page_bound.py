@@ -34,6 +34,7 @@ class PageBound(Method):
     """
 
     name: ClassVar[str] = "page_bound"
+    source: ClassVar[str] = "Quest, arXiv 2406.10774; ArkVale, NeurIPS 2024"
     key_block: ClassVar[int] = 16
 
     bound: str = dataclasses.field(default="quest", metadata={"choices": BOUNDS})

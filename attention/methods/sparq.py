@@ -35,6 +35,7 @@ class Sparq(Method):
     """
 
     name: ClassVar[str] = "sparq"
+    source: ClassVar[str] = "SparQ, arXiv 2312.04985"
     key_block: ClassVar[int] = 1
 
     rank: int = 16
