@@ -24,11 +24,11 @@ run = jax.jit(partial(exact_attention, query_block=8, key_block=16), static_argn
     ("heads", "sizes", "causal", "softcap"),
     [
         ((4, 2), (1, 40), True, None),
-        ((1, 1), (1, 40), False, 2.0),
+        pytest.param((1, 1), (1, 40), False, 2.0, marks=pytest.mark.slow),
         ((4, 2), (13, 40), False, None),
-        ((1, 1), (13, 40), True, 2.0),
+        pytest.param((1, 1), (13, 40), True, 2.0, marks=pytest.mark.slow),
         ((4, 2), (40, 40), True, 2.0),
-        ((1, 1), (40, 40), False, None),
+        pytest.param((1, 1), (40, 40), False, None, marks=pytest.mark.slow),
     ],
 )
 @settings(max_examples=8, deadline=None)

@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from iceformer.convert.hub import download, is_hub_id
 
+from ..few import few
 from ..field.folders import write_json, write_tensors
 from ..model.cases import ENCODERS
 from ..model.reference import save_random
@@ -117,7 +118,10 @@ def test_the_parts_of_a_sentence_embedder_are_fetched(convert: Any, tmp_path: Pa
     assert provenance["sha256"].keys() == weights
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("org/sharded", "safetensors"), ("org/pickled", "bin")])
+PARTS = [("org/sharded", "safetensors"), ("org/pickled", "bin")]
+
+
+@pytest.mark.parametrize(("name", "suffix"), few(PARTS, PARTS[1:]))
 def test_shards_and_pickles(convert: Any, tmp_path: Path, models: Path, name: str, suffix: str) -> None:
     done = convert(name, "--revision", "main")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import iceformer
-from iceformer.attention import MeanPool
+from iceformer.attention import DecodeSelection, LowRank, MeanPool, Plan
 from iceformer.deploy.session import Session
 
 TEXT = "Once upon a time there was a small fox who lived in a wood and counted the stars at night. " * 8
@@ -18,6 +19,8 @@ VOCABULARY = 320
 BUCKETS = (64, 128)
 CHUNK = 32
 TWO_STAGE = iceformer.TwoStage(method=MeanPool(), budget=32, query_block=8, key_block=2, sink=4, local=4)
+SELECTION = DecodeSelection(LowRank(rank=4), budget=24, key_block=2, sink=4, local=4, exact_layers=1)
+REFRESHING = Plan(decode=replace(SELECTION, refresh=4))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +56,29 @@ def two_stage_artifact(checkpoint: Path) -> Path:
     """One bucket, two rows, no exact first chunk: the budget is a quarter of the capacity."""
     return iceformer.compile(
         checkpoint, checkpoint.parent / "two_stage", buckets=(128,), attention=TWO_STAGE, chunk=CHUNK, batch=2
+    )
+
+
+@pytest.fixture(scope="session")
+def exact_256_artifact(checkpoint: Path) -> Path:
+    return iceformer.compile(
+        checkpoint, checkpoint.parent / "exact_256", buckets=(256,), attention=iceformer.Exact(), chunk=CHUNK
+    )
+
+
+@pytest.fixture(scope="session")
+def paged_artifact(checkpoint: Path) -> Path:
+    """As `two_stage_artifact`, with two pages for each of the two rows."""
+    return iceformer.compile(
+        checkpoint, checkpoint.parent / "paged", buckets=(256,), attention=TWO_STAGE, chunk=CHUNK, batch=2, page=128
+    )
+
+
+@pytest.fixture(scope="session")
+def refreshing_artifact(checkpoint: Path) -> Path:
+    """New tokens keep a selection for some steps."""
+    return iceformer.compile(
+        checkpoint, checkpoint.parent / "refreshing", buckets=(128,), attention=REFRESHING, chunk=CHUNK, batch=2
     )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import iceformer
 from iceformer.deploy.artifact import open_artifact
 from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
 from iceformer.deploy.manifest import ENTRIES, BucketInfo, CacheInfo
@@ -19,7 +18,7 @@ from iceformer.deploy.sampling import Sampling
 from iceformer.deploy.session import Session
 from iceformer.deploy.slots import Slots
 
-from .conftest import TWO_STAGE, VOCABULARY
+from .conftest import VOCABULARY
 
 LENGTHS, NEW = (100, 5, 70, 33), (9, 20, 12, 7)
 
@@ -28,19 +27,6 @@ def request(index: int) -> Request:
     ids = np.random.default_rng(index).integers(4, VOCABULARY, LENGTHS[index]).astype(np.int32)
     # Every other one draws: its draws are its own, whoever runs beside it.
     return Request(ids, NEW[index], Sampling(temperature=float(index % 2), seed=index))
-
-
-@pytest.fixture(scope="module")
-def paged_artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return iceformer.compile(
-        checkpoint,
-        tmp_path_factory.mktemp("paged") / "artifact",
-        buckets=(256,),
-        attention=TWO_STAGE,
-        chunk=32,
-        batch=2,
-        page=128,
-    )
 
 
 @pytest.fixture
