@@ -222,6 +222,7 @@ def test_attends_to_what_loops_choose(name: str, query_heads: int, page: int, op
     assert 0 < max(attended) < KEYS // config.key_block / 2
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize("name", few(["low_rank", "quest", "sparq"], ["quest"]))
 def test_bfloat16_chooses_and_attends_alike(name: str) -> None:
     method, estimate = METHODS[name]
@@ -263,6 +264,7 @@ def test_a_smaller_mass_chooses_fewer_blocks() -> None:
         assert all(a < b for a, b in zip(fewer, more, strict=True))
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize("options", few([{}, {"reallocate": True}], [{"reallocate": True}]))
 def test_a_budget_for_the_neighbourhood_only(options: dict[str, Any]) -> None:
     config = DecodeSelection(METHODS["sparq"][0], budget=12, key_block=4, sink=0, local=8, **options)
@@ -369,6 +371,7 @@ def test_as_many_draws_as_keys_are_exact_attention() -> None:
     np.testing.assert_allclose(case.attend(config), expected, atol=3e-6)
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize(
     ("method", "options"),
     few(
@@ -469,6 +472,7 @@ class Steps:
         return outputs
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize(
     ("name", "page", "options"),
     [
@@ -494,6 +498,7 @@ def test_a_selection_serves_some_tokens(name: str, page: int, options: dict[str,
     assert ((chosen_at[busy] - 1) % REFRESH == 0).all()
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize("options", few([{}, {"sample": 16}], [{"sample": 16}]))
 def test_only_rows_that_are_due_choose(options: dict[str, Any]) -> None:
     config = DecodeSelection(METHODS["low_rank"][0], **SMALL, **options, refresh=REFRESH)
@@ -513,6 +518,7 @@ def test_only_rows_that_are_due_choose(options: dict[str, Any]) -> None:
     assert np.isfinite(outputs).all()
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize(
     "prompt", few(PROMPTS := (Exact(), TwoStage(METHODS["low_rank"][0], budget=64, query_block=16)), PROMPTS[1:])
 )

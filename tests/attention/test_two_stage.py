@@ -135,12 +135,18 @@ def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "causal"),
+    ("form", "name", "causal"),
     few(
-        [("low_rank", True), ("low_rank, fewer queries", False), ("mean_pool", True), ("mean_pool", False)],
-        [("low_rank, fewer queries", False), ("mean_pool", True)],
+        [
+            (form, *case)
+            for form in ("xla", "kernels")
+            for case in [
+                *(("low_rank", True), ("low_rank, fewer queries", False), ("mean_pool", True), ("mean_pool", False))
+            ]
+        ],
+        [("xla", "mean_pool", True), ("kernels", "low_rank, fewer queries", False)],
     ),
-    indirect=["name"],
+    indirect=["form", "name"],
 )
 def test_budget_for_every_key_equals_exact_attention(name, causal) -> None:
     config = TwoStage(**{**SMALL, "budget": 128}, method=CONFIGS[name].method, exact_last_block=False)
@@ -152,7 +158,14 @@ def test_budget_for_every_key_equals_exact_attention(name, causal) -> None:
     np.testing.assert_allclose(output[1, :, :61], expected[1, :, :61], atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["low_rank, fewer queries", "mean_pool, crossover"], indirect=True)
+@pytest.mark.parametrize(
+    ("form", "name"),
+    few(
+        itertools.product(("xla", "kernels"), ("low_rank, fewer queries", "mean_pool, crossover")),
+        [("xla", "mean_pool, crossover"), ("kernels", "low_rank, fewer queries")],
+    ),
+    indirect=True,
+)
 def test_chunks_of_a_prompt_equal_one_call(name) -> None:
     config = CONFIGS[name]
     query, key, value = random_inputs(5, 2, 4, 2, KEYS, KEYS, HEAD_DIM)
@@ -237,8 +250,12 @@ def selected_and_exact(config: TwoStage, query: Any, key: Any, causal: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("mass", "causal"),
-    few(itertools.product((0.5, 0.9, 0.99), (True, False)), [(0.9, True), (0.99, False)]),
+    ("form", "mass", "causal"),
+    few(
+        itertools.product(("xla", "kernels"), (0.5, 0.9, 0.99), (True, False)),
+        [("xla", 0.9, True), ("kernels", 0.9, True), ("kernels", 0.99, False)],
+    ),
+    indirect=["form"],
 )
 def test_by_mass_the_selected_keys_hold_it_and_not_much_more(mass, causal) -> None:
     query, key, _ = random_inputs(11, 1, 4, 2, KEYS, KEYS, HEAD_DIM)

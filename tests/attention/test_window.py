@@ -15,7 +15,7 @@ from iceformer.attention import Exact, TwoStage
 from iceformer.attention.blocks import Visibility
 
 from ..few import few
-from .calls import attend, exact_attention
+from .calls import XLA_IS_SLOW, attend, exact_attention
 from .reference import naive_attention, random_inputs
 
 STATIC = ("causal", "softcap", "scale", "window")
@@ -220,6 +220,7 @@ def test_a_window_that_is_none_is_refused(window) -> None:
         exact_attention(query, key, value, **rows, window=window)
 
 
+@XLA_IS_SLOW
 def test_the_widest_window_sees_all() -> None:
     query, key, value = map(jnp.asarray, random_inputs(0, 1, 2, 1, 60, 60, 16))
     rows = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 60, jnp.int32)}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 import iceformer
+from iceformer.attention import Attention
 from iceformer.deploy.artifact import Artifact, open_artifact
 from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
 from iceformer.deploy.manifest import tail_of
@@ -137,8 +138,13 @@ def test_requests_at_once_share_what_the_first_read(artifacts: Callable[[str], P
     assert written == [run(alone, request)[0][0] for request in requests]
 
 
-def test_a_prompts_end_is_read_and_kept_in_smaller_pieces(checkpoint: Path, tmp_path: Path) -> None:
-    path = iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(512,), chunk=256, attention=TWO_STAGE)
+@pytest.mark.parametrize(
+    "attention", few([iceformer.Exact(), TWO_STAGE], [iceformer.Exact()]), ids=["exact", "two stage"]
+)
+def test_a_prompts_end_is_read_and_kept_in_smaller_pieces(
+    checkpoint: Path, tmp_path: Path, reference: LlamaForCausalLM, attention: Attention
+) -> None:
+    path = iceformer.compile(checkpoint, tmp_path / "artifact", buckets=(512,), chunk=256, attention=attention)
     artifact = open_artifact(path)
     (bucket,) = artifact.manifest.buckets
     assert (bucket.chunk, bucket.tail) == (256, 128)
@@ -156,16 +162,9 @@ def test_a_prompts_end_is_read_and_kept_in_smaller_pieces(checkpoint: Path, tmp_
         assert written == run(plain, Request(asked, new))[0]
         assert restored == kept
     _check_pieces(artifact, prompt(10, 500))
-
-
-@pytest.mark.slow
-def test_a_prompts_end_in_smaller_pieces_equals_transformers(
-    checkpoint: Path, tmp_path: Path, reference: LlamaForCausalLM
-) -> None:
-    ids = prompt(9, 430)
-    exact = iceformer.compile(checkpoint, tmp_path / "exact", buckets=(512,), chunk=256, attention=iceformer.Exact())
-    with iceformer.load(exact) as session:
-        assert session.generate(ids, 8).ids.tolist() == greedy(reference, ids.astype(np.int64), 8)
+    if attention == iceformer.Exact():
+        with iceformer.load(path) as session:
+            assert session.generate(second, 8).ids.tolist() == greedy(reference, second.astype(np.int64), 8)
 
 
 def _check_pieces(artifact: Artifact, ids: NDArray[np.int32]) -> None:

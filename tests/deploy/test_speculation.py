@@ -172,7 +172,7 @@ def test_the_same_text_and_cache(artifacts: Callable[[str], Path], guess: Any, n
         check(artifacts(name), requests(VOCABULARY, (length,), temperature), guess, spoilt)
 
 
-@pytest.mark.parametrize("name", ["kept selection", "pages", "six slots"])
+@pytest.mark.parametrize("name", few(["kept selection", "pages", "six slots"], ["kept selection", "pages"]))
 def test_several_texts_at_once(artifacts: Callable[[str], Path], guess: Any, name: str) -> None:
     check(artifacts(name), requests(VOCABULARY, (61, 33, 100), 0.8), guess, 0.3)
 

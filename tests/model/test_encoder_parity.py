@@ -24,19 +24,16 @@ LENGTHS = (57, 1, 36)
 TOLERANCE = 1e-4
 """Of float32 outputs."""
 USUAL = {
-    "bert": (
-        *("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"),
-        *("AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "untied"),
-    ),
+    "bert": ("AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "untied"),
     "dinov2": ("AutoModelForImageClassification", "gated"),
     "dinov2_with_registers": ("AutoModel",),
-    "distilbert": ("AutoModelForMaskedLM", "AutoModelForSequenceClassification", "other"),
-    "modernbert": ("AutoModelForMaskedLM", "AutoModelForSequenceClassification", "mean"),
+    "distilbert": ("AutoModelForMaskedLM", "AutoModelForSequenceClassification"),
+    "modernbert": ("AutoModelForMaskedLM", "mean"),
     "nomic_bert": ("AutoModelForMaskedLM", "other"),
-    "roberta": ("AutoModelForMaskedLM", "AutoModelForSequenceClassification", "other"),
-    "t5": ("AutoModelForTextEncoding", "other"),
+    "roberta": ("AutoModelForSequenceClassification", "other"),
+    "t5": ("other",),
     "umt5": ("AutoModelForTextEncoding",),
-    "vit": ("AutoModelForImageClassification", "other"),
+    "vit": ("AutoModelForImageClassification",),
     "xlm-roberta": ("AutoModelForSequenceClassification",),
 }
 """Tasks and options that are not slow. The code of the others runs with those of another model type, or with another

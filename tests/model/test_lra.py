@@ -176,6 +176,7 @@ def test_published_sizes_equal_torch(preset: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(ours, array.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_stage_and_bfloat16(tmp_path: Path) -> None:
     save(tmp_path / "source", "pytorch")
     ids = np.random.default_rng(0).integers(0, 60, (1, 200), np.int32)
