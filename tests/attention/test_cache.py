@@ -241,11 +241,12 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "int8"),
+    ("form", "lengths", "int8"),
     few(
-        itertools.product([(400, 131, 90), (100, 99, 101)], [False, True]),
-        [((400, 131, 90), True), ((100, 99, 101), False)],
+        itertools.product(["xla", "kernels"], [(400, 131, 90), (100, 99, 101)], [False, True]),
+        [("xla", (400, 131, 90), True), ("kernels", (400, 131, 90), True), ("kernels", (100, 99, 101), False)],
     ),
+    indirect=["form"],
 )
 def test_a_ring_holds_what_a_sliding_window_sees(lengths: tuple[int, ...], int8: bool) -> None:
     query, key, value = random_inputs(5, 3, 4, HEADS, LONG, LONG, HEAD_DIM)

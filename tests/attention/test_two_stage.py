@@ -64,17 +64,20 @@ def visible(lengths: int, causal: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "causal"),
+    ("form", "name", "causal"),
     few(
-        itertools.product(CONFIGS, (True, False)),
         [
-            ("low_rank, fewer queries", True),
-            ("low_rank, by mass", False),
-            ("mean_pool, crossover", True),
-            ("mean_pool, by mass", False),
+            *itertools.product(["xla"], CONFIGS, (True, False)),
+            *itertools.product(["kernels"], IN_KERNELS, (True, False)),
+        ],
+        [
+            ("xla", "mean_pool, crossover", True),
+            ("xla", "mean_pool, by mass", False),
+            ("kernels", "low_rank, fewer queries", True),
+            ("kernels", "low_rank, by mass", False),
         ],
     ),
-    indirect=["name"],
+    indirect=["form"],
 )
 @settings(max_examples=8, deadline=None)
 @given(
@@ -116,6 +119,7 @@ def test_every_row_is_an_exact_softmax_over_a_shared_selection(seed, name, lengt
         np.testing.assert_allclose(weights[row, :, :length], expected[row, :, :length], atol=2e-6)
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize("causal", few([True, False], [True]))
 def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
     # With full-rank scores and candidates for everything, the selection must be the best there is.
@@ -207,6 +211,7 @@ def test_calls_that_select_nothing_take_the_exact_path_to_the_same_result(start,
     assert (selecting.first < selecting.last).any() == selects
 
 
+@XLA_IS_SLOW
 def test_a_needle_is_found_by_low_rank_and_lost_by_block_means() -> None:
     rng = np.random.default_rng(6)
     key = rng.standard_normal((1, 1, KEYS, HEAD_DIM)).astype(np.float32)
