@@ -20,7 +20,7 @@ run = jax.jit(attend, static_argnums=0)
         (90, True, 0),
         *(pytest.param(length, last, 0, marks=pytest.mark.slow) for length in (40, 96) for last in (True, False)),
         pytest.param(90, False, 0, marks=pytest.mark.slow),
-        (90, True, 60),
+        pytest.param(90, True, 60, marks=pytest.mark.slow),
         (90, False, 92),
     ],
 )

@@ -124,7 +124,6 @@ CASES = {
 USUAL = (
     "exact, one query, int8, odd sizes, softcap, bfloat16",
     "exact, window, odd sizes, softcap",
-    "exact, bfloat16, odd sizes",
     "two-stage, int8",
     "two-stage, bfloat16",
 )

@@ -198,24 +198,35 @@ def choose(config: DecodeSelection, call: Call) -> Chosen:
     )(call.query, call.keys, call.rows, call.constants)
 
 
+CASES = {
+    "low_rank": ("low_rank", 4, 0, {}, {}),
+    "low_rank, by mass": (*("low_rank", 2, 128, {"mass": 0.8, "key_block": 8}, {"softcap": 10.0, "scale": 0.3}),),
+    "mean_pool": ("mean_pool", 8, 0, {"crossover": 140}, {}),
+    "quest": ("quest", 4, 128, {"key_block": 2}, {}),
+    "cuboid_mean": ("cuboid_mean", 2, 0, {"mass": 0.6}, {"softcap": 4.0}),
+    "sparq": ("sparq", 4, 128, {}, {}),
+    "sparq, by mass": (*("sparq", 6, 0, {"key_block": 1, "sink": 0, "local": 0, "mass": 0.5}, {"scale": 0.3}),),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "query_heads", "page", "options", "mask"),
-    [
-        pytest.param("low_rank", 4, 0, {}, {}, marks=pytest.mark.slow),
-        ("low_rank", 2, 128, {"mass": 0.8, "key_block": 8}, {"softcap": 10.0, "scale": 0.3}),
-        ("mean_pool", 8, 0, {"crossover": 140}, {}),
-        pytest.param("quest", 4, 128, {"key_block": 2}, {}, marks=pytest.mark.slow),
-        ("cuboid_mean", 2, 0, {"mass": 0.6}, {"softcap": 4.0}),
-        pytest.param("sparq", 4, 128, {}, {}, marks=pytest.mark.slow),
-        ("sparq", 6, 0, {"key_block": 1, "sink": 0, "local": 0, "mass": 0.5}, {"scale": 0.3}),
-    ],
+    ("form", "case"),
+    few(
+        itertools.product(["xla", "kernels"], CASES),
+        [
+            *(("xla", case) for case in ("low_rank, by mass", "cuboid_mean")),
+            *(("kernels", case) for case in ("low_rank, by mass", "mean_pool", "cuboid_mean", "sparq, by mass")),
+        ],
+    ),
+    indirect=["form"],
 )
-def test_attends_to_what_loops_choose(name: str, query_heads: int, page: int, options: Any, mask: Any) -> None:
+def test_attends_to_what_loops_choose(case: str) -> None:
+    name, query_heads, page, options, mask = CASES[case]
     method, estimate = METHODS[name]
-    config, case = DecodeSelection(method, **{**SMALL, **options}), Case(3, query_heads, page)
-    blocks, output = case.expected(config, estimate, **mask)
-    assert case.chosen(config, **mask) == blocks
-    found = case.attend(config, **mask)
+    config, call = DecodeSelection(method, **{**SMALL, **options}), Case(3, query_heads, page)
+    blocks, output = call.expected(config, estimate, **mask)
+    assert call.chosen(config, **mask) == blocks
+    found = call.attend(config, **mask)
     np.testing.assert_allclose(found, output, atol=3e-6)
     assert not found[2].any(), "the idle row"
     attended = [len(chosen) for (row, _), chosen in blocks.items() if row == 0]

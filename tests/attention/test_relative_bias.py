@@ -35,7 +35,7 @@ def random_bias(reach: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("blocks", "causal", "reach"),
     [
-        ({}, True, 5),
+        pytest.param({}, True, 5, marks=pytest.mark.slow),
         pytest.param({}, False, 200, marks=pytest.mark.slow),
         pytest.param(SMALL_BLOCKS, True, 200, marks=pytest.mark.slow),
         (SMALL_BLOCKS, False, 5),

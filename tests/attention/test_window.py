@@ -175,7 +175,7 @@ def visible_keys(tokens: int, **options: Any) -> np.ndarray:
     return np.asarray(jax.jit(partial(exact_attention, **options))(query, key, value, **rows))[0, 0] > 0
 
 
-@pytest.mark.parametrize("window", few([1, 7, 100], [7, 100]))
+@pytest.mark.parametrize("window", few([1, 7, 100], [7]))
 def test_a_causal_window_is_the_sliding_window_of_mistral(window) -> None:
     import torch
     from transformers import MistralConfig
@@ -188,7 +188,7 @@ def test_a_causal_window_is_the_sliding_window_of_mistral(window) -> None:
     np.testing.assert_array_equal(visible_keys(40, causal=True, window=window), mask[0, 0].numpy() == 0)
 
 
-@pytest.mark.parametrize("local_attention", few([2, 7, 16, 200], [7, 200]))
+@pytest.mark.parametrize("local_attention", few([2, 7, 16, 200], [16]))
 def test_a_bidirectional_window_is_the_local_attention_of_modernbert(local_attention) -> None:
     import torch
     from transformers import ModernBertConfig

@@ -197,7 +197,7 @@ def test_reported_loss_is_that_of_the_sessions(session: Session, exact_session: 
     assert 0.5 < loss.greedy_agreement <= 1
 
 
-@pytest.mark.parametrize("length", few([1, 256, 257], [1, 257]))
+@pytest.mark.parametrize("length", few([1, 256, 257], [257]))
 def test_loss_of_any_number_of_tokens(checkpoint: Path, length: int) -> None:
     model = iceformer.load_model(checkpoint)
     ids = random_ids(length).astype(np.int32)

@@ -18,6 +18,8 @@ from iceformer.model.modules import Embedding, GatedMLP, Linear, RMSNorm
 from iceformer.model.panels import unpack
 from iceformer.model.rounding import GROUP, form_of, quantize_kernel, round_weights
 
+from ..few import few
+
 
 @pytest.fixture(autouse=True, scope="module", params=["xla", "kernels"])
 def form(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -135,6 +137,7 @@ class Model(nnx.Module):
         return hidden
 
 
+@pytest.mark.parametrize("form", few(["xla", "kernels"], ["kernels"]), indirect=True)
 def test_int4_is_for_the_layers_of_a_stack() -> None:
     rounded = round_weights(Model(), "int4")
     found = {path: node.kernel.dtype for path, node in nnx.iter_graph(rounded) if isinstance(node, Linear)}
