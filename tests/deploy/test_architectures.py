@@ -17,7 +17,7 @@ from ..model.test_encoder_parity import convert, expected, random_inputs, save
 TOKENS, NEW = 45, 6
 
 
-@pytest.mark.parametrize("model_type", few(DECODERS, ("mixtral",)))
+@pytest.mark.parametrize("model_type", few(DECODERS, ("gemma3_text",)))
 def test_scores_and_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> None:
     reference = save_random(tmp_path / "source", model_type, **DECODERS[model_type].tiny)
     iceformer.convert_checkpoint(tmp_path / "source", tmp_path / "checkpoint")

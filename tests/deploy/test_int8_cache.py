@@ -17,7 +17,6 @@ from iceformer.deploy.executables import PortableTierWarning
 from iceformer.deploy.manifest import parse_manifest
 from iceformer.deploy.session import Session
 
-from ..few import few
 from ..model.cases import DECODERS
 from ..model.reference import save_random
 from .conftest import CHUNK, VOCABULARY
@@ -59,7 +58,8 @@ def test_scores_are_near_to_those_of_the_float_cache(session: Session, exact_ses
     assert difference.mean() < 0.02
 
 
-@pytest.mark.parametrize("model_type", few(DECODERS, ("gemma3_text",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_every_family(model_type: str, tmp_path: Path) -> None:
     """Sliding windows, softcaps, learned positions: near to transformers, prompts in chunks and new tokens."""
     reference = save_random(tmp_path / "source", model_type, **DECODERS[model_type].tiny)

@@ -24,7 +24,7 @@ TEXTS = [
 def session(minilm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     target = tmp_path_factory.mktemp("embedder") / "artifact"
     return iceformer.load(
-        iceformer.compile(minilm_checkpoint, target, buckets=(32, 256), batch=2, attention=iceformer.Exact())
+        iceformer.compile(minilm_checkpoint, target, buckets=(256,), batch=2, attention=iceformer.Exact())
     )
 
 
