@@ -204,6 +204,7 @@ def test_buckets_of_both_kinds_run_from_one_set_of_weights(
     assert np.abs(selected - exact).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_auto_measures_and_compiles(checkpoint: Path, tmp_path: Path) -> None:
     """The whole way with the real clock: whatever was faster, manifest and table agree, and the artifact runs."""
     asked = iceformer.Auto(dataclasses.replace(TWO_STAGE, method=MeanPool()))

@@ -121,6 +121,7 @@ def test_rounding_for_a_text_keeps_more_of_the_model(checkpoint: Path) -> None:
     assert change(fitted) < 0.75 * change(round_weights(model, "int4"))
 
 
+@pytest.mark.slow
 def test_without_a_text_each_weight_is_rounded_to_its_nearest(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     for file in (tmp_path / "checkpoint").glob("tokenizer*"):

@@ -101,7 +101,8 @@ def test_random_configs_equal_transformers(model_type: str, seed: int, tmp_path:
     assert worst < TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", few(DECODERS, ("gemma2",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_two_stage_attention_of_every_layer(model_type: str, tmp_path: Path) -> None:
     """With a budget below the length, the model is near the exact one and no longer equal to it."""
     cases = CASES[model_type]
