@@ -183,7 +183,8 @@ def test_every_refusal_is_one_sentence(python: Run, tmp_path: Path) -> None:
     done = python("-c", _ONE_AFTER_ANOTHER, *REFUSED)
     assert done.returncode == 0, done.stderr
     for line, message in zip(done.stdout.splitlines(), REFUSED.values(), strict=True):
-        check_refusal(*json.loads(line), message, tmp_path)
+        code, err = json.loads(line)
+        check_refusal(code, err, message, tmp_path)
 
 
 @pytest.mark.parametrize(
