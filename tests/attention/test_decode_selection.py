@@ -200,12 +200,12 @@ def choose(config: DecodeSelection, call: Call) -> Chosen:
 
 CASES = {
     "low_rank": ("low_rank", 4, 0, {}, {}),
-    "low_rank, by mass": (*("low_rank", 2, 128, {"mass": 0.8, "key_block": 8}, {"softcap": 10.0, "scale": 0.3}),),
+    "low_rank, by mass": ("low_rank", 2, 128, {"mass": 0.8, "key_block": 8}, {"softcap": 10.0, "scale": 0.3}),
     "mean_pool": ("mean_pool", 8, 0, {"crossover": 140}, {}),
     "quest": ("quest", 4, 128, {"key_block": 2}, {}),
     "cuboid_mean": ("cuboid_mean", 2, 0, {"mass": 0.6}, {"softcap": 4.0}),
     "sparq": ("sparq", 4, 128, {}, {}),
-    "sparq, by mass": (*("sparq", 6, 0, {"key_block": 1, "sink": 0, "local": 0, "mass": 0.5}, {"scale": 0.3}),),
+    "sparq, by mass": ("sparq", 6, 0, {"key_block": 1, "sink": 0, "local": 0, "mass": 0.5}, {"scale": 0.3}),
 }
 
 
@@ -529,10 +529,11 @@ def test_only_rows_that_are_due_choose(options: dict[str, Any]) -> None:
     assert np.isfinite(outputs).all()
 
 
+PROMPTS = (Exact(), TwoStage(METHODS["low_rank"][0], budget=64, query_block=16))
+
+
 @XLA_IS_SLOW
-@pytest.mark.parametrize(
-    "prompt", few(PROMPTS := (Exact(), TwoStage(METHODS["low_rank"][0], budget=64, query_block=16)), PROMPTS[1:])
-)
+@pytest.mark.parametrize("prompt", few(PROMPTS, PROMPTS[1:]))
 def test_a_prompt_leaves_no_selection_in_its_slot(prompt: Any) -> None:
     """Another sequence takes over the slot, at a position where the old one's selection would still serve."""
     config = DecodeSelection(METHODS["low_rank"][0], **SMALL, refresh=REFRESH)

@@ -53,7 +53,8 @@ def test_cases_are_found() -> None:
     few(
         CASES,
         [
-            *("test_attention_4d_fp16", "test_attention_4d_gqa_softcap"),
+            "test_attention_4d_fp16",
+            "test_attention_4d_gqa_softcap",
             "test_attention_4d_diff_heads_sizes_causal",
         ],
     ),

@@ -86,11 +86,10 @@ def test_the_bias_decides_what_is_selected_among_candidates() -> None:
         np.testing.assert_allclose(weights[0, :, index, index + 30], share, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    few(STRATEGIES := [Exact(), TwoStage(method=METHODS["low_rank"], **SMALL)], STRATEGIES[1:]),
-    ids=["exact", "two_stage"],
-)
+STRATEGIES = [Exact(), TwoStage(method=METHODS["low_rank"], **SMALL)]
+
+
+@pytest.mark.parametrize("config", few(STRATEGIES, STRATEGIES[1:]), ids=["exact", "two_stage"])
 def test_attend_does_not_run_in_kernels(config: Any) -> None:
     """The native kernels would ignore the bias."""
     query, key, value = (jnp.asarray(x) for x in random_inputs(3, 1, 4, 2, KEYS, KEYS, HEAD_DIM))

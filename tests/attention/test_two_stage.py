@@ -144,9 +144,12 @@ def test_selects_the_tokens_of_the_largest_true_softmax_weight(causal) -> None:
         [
             (form, *case)
             for form in ("xla", "kernels")
-            for case in [
-                *(("low_rank", True), ("low_rank, fewer queries", False), ("mean_pool", True), ("mean_pool", False))
-            ]
+            for case in (
+                ("low_rank", True),
+                ("low_rank, fewer queries", False),
+                ("mean_pool", True),
+                ("mean_pool", False),
+            )
         ],
         [("xla", "mean_pool", True), ("kernels", "low_rank, fewer queries", False)],
     ),

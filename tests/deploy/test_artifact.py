@@ -52,9 +52,13 @@ def test_holds_exactly_these_files(exact_artifact: Path) -> None:
     assert found == set(FILES)
 
 
+PLACES = (0.0, 0.5, 1.0)
+"""Of a byte in a file."""
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
-    few(itertools.product(FILES, PLACES := (0.0, 0.5, 1.0)), list(zip(FILES, itertools.cycle(PLACES), strict=False))),
+    few(itertools.product(FILES, PLACES), list(zip(FILES, itertools.cycle(PLACES), strict=False))),
 )
 def test_a_changed_byte_is_refused(copy: Path, name: str, where: float) -> None:
     data = bytearray((copy / name).read_bytes())

@@ -29,6 +29,7 @@ USUAL = {
     "dinov2_with_registers": ("AutoModel",),
     "distilbert": ("AutoModelForMaskedLM", "AutoModelForSequenceClassification"),
     "modernbert": ("AutoModelForMaskedLM", "mean"),
+    "mt5": (),
     "nomic_bert": ("AutoModelForMaskedLM", "other"),
     "roberta": ("AutoModelForSequenceClassification", "other"),
     "t5": ("other",),
@@ -36,14 +37,14 @@ USUAL = {
     "vit": ("AutoModelForImageClassification",),
     "xlm-roberta": ("AutoModelForSequenceClassification",),
 }
-"""Tasks and options that are not slow. The code of the others runs with those of another model type, or with another
-task of this one."""
+"""Tasks and options that are not slow: all, if a model type has no line. The code of the others runs with those of
+another model type, or with another task of this one."""
 
 
 def not_slow(cases: dict[str, Collection[str]]) -> list[Any]:
     """Parameters of a test for every model type and its options or tasks, without those that are slow."""
     return [
-        pytest.param(model_type, case, marks=() if case in USUAL.get(model_type, ()) else pytest.mark.slow)
+        pytest.param(model_type, case, marks=() if case in USUAL.get(model_type, names) else pytest.mark.slow)
         for model_type, names in cases.items()
         for case in names
     ]

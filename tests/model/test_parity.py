@@ -45,7 +45,8 @@ USUAL = {
     "smollm3": ("every_fourth",),
     "stablelm": ("norms_of_heads",),
 }
-"""Options that are not slow. The code of the others runs with those of another model type, or in tests of that part."""
+"""Options that are not slow: all, if a model type has no line. The code of the others runs with those of another model
+type, or in tests of that part."""
 
 
 def difference(model: CausalLM, reference: Any, lengths: tuple[int, ...] = LENGTHS) -> float:
@@ -78,7 +79,7 @@ def test_cases_cover_every_architecture() -> None:
 @pytest.mark.parametrize(
     ("model_type", "case"),
     [
-        pytest.param(model_type, case, marks=() if case in USUAL[model_type] else pytest.mark.slow)
+        pytest.param(model_type, case, marks=() if case in USUAL.get(model_type, cases.options) else pytest.mark.slow)
         for model_type, cases in DECODERS.items()
         for case in cases.options
     ],
