@@ -1,5 +1,6 @@
 """Fixtures that all folders share: outside data, and a tiny random Llama as a source folder and as a checkpoint."""
 
+import fcntl
 import gc
 import importlib.util
 import os
@@ -58,10 +59,37 @@ def _compilations_are_shared(tmp_path_factory: pytest.TempPathFactory) -> None:
     for the next run.
     """
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        base = tmp_path_factory.getbasetemp()
-        run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        jax.config.update("jax_compilation_cache_dir", str(run / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(_folder_of_the_run(tmp_path_factory) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)` is a folder that `make` fills once in a run, in whichever worker needs it first.
+
+    Not to be changed: copy it first.
+    """
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path = _folder_of_the_run(tmp_path_factory) / "once" / name
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (path / "made").exists():
+                make(path)
+                (path / "made").touch()
+        return path
+
+    return folder
+
+
+def _folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Which all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import iceformer
 from iceformer import kernels
 from iceformer.cli import main
 
+from .conftest import Once
 from .model.cases import ENCODERS
 from .model.reference import save_random
 
@@ -38,11 +40,14 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """Made by the commands themselves, in processes of their own."""
-    folder = tmp_path_factory.mktemp("cli")
+def artifact(once: Once, tiny_llama: Path) -> Path:
+    return once("cli", partial(convert_and_compile, tiny_llama)) / "artifact"
+
+
+def convert_and_compile(source: Path, folder: Path) -> None:
+    """By the commands themselves, in processes of their own."""
     commands = [
-        ["convert", tiny_llama, folder / "checkpoint"],
+        ["convert", source, folder / "checkpoint"],
         ["compile", folder / "checkpoint", folder / "artifact", "--buckets", "64", "--chunk", "32", *OPTIONS.split()],
     ]
     printed = ""
@@ -56,7 +61,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
         assert str(folder) in printed
     for word in ("bucket", "prefill", "decode", "score", "code MB", "temp MB", "compile s"):
         assert word in printed
-    return folder / "artifact"
 
 
 def test_compile_options_reach_the_manifest(artifact: Path) -> None:

@@ -6,11 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from iceformer.attention import Attention, Call, Exact, KeyView, LowRank, Mask, Rows, TwoStage
 from iceformer.attention import attend as dispatch
 from iceformer.attention.methods.low_rank import KEY_PROJECTION, LOST_MEAN, PROJECTED_KEY, QUERY_PROJECTION
 from iceformer.attention.two_stage import two_stage_attention as in_xla
+
+from ..few import few
+
+XLA_IS_SLOW = pytest.mark.parametrize("form", few(["xla", "kernels"], ["kernels"]), indirect=True)
+"""Of a test that takes XLA long to compile, and whose code in XLA other tests run."""
 
 
 def constants_of(basis: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The KV cache: what a call writes where, and that attention over it is attention over the whole rows."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -167,14 +168,20 @@ def pieces_of(x: np.ndarray, members: tuple[int, ...], offset: tuple[int, ...], 
     )
 
 
+PLACES = [
+    *((name, page, False) for name in STRATEGIES for page in (0, 128)),
+    # An index of single tokens is made before keys are rounded, and may select others.
+    *(("exact", 0, True), ("exact", 128, True), ("mean_pool", 0, True), ("block means", 128, True)),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "page", "int8"),
+    ("form", "name", "page", "int8"),
     few(
-        [(name, page, False) for name in STRATEGIES for page in (0, 128)]
-        # An index of single tokens is made before keys are rounded, and may select others.
-        + [("exact", 0, True), ("exact", 128, True), ("mean_pool", 0, True), ("block means", 128, True)],
-        [("exact", 0, True), ("low_rank", 128, False)],
+        [(form, *place) for form in ("xla", "kernels") for place in PLACES],
+        [("xla", "exact", 0, True), ("kernels", "exact", 0, True), ("kernels", "low_rank", 128, False)],
     ),
+    indirect=["form"],
 )
 def test_pages_and_slots_change_no_result(name: str, page: int, int8: bool) -> None:
     """Rows in chunks through slots, or pages, in any order, against each row by itself in one piece."""
@@ -233,8 +240,14 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.asarray(as_floats(*quantize(jnp.asarray(x)), jnp.float32))
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("lengths", [(400, 131, 90), (100, 99, 101)])
+@pytest.mark.parametrize(
+    ("form", "lengths", "int8"),
+    few(
+        itertools.product(["xla", "kernels"], [(400, 131, 90), (100, 99, 101)], [False, True]),
+        [("xla", (400, 131, 90), True), ("kernels", (400, 131, 90), True), ("kernels", (100, 99, 101), False)],
+    ),
+    indirect=["form"],
+)
 def test_a_ring_holds_what_a_sliding_window_sees(lengths: tuple[int, ...], int8: bool) -> None:
     query, key, value = random_inputs(5, 3, 4, HEADS, LONG, LONG, HEAD_DIM)
     cache = nan_cache((SLOTS, HEADS, WINDOW), int8)

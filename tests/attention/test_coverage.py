@@ -17,8 +17,10 @@ run = jax.jit(attend, static_argnums=0)
 @pytest.mark.parametrize(
     ("length", "exact_last_block", "crossover"),
     [
-        *((length, last, 0) for length in (40, 90, 96) for last in (True, False)),
-        (90, True, 60),
+        (90, True, 0),
+        *(pytest.param(length, last, 0, marks=pytest.mark.slow) for length in (40, 96) for last in (True, False)),
+        pytest.param(90, False, 0, marks=pytest.mark.slow),
+        pytest.param(90, True, 60, marks=pytest.mark.slow),
         (90, False, 92),
     ],
 )

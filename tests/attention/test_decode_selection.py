@@ -34,7 +34,8 @@ from iceformer.attention import (
 from iceformer.attention.decode_selection import Chosen
 from iceformer.attention.sampling import draw
 
-from .calls import constants_of, scattered
+from ..few import few
+from .calls import XLA_IS_SLOW, constants_of, scattered
 from .reference import naive_attention, random_inputs
 
 KEYS, HEAD_DIM, RANK, KEY_BLOCK = 300, 16, 6, 4
@@ -197,31 +198,43 @@ def choose(config: DecodeSelection, call: Call) -> Chosen:
     )(call.query, call.keys, call.rows, call.constants)
 
 
+CASES = {
+    "low_rank": ("low_rank", 4, 0, {}, {}),
+    "low_rank, by mass": ("low_rank", 2, 128, {"mass": 0.8, "key_block": 8}, {"softcap": 10.0, "scale": 0.3}),
+    "mean_pool": ("mean_pool", 8, 0, {"crossover": 140}, {}),
+    "quest": ("quest", 4, 128, {"key_block": 2}, {}),
+    "cuboid_mean": ("cuboid_mean", 2, 0, {"mass": 0.6}, {"softcap": 4.0}),
+    "sparq": ("sparq", 4, 128, {}, {}),
+    "sparq, by mass": ("sparq", 6, 0, {"key_block": 1, "sink": 0, "local": 0, "mass": 0.5}, {"scale": 0.3}),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "query_heads", "page", "options", "mask"),
-    [
-        ("low_rank", 4, 0, {}, {}),
-        ("low_rank", 2, 128, {"mass": 0.8, "key_block": 8}, {"softcap": 10.0, "scale": 0.3}),
-        ("mean_pool", 8, 0, {"crossover": 140}, {}),
-        ("quest", 4, 128, {"key_block": 2}, {}),
-        ("cuboid_mean", 2, 0, {"mass": 0.6}, {"softcap": 4.0}),
-        ("sparq", 4, 128, {}, {}),
-        ("sparq", 6, 0, {"key_block": 1, "sink": 0, "local": 0, "mass": 0.5}, {"scale": 0.3}),
-    ],
+    ("form", "case"),
+    few(
+        itertools.product(["xla", "kernels"], CASES),
+        [
+            *(("xla", case) for case in ("low_rank, by mass", "cuboid_mean")),
+            *(("kernels", case) for case in ("low_rank, by mass", "mean_pool", "cuboid_mean", "sparq, by mass")),
+        ],
+    ),
+    indirect=["form"],
 )
-def test_attends_to_what_loops_choose(name: str, query_heads: int, page: int, options: Any, mask: Any) -> None:
+def test_attends_to_what_loops_choose(case: str) -> None:
+    name, query_heads, page, options, mask = CASES[case]
     method, estimate = METHODS[name]
-    config, case = DecodeSelection(method, **{**SMALL, **options}), Case(3, query_heads, page)
-    blocks, output = case.expected(config, estimate, **mask)
-    assert case.chosen(config, **mask) == blocks
-    found = case.attend(config, **mask)
+    config, call = DecodeSelection(method, **{**SMALL, **options}), Case(3, query_heads, page)
+    blocks, output = call.expected(config, estimate, **mask)
+    assert call.chosen(config, **mask) == blocks
+    found = call.attend(config, **mask)
     np.testing.assert_allclose(found, output, atol=3e-6)
     assert not found[2].any(), "the idle row"
     attended = [len(chosen) for (row, _), chosen in blocks.items() if row == 0]
     assert 0 < max(attended) < KEYS // config.key_block / 2
 
 
-@pytest.mark.parametrize("name", ["low_rank", "quest", "sparq"])
+@XLA_IS_SLOW
+@pytest.mark.parametrize("name", few(["low_rank", "quest", "sparq"], ["quest"]))
 def test_bfloat16_chooses_and_attends_alike(name: str) -> None:
     method, estimate = METHODS[name]
     config, case = DecodeSelection(method, **SMALL), Case(4, dtype="bfloat16", page=128)
@@ -239,6 +252,7 @@ def test_a_budget_for_every_key_is_exact_attention() -> None:
     np.testing.assert_allclose(case.attend(config), expected, atol=3e-6)
 
 
+@XLA_IS_SLOW
 def test_the_whole_mass_is_exact_attention() -> None:
     """But for keys that weigh next to nothing."""
     case = Case(6)
@@ -250,6 +264,7 @@ def test_the_whole_mass_is_exact_attention() -> None:
     np.testing.assert_allclose(case.attend(config), expected, atol=3e-5)
 
 
+@XLA_IS_SLOW
 def test_a_smaller_mass_chooses_fewer_blocks() -> None:
     case = Case(7)
     sizes = []
@@ -260,7 +275,8 @@ def test_a_smaller_mass_chooses_fewer_blocks() -> None:
         assert all(a < b for a, b in zip(fewer, more, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"reallocate": True}])
+@XLA_IS_SLOW
+@pytest.mark.parametrize("options", few([{}, {"reallocate": True}], [{"reallocate": True}]))
 def test_a_budget_for_the_neighbourhood_only(options: dict[str, Any]) -> None:
     config = DecodeSelection(METHODS["sparq"][0], budget=12, key_block=4, sink=0, local=8, **options)
     case = Case(18)
@@ -274,7 +290,7 @@ def test_rows_within_the_budget_choose_nothing() -> None:
     assert [bool(chosen[row, 0]) for row in range(len(SEEN))] == [True, True, False, False, True]
 
 
-@pytest.mark.parametrize("page", [0, 128])
+@pytest.mark.parametrize("page", few([0, 128], [128]))
 def test_reallocation_gives_the_rest_to_the_mean_value(page: int) -> None:
     config = DecodeSelection(METHODS["sparq"][0], **SMALL, reallocate=True)
     case = Case(9, page=page)
@@ -299,6 +315,7 @@ def test_reallocation_gives_the_rest_to_the_mean_value(page: int) -> None:
         np.testing.assert_allclose(found[row, head], expected, atol=1e-5)
 
 
+@XLA_IS_SLOW
 def test_a_sample_is_drawn_of_the_keys_left_out_alike() -> None:
     """Every key that is left out as often as any other, and no other."""
     blocks, count, ranked, draws = jnp.array([0, 3, 4, 9, 0, 0]), jnp.int32(4), jnp.int32(11), 40
@@ -314,6 +331,7 @@ def test_a_sample_is_drawn_of_the_keys_left_out_alike() -> None:
     assert float(whole.raised()) == 0.0
 
 
+@XLA_IS_SLOW
 def test_the_sampled_sums_are_unbiased_and_the_error_is_as_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last key is always attended to: a value that only it has shows how large the sum of all weights is."""
     size, seeds = 64, 2000
@@ -364,9 +382,13 @@ def test_as_many_draws_as_keys_are_exact_attention() -> None:
     np.testing.assert_allclose(case.attend(config), expected, atol=3e-6)
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize(
     ("method", "options"),
-    [(PageBound(), {}), (PageBound("cuboid_mean"), {}), (Sparq(), {}), (LowRank(rank=RANK), {"reallocate": True})],
+    few(
+        [(PageBound(), {}), (PageBound("cuboid_mean"), {}), (Sparq(), {}), (LowRank(rank=RANK), {"reallocate": True})],
+        [(PageBound("cuboid_mean"), {}), (LowRank(rank=RANK), {"reallocate": True})],
+    ),
 )
 def test_the_index_follows_the_cache_from_call_to_call(method: Method, options: Any) -> None:
     """Calls begin and end in the middle of entries; an entry is right once it is whole."""
@@ -461,12 +483,13 @@ class Steps:
         return outputs
 
 
+@XLA_IS_SLOW
 @pytest.mark.parametrize(
     ("name", "page", "options"),
     [
-        ("low_rank", 0, {}),
+        pytest.param("low_rank", 0, {}, marks=pytest.mark.slow),
         ("low_rank", 128, {"mass": 0.8, "key_block": 8, "budget": 56}),
-        ("sparq", 128, {"key_block": 1, "sink": 0, "local": 0}),
+        pytest.param("sparq", 128, {"key_block": 1, "sink": 0, "local": 0}, marks=pytest.mark.slow),
     ],
 )
 def test_a_selection_serves_some_tokens(name: str, page: int, options: dict[str, Any]) -> None:
@@ -486,7 +509,8 @@ def test_a_selection_serves_some_tokens(name: str, page: int, options: dict[str,
     assert ((chosen_at[busy] - 1) % REFRESH == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"sample": 16}])
+@XLA_IS_SLOW
+@pytest.mark.parametrize("options", few([{}, {"sample": 16}], [{"sample": 16}]))
 def test_only_rows_that_are_due_choose(options: dict[str, Any]) -> None:
     config = DecodeSelection(METHODS["low_rank"][0], **SMALL, **options, refresh=REFRESH)
     steps = Steps(21, config, first_seen=(200, 131, 0, 47))
@@ -505,7 +529,11 @@ def test_only_rows_that_are_due_choose(options: dict[str, Any]) -> None:
     assert np.isfinite(outputs).all()
 
 
-@pytest.mark.parametrize("prompt", [Exact(), TwoStage(METHODS["low_rank"][0], budget=64, query_block=16)])
+PROMPTS = (Exact(), TwoStage(METHODS["low_rank"][0], budget=64, query_block=16))
+
+
+@XLA_IS_SLOW
+@pytest.mark.parametrize("prompt", few(PROMPTS, PROMPTS[1:]))
 def test_a_prompt_leaves_no_selection_in_its_slot(prompt: Any) -> None:
     """Another sequence takes over the slot, at a position where the old one's selection would still serve."""
     config = DecodeSelection(METHODS["low_rank"][0], **SMALL, refresh=REFRESH)
@@ -524,6 +552,7 @@ def test_a_prompt_leaves_no_selection_in_its_slot(prompt: Any) -> None:
     np.testing.assert_array_equal(steps.run(state, range(3, 5))[0][:, 1], fresh[:, 1])
 
 
+@XLA_IS_SLOW
 def test_a_selection_of_another_position_is_not_taken() -> None:
     config = DecodeSelection(METHODS["low_rank"][0], **SMALL, refresh=REFRESH)
     steps = Steps(24, config)

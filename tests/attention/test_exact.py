@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from iceformer.attention import Exact, TwoStage
 from iceformer.attention.exact import Partial, merge
 
-from .calls import attend, exact_attention
+from .calls import XLA_IS_SLOW, attend, exact_attention
 from .reference import naive_attention, random_inputs
 
 run = jax.jit(partial(exact_attention, query_block=8, key_block=16), static_argnames=("causal", "scale", "softcap"))
@@ -24,11 +24,11 @@ run = jax.jit(partial(exact_attention, query_block=8, key_block=16), static_argn
     ("heads", "sizes", "causal", "softcap"),
     [
         ((4, 2), (1, 40), True, None),
-        ((1, 1), (1, 40), False, 2.0),
+        pytest.param((1, 1), (1, 40), False, 2.0, marks=pytest.mark.slow),
         ((4, 2), (13, 40), False, None),
-        ((1, 1), (13, 40), True, 2.0),
+        pytest.param((1, 1), (13, 40), True, 2.0, marks=pytest.mark.slow),
         ((4, 2), (40, 40), True, 2.0),
-        ((1, 1), (40, 40), False, None),
+        pytest.param((1, 1), (40, 40), False, None, marks=pytest.mark.slow),
     ],
 )
 @settings(max_examples=8, deadline=None)
@@ -71,6 +71,7 @@ def test_ties_and_large_logits_stay_finite(fill) -> None:
         np.testing.assert_allclose(np.asarray(output)[0, 0, index, : 5 + index], 1 / (5 + index), rtol=1e-6)
 
 
+@XLA_IS_SLOW
 def test_bfloat16_stays_near_float32() -> None:
     query, key, value = map(jnp.asarray, random_inputs(1, 1, 4, 2, 40, 40, 64))
     arguments: dict[str, Any] = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 40), "causal": True}

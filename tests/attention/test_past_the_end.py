@@ -58,13 +58,13 @@ EVERY = [
         ("decode", True, "float32"),
     ]
 ]
-SLOW = ("exact, softcap", "low_rank", "mean_pool", "bias, two-stage")
-"""Not in the default run, which has the others in a chunk."""
+USUAL = ("exact", "window", "bias", "low_rank, few candidates", "block means")
+"""Not slow in a chunk."""
 
 
 @pytest.mark.parametrize(
     ("strategy", "call", "causal", "dtype"),
-    [pytest.param(*x, marks=() if x[0] not in SLOW and x[1:] == EVERY[0][1:] else pytest.mark.slow) for x in EVERY],
+    [pytest.param(*x, marks=() if x[0] in USUAL and x[1:] == EVERY[0][1:] else pytest.mark.slow) for x in EVERY],
 )
 def test_nothing_past_the_end_of_a_row_counts(form: str, strategy: str, call: str, causal: bool, dtype: str) -> None:
     if form == "kernels" and strategy not in KERNELS:

@@ -10,6 +10,7 @@ import pytest
 
 from iceformer.attention import Exact, LowRank, MeanPool, TwoStage
 
+from ..few import few
 from .calls import attend, exact_attention, two_stage_attention
 from .reference import naive_attention, random_inputs
 
@@ -33,7 +34,12 @@ def random_bias(reach: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("blocks", "causal", "reach"),
-    [({}, True, 5), ({}, False, 200), (SMALL_BLOCKS, True, 200), (SMALL_BLOCKS, False, 5)],
+    [
+        pytest.param({}, True, 5, marks=pytest.mark.slow),
+        pytest.param({}, False, 200, marks=pytest.mark.slow),
+        pytest.param(SMALL_BLOCKS, True, 200, marks=pytest.mark.slow),
+        (SMALL_BLOCKS, False, 5),
+    ],
     ids=str,
 )
 def test_exact_equals_numpy(blocks: dict[str, int], causal: bool, reach: int) -> None:
@@ -49,7 +55,7 @@ def test_exact_equals_numpy(blocks: dict[str, int], causal: bool, reach: int) ->
 
 @pytest.mark.parametrize(
     ("method", "causal", "exact_last_block"),
-    [("low_rank", True, False), ("mean_pool", False, True)],
+    few([("low_rank", True, False), ("mean_pool", False, True)], [("low_rank", True, False)]),
 )
 def test_two_stage_is_an_exact_softmax_over_its_selection(method: str, causal: bool, exact_last_block: bool) -> None:
     config = TwoStage(method=METHODS[method], exact_last_block=exact_last_block, **SMALL)
@@ -80,7 +86,10 @@ def test_the_bias_decides_what_is_selected_among_candidates() -> None:
         np.testing.assert_allclose(weights[0, :, index, index + 30], share, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [Exact(), TwoStage(method=METHODS["low_rank"], **SMALL)], ids=["exact", "two_stage"])
+STRATEGIES = [Exact(), TwoStage(method=METHODS["low_rank"], **SMALL)]
+
+
+@pytest.mark.parametrize("config", few(STRATEGIES, STRATEGIES[1:]), ids=["exact", "two_stage"])
 def test_attend_does_not_run_in_kernels(config: Any) -> None:
     """The native kernels would ignore the bias."""
     query, key, value = (jnp.asarray(x) for x in random_inputs(3, 1, 4, 2, KEYS, KEYS, HEAD_DIM))

@@ -11,6 +11,7 @@ import pytest
 from iceformer import kernels
 from iceformer.attention import LowRank, MeanPool, TwoStage
 
+from ..few import few
 from .calls import two_stage_attention
 from .reference import random_inputs
 
@@ -60,17 +61,22 @@ def fits(chosen: np.ndarray, ranks: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("causal", "scale", "softcap"),
-    [
-        (True, None, None),
-        (False, 0.3, 1.0),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in [(True, 0.02, None), (False, None, None), (True, 0.3, 1.0)]
-        ),
-    ],
+    ("method", "causal", "scale", "softcap"),
+    few(
+        [
+            (method, *call)
+            for method in METHODS
+            for call in [
+                (True, None, None),
+                (False, 0.3, 1.0),
+                (True, 0.02, None),
+                (False, None, None),
+                (True, 0.3, 1.0),
+            ]
+        ],
+        [("low_rank", False, 0.3, 1.0), ("mean_pool", True, None, None)],
+    ),
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_the_best_blocks_are_the_candidates(
     form: str, method: str, causal: bool, scale: float | None, softcap: float | None
 ) -> None:

@@ -1,5 +1,6 @@
 """Exact attention in a sliding window, against plain numpy and the masks of transformers, and what it costs."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from iceformer.attention import Exact, TwoStage
 from iceformer.attention.blocks import Visibility
 
-from .calls import attend, exact_attention
+from ..few import few
+from .calls import XLA_IS_SLOW, attend, exact_attention
 from .reference import naive_attention, random_inputs
 
 STATIC = ("causal", "softcap", "scale", "window")
@@ -32,7 +34,9 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("heads", "sizes", "window", "causal", "softcap", "dtype"), CALLS)
+@pytest.mark.parametrize(
+    ("heads", "sizes", "window", "causal", "softcap", "dtype"), few(CALLS, [CALLS[2], CALLS[4], CALLS[6]])
+)
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
@@ -54,7 +58,7 @@ def test_equals_numpy(seed, heads, sizes, offset, lengths, window, causal, softc
         np.testing.assert_allclose(output[row, :, :valid], expected[row, :, :valid], atol=atol)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", few([True, False], [True]))
 def test_a_prompt_in_chunks_and_steps_equals_the_whole(causal) -> None:
     """Of a cache that is longer than what is filled, whose rest holds what an earlier prompt left there."""
     query, key, value = map(jnp.asarray, random_inputs(0, 1, 4, 2, 150, 400, 16))
@@ -80,13 +84,13 @@ def test_a_prompt_in_chunks_and_steps_equals_the_whole(causal) -> None:
     ("queries", "window", "causal", "dtype"),
     [
         (1, 100, True, "float32"),
-        (1, 100, False, "bfloat16"),
-        (64, 1, True, "bfloat16"),
-        (64, 1, False, "float32"),
-        (64, 300, True, "float32"),
+        pytest.param(1, 100, False, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(64, 1, True, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(64, 1, False, "float32", marks=pytest.mark.slow),
+        pytest.param(64, 300, True, "float32", marks=pytest.mark.slow),
         (64, 300, False, "bfloat16"),
         (160, 64, True, "bfloat16"),
-        (160, 64, False, "float32"),
+        pytest.param(160, 64, False, "float32", marks=pytest.mark.slow),
     ],
 )
 def test_keys_far_from_the_window_are_not_read(dtype, causal, queries, window) -> None:
@@ -107,8 +111,13 @@ def test_keys_far_from_the_window_are_not_read(dtype, causal, queries, window) -
     np.testing.assert_allclose(np.asarray(output, np.float32), naive_attention(*inputs, **rows, **options), atol=atol)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("causal", "dtype"),
+    few(
+        itertools.product((True, False), ("float32", "bfloat16")),
+        [(True, "bfloat16"), (False, "float32")],
+    ),
+)
 def test_no_query_of_a_whole_prompt_reads_far_from_its_window(dtype, causal) -> None:
     tokens, window, tile = 1024, 64, 64
     query, key, value = (jnp.asarray(x, dtype) for x in random_inputs(0, 1, 4, 2, tokens, tokens, 16))
@@ -166,7 +175,7 @@ def visible_keys(tokens: int, **options: Any) -> np.ndarray:
     return np.asarray(jax.jit(partial(exact_attention, **options))(query, key, value, **rows))[0, 0] > 0
 
 
-@pytest.mark.parametrize("window", [1, 7, 100])
+@pytest.mark.parametrize("window", few([1, 7, 100], [7]))
 def test_a_causal_window_is_the_sliding_window_of_mistral(window) -> None:
     import torch
     from transformers import MistralConfig
@@ -179,7 +188,7 @@ def test_a_causal_window_is_the_sliding_window_of_mistral(window) -> None:
     np.testing.assert_array_equal(visible_keys(40, causal=True, window=window), mask[0, 0].numpy() == 0)
 
 
-@pytest.mark.parametrize("local_attention", [2, 7, 16, 200])
+@pytest.mark.parametrize("local_attention", few([2, 7, 16, 200], [16]))
 def test_a_bidirectional_window_is_the_local_attention_of_modernbert(local_attention) -> None:
     import torch
     from transformers import ModernBertConfig
@@ -211,6 +220,7 @@ def test_a_window_that_is_none_is_refused(window) -> None:
         exact_attention(query, key, value, **rows, window=window)
 
 
+@XLA_IS_SLOW
 def test_the_widest_window_sees_all() -> None:
     query, key, value = map(jnp.asarray, random_inputs(0, 1, 2, 1, 60, 60, 16))
     rows = {"offset": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, 60, jnp.int32)}

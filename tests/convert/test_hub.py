@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from iceformer.convert.hub import download, is_hub_id
 
+from ..few import few
 from ..field.folders import write_json, write_tensors
 from ..model.cases import ENCODERS
 from ..model.reference import save_random
@@ -67,21 +68,34 @@ def endpoint(models: Path) -> Iterator[str]:
         server.kill()
 
 
-@pytest.fixture
-def convert(endpoint: str, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`convert(name, *options, **environment)` runs the command in a process that knows only that hub."""
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-    def run(name: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def python(endpoint: str, tmp_path: Path) -> Run:
+    """`python(*arguments, **environment)` runs the interpreter in a process that knows only that hub."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "COLUMNS": "500"}
         return subprocess.run(
-            [sys.executable, "-m", "iceformer.cli", "convert", name, "checkpoint", *options],
+            [sys.executable, *arguments],
             env={**inherited, **own, **environment},
             cwd=tmp_path,
             capture_output=True,
             text=True,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def convert(python: Run) -> Run:
+    """`convert(name, *options, **environment)` runs the command."""
+
+    def run(name: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return python("-m", "iceformer.cli", "convert", name, "checkpoint", *options, **environment)
 
     return run
 
@@ -117,7 +131,10 @@ def test_the_parts_of_a_sentence_embedder_are_fetched(convert: Any, tmp_path: Pa
     assert provenance["sha256"].keys() == weights
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("org/sharded", "safetensors"), ("org/pickled", "bin")])
+PARTS = [("org/sharded", "safetensors"), ("org/pickled", "bin")]
+
+
+@pytest.mark.parametrize(("name", "suffix"), few(PARTS, PARTS[1:]))
 def test_shards_and_pickles(convert: Any, tmp_path: Path, models: Path, name: str, suffix: str) -> None:
     done = convert(name, "--revision", "main")
     assert done.returncode == 0, done.stderr
@@ -134,29 +151,54 @@ def test_what_was_fetched_serves_without_the_hub(convert: Any, tmp_path: Path) -
         shutil.rmtree(tmp_path / "checkpoint")
 
 
+REFUSED = {
+    "org/nothing": r"org/nothing is neither a local folder nor a model .*`hf auth login`",
+    "org/gated": r"org/gated is gated: accept its terms at http://.*/org/gated, then .*`hf auth login`",
+    "org/tiny --revision v9": r"org/tiny has no revision 'v9' at http://",
+    "org/weightless": r"org/weightless has no weights, expected .*; it holds: config.json, ",
+}
+_ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from iceformer.cli import main
+for given in sys.argv[1:]:
+    name, *options = given.split()
+    code = None
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main(["convert", name, "checkpoint", *options])
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, err.getvalue()]))
+"""
+
+
+def check_refusal(code: int, err: str, message: str, folder: Path) -> None:
+    assert code == 1
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert not (folder / "checkpoint").exists()
+
+
+def test_every_refusal_is_one_sentence(python: Run, tmp_path: Path) -> None:
+    done = python("-c", _ONE_AFTER_ANOTHER, *REFUSED)
+    assert done.returncode == 0, done.stderr
+    for line, message in zip(done.stdout.splitlines(), REFUSED.values(), strict=True):
+        code, err = json.loads(line)
+        check_refusal(code, err, message, tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("environment", "message"),
     [
-        (["org/nothing"], {}, r"org/nothing is neither a local folder nor a model .*`hf auth login`"),
-        (["org/gated"], {}, r"org/gated is gated: accept its terms at http://.*/org/gated, then .*`hf auth login`"),
-        (["org/tiny", "--revision", "v9"], {}, r"org/tiny has no revision 'v9' at http://"),
-        (["org/weightless"], {}, r"org/weightless has no weights, expected .*; it holds: config.json, "),
-        (
-            ["org/tiny"],
-            {"HF_HUB_OFFLINE": "1"},
-            r"org/tiny is not a local folder, HF_HUB_OFFLINE is set, and the cache",
-        ),
-        (["org/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, r"http://127.0.0.1:9 cannot be reached, and the cache"),
+        ({"HF_HUB_OFFLINE": "1"}, r"org/tiny is not a local folder, HF_HUB_OFFLINE is set, and the cache"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, r"http://127.0.0.1:9 cannot be reached, and the cache"),
     ],
 )
-def test_every_failure_is_one_sentence(
-    convert: Any, tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str
+def test_a_hub_out_of_reach_is_one_sentence(
+    convert: Run, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
-    done = convert(*arguments, **environment)
-    assert done.returncode == 1
-    assert re.search(message, done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "checkpoint").exists()
+    done = convert("org/tiny", **environment)
+    check_refusal(done.returncode, done.stderr, message, tmp_path)
 
 
 def test_without_huggingface_hub_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

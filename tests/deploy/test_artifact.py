@@ -1,6 +1,7 @@
 """What loading refuses, what it falls back from, and what a compile that fails leaves behind."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from iceformer.deploy.executables import PortableTierWarning
 from iceformer.deploy.manifest import ArtifactError, Environment, parse_manifest
 from iceformer.deploy.session import Session
 
+from ..few import few
 from .conftest import BUCKETS
 
 ENTRIES = ("prefill", "decode", "check", "score")
@@ -50,8 +52,14 @@ def test_holds_exactly_these_files(exact_artifact: Path) -> None:
     assert found == set(FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+PLACES = (0.0, 0.5, 1.0)
+"""Of a byte in a file."""
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    few(itertools.product(FILES, PLACES), list(zip(FILES, itertools.cycle(PLACES), strict=False))),
+)
 def test_a_changed_byte_is_refused(copy: Path, name: str, where: float) -> None:
     data = bytearray((copy / name).read_bytes())
     data[int(where * (len(data) - 1))] ^= 1

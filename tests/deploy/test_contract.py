@@ -30,7 +30,7 @@ from iceformer.deploy.tables import evidence_rows
 from iceformer.model.decoder import CausalLM
 
 from ..test_cli import run
-from .conftest import VOCABULARY
+from .conftest import CHUNK, VOCABULARY
 
 TWO_STAGE = iceformer.TwoStage(method=LowRank(rank=4), budget=32, query_block=8, key_block=2, sink=4, local=4)
 CALIBRATING = 512
@@ -485,7 +485,7 @@ def faster() -> Iterator[pytest.MonkeyPatch]:
 
 
 RETAIN = 0.7
-OPTIONS: dict[str, Any] = {"buckets": (CAPACITY,), "chunk": 64, "calibration": IDS}
+OPTIONS: dict[str, Any] = {"buckets": (CAPACITY,), "chunk": CHUNK, "calibration": IDS}
 
 
 @pytest.fixture(scope="module")
@@ -508,9 +508,8 @@ def session(artifact: Path) -> Session:
 
 
 @pytest.fixture(scope="module")
-def exact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    folder = tmp_path_factory.mktemp("reference") / "artifact"
-    return iceformer.load(iceformer.compile(checkpoint, folder, attention=iceformer.Exact(), **OPTIONS))
+def exact(exact_256_artifact: Path) -> Session:
+    return iceformer.load(exact_256_artifact)
 
 
 def windows() -> list[np.ndarray]:

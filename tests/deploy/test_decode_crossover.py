@@ -96,6 +96,7 @@ def test_what_was_measured_is_in_manifest_card_and_tables(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = (CrossoverRow(64, 1e-5, 2e-5), CrossoverRow(128, 2e-3, 1e-3))
+    monkeypatch.setattr(crossover, "measure", lambda *_: CrossoverTable(rows[:1], None))
     monkeypatch.setattr(decode_crossover, "measure_decode", lambda *_: CrossoverTable(rows, 80))
     path = iceformer.compile(checkpoint, tmp_path / "a", buckets=(32, 128), attention=AUTO, chunk=32)
     session = iceformer.load(path)

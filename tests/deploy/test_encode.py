@@ -22,6 +22,7 @@ from iceformer.deploy.executables import PortableTierWarning
 from iceformer.deploy.session import Session
 from iceformer.model.encoder import Encoder
 
+from ..few import few
 from ..model.reference import save_random
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "small", "foxes", "count", "the", "stars", "at", "night"]
@@ -105,7 +106,7 @@ def close(ours: NDArray[np.float32] | None, theirs: torch.Tensor) -> None:
     np.testing.assert_allclose(ours, theirs[0].numpy(), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("tier", ["native", "portable"])
+@pytest.mark.parametrize("tier", few(["native", "portable"], ["native"]))
 def test_a_ragged_list_equals_transformers(
     made: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch, tier: str
 ) -> None:
@@ -201,8 +202,8 @@ def test_only_what_is_asked_for_is_kept(features: tuple[Any, Session]) -> None:
     ("auto_class", "task"),
     [
         ("AutoModelForMaskedLM", "masked_lm"),
-        ("AutoModelForSequenceClassification", "sequence_classification"),
-        ("AutoModelForTokenClassification", "token_classification"),
+        pytest.param("AutoModelForSequenceClassification", "sequence_classification", marks=pytest.mark.slow),
+        pytest.param("AutoModelForTokenClassification", "token_classification", marks=pytest.mark.slow),
         ("AutoModelForQuestionAnswering", "question_answering"),
     ],
 )
@@ -325,7 +326,7 @@ def test_card_and_tables_are_an_encoders(made: Callable[..., tuple[Any, Path]]) 
 @pytest.mark.parametrize(
     ("model", "buckets", "expected"),
     [
-        ({"max_position_embeddings": 64}, None, [64]),
+        pytest.param({"max_position_embeddings": 64}, None, [64], marks=pytest.mark.slow),
         ({"max_position_embeddings": 200}, None, [128, 200]),
         ({"max_position_embeddings": 200}, (50, 99), [50, 99]),
     ],

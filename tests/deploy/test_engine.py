@@ -1,5 +1,6 @@
 """Several requests at once through the engine: each writes what it writes alone."""
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import iceformer
 from iceformer.deploy.artifact import open_artifact
 from iceformer.deploy.engine import Engine, PromptRead, Request, RequestLost, TokenWritten
 from iceformer.deploy.manifest import ENTRIES, BucketInfo, CacheInfo
@@ -19,7 +19,8 @@ from iceformer.deploy.sampling import Sampling
 from iceformer.deploy.session import Session
 from iceformer.deploy.slots import Slots
 
-from .conftest import TWO_STAGE, VOCABULARY
+from ..few import few
+from .conftest import VOCABULARY
 
 LENGTHS, NEW = (100, 5, 70, 33), (9, 20, 12, 7)
 
@@ -28,19 +29,6 @@ def request(index: int) -> Request:
     ids = np.random.default_rng(index).integers(4, VOCABULARY, LENGTHS[index]).astype(np.int32)
     # Every other one draws: its draws are its own, whoever runs beside it.
     return Request(ids, NEW[index], Sampling(temperature=float(index % 2), seed=index))
-
-
-@pytest.fixture(scope="module")
-def paged_artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return iceformer.compile(
-        checkpoint,
-        tmp_path_factory.mktemp("paged") / "artifact",
-        buckets=(256,),
-        attention=TWO_STAGE,
-        chunk=32,
-        batch=2,
-        page=128,
-    )
 
 
 @pytest.fixture
@@ -145,8 +133,10 @@ def test_it_tells_how_long_a_prompt_took_and_how_many_have_a_slot(engines: dict[
     assert (engine.running, engine.waiting) == (0, 0)
 
 
-@pytest.mark.parametrize("memory", ["whole slots", "pages"])
-@pytest.mark.parametrize("steps", [0, 2, 6])
+@pytest.mark.parametrize(
+    ("memory", "steps"),
+    few(itertools.product(["whole slots", "pages"], [0, 2, 6]), [("whole slots", 0), ("pages", 2), ("whole slots", 6)]),
+)
 def test_a_cancelled_request_makes_room_and_changes_nobody(
     engines: dict[str, Callable[[], Engine]], two_stage_session: Session, memory: str, steps: int
 ) -> None:

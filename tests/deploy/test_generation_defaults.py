@@ -19,6 +19,8 @@ from iceformer.deploy.generation_options import choices
 from iceformer.deploy.manifest import ArtifactError, Manifest, parse_manifest
 from iceformer.deploy.tables import summary_table
 
+from ..few import few
+
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
@@ -73,7 +75,7 @@ def test_the_defaults_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["min_p", "repetition_penalty", "temperature", "top_k", "top_p"])
-@pytest.mark.parametrize("value", [-1, 0, 5e-324, 1e-30, 1, 1e30, 1e300])
+@pytest.mark.parametrize("value", few([-1, 0, 5e-324, 1e-30, 1, 1e30, 1e300], [-1, 0, 5e-324, 1e300]))
 def test_sampling_takes_all_that_is_applied(tmp_path: Path, field: str, value: float) -> None:
     found = read(tmp_path, do_sample=True, **{field: value})
     sampling = choices(found, None, None, 0, {}).sampling

@@ -121,6 +121,7 @@ def test_rounding_for_a_text_keeps_more_of_the_model(checkpoint: Path) -> None:
     assert change(fitted) < 0.75 * change(round_weights(model, "int4"))
 
 
+@pytest.mark.slow
 def test_without_a_text_each_weight_is_rounded_to_its_nearest(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     for file in (tmp_path / "checkpoint").glob("tokenizer*"):
@@ -161,6 +162,17 @@ def test_a_long_text_is_cut_into_rows(checkpoint: Path, length: int, rows: int, 
 
 
 @pytest.mark.parametrize("length", few([1, 3, 5], [3]))
+def test_a_few_tokens_are_a_text(checkpoint: Path, length: int) -> None:
+    model: Any = iceformer.load_model(checkpoint)
+    text = rounding_text(model, "int4", text_like(length), checkpoint / "tokenizer.json")
+    assert (text.method, text.fitted_tokens) == (GPTQ, length - length // 4)
+    assert text.judged.tokens - text.first == (length // 4 or length)
+    rounded = round_model(model, "int4", text, list[str]().append).model
+    assert np.isfinite(rounded(jnp.asarray(text.judged.inputs))).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 3, 5])
 def test_texts_of_a_few_tokens(checkpoint: Path, tmp_path: Path, length: int) -> None:
     path = iceformer.compile(checkpoint, tmp_path / "a", calibration=text_like(length), **OPTIONS)
     weights = iceformer.load(path).info.weights

@@ -12,15 +12,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import iceformer
-from iceformer.attention import DecodeSelection, KVCache, LowRank, Plan, Rows
+from iceformer.attention import DecodeSelection, KVCache, Rows
 from iceformer.deploy.entries import DecoderEntries
 from iceformer.deploy.session import Session
 
 from ..few import few
+from .conftest import REFRESHING
 
-CAPACITY, NEW, REFRESH = 256, 12, 4
-DECODE = DecodeSelection(LowRank(rank=4), budget=24, key_block=2, sink=4, local=4, exact_layers=1, refresh=REFRESH)
-PLAN = Plan(decode=DECODE)
+NEW = 12
 
 
 class Loop:
@@ -29,8 +28,8 @@ class Loop:
     def __init__(self, checkpoint: Path, artifact: Path, session: Session) -> None:
         self._model: Any = iceformer.load_model(checkpoint)
         info = session.info
-        entries = dataclasses.replace(DecoderEntries.of(self._model, None), plan=PLAN)
-        self._layers = entries.cache(CAPACITY, 2, "float32", 0).layers
+        entries = dataclasses.replace(DecoderEntries.of(self._model, None), plan=REFRESHING)
+        self._layers = entries.cache(info.buckets[0].capacity, 2, "float32", 0).layers
         self._constants: list[dict[str, jax.Array]] = [{}, {}]
         for name, array in load_file(artifact / info.weights.file.path).items():
             if name.startswith("attention."):
@@ -40,7 +39,7 @@ class Loop:
 
     def _run(self, cache: KVCache, ids: jax.Array, rows: Rows, decoding: bool) -> Any:
         hidden, cache = self._model.hidden_states(
-            ids, rows, plan=PLAN, decoding=decoding, cache=cache, constants=tuple(self._constants)
+            ids, rows, plan=REFRESHING, decoding=decoding, cache=cache, constants=tuple(self._constants)
         )
         return jnp.argmax(self._model.logits(hidden[0, -1])), cache
 
@@ -57,18 +56,24 @@ class Loop:
         return written
 
 
-@pytest.mark.parametrize("page", few([None, 128], [128]))
-def test_a_kept_selection_writes_what_the_model_writes(checkpoint: Path, tmp_path: Path, page: int | None) -> None:
+@pytest.mark.parametrize("page", few([None, 128], [None]))
+def test_a_kept_selection_writes_what_the_model_writes(
+    checkpoint: Path, refreshing_artifact: Path, tmp_path: Path, page: int | None
+) -> None:
     """Two rows at a time, in slots that rows take over where a selection of the one before would serve."""
-    artifact = iceformer.compile(
-        checkpoint, tmp_path / "a", buckets=(CAPACITY,), chunk=64, batch=2, page=page, attention=PLAN
-    )
+    artifact = refreshing_artifact
+    if page:
+        artifact = iceformer.compile(
+            checkpoint, tmp_path / "a", buckets=(256,), chunk=64, batch=2, page=page, attention=REFRESHING
+        )
     session = iceformer.load(artifact)
     layers = session.info.buckets[0].cache.layers
     state = {"chosen_blocks", "chosen_counts", "chosen_seen"}
     assert [layer.keys() & state for layer in layers] == [set(), state]
-    assert layers[1]["chosen_blocks"].shape == (2, 2, DECODE.most_blocks)
-    assert session.info.buckets[0].plan["decode"]["refresh"] == REFRESH
+    decode = REFRESHING.decode
+    assert isinstance(decode, DecodeSelection)
+    assert layers[1]["chosen_blocks"].shape == (2, 2, decode.most_blocks)
+    assert session.info.buckets[0].plan["decode"]["refresh"] == decode.refresh
     loop, rng = Loop(checkpoint, artifact, session), np.random.default_rng(0)
     prompts = [rng.integers(4, 288, length) for length in (90, 61, 102, 18, 101, 74)]
     for two in (prompts[:2], prompts[2:4], prompts[4:]):

@@ -24,7 +24,7 @@ TEXTS = [
 def session(minilm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     target = tmp_path_factory.mktemp("embedder") / "artifact"
     return iceformer.load(
-        iceformer.compile(minilm_checkpoint, target, buckets=(32, 256), batch=2, attention=iceformer.Exact())
+        iceformer.compile(minilm_checkpoint, target, buckets=(256,), batch=2, attention=iceformer.Exact())
     )
 
 
@@ -62,6 +62,7 @@ def test_a_long_text_is_cut_where_the_folder_says(session: Session) -> None:
         session.encode(session.tokenize("fox " * 300))
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_vectors_and_says_how_well(session: Session, minilm_checkpoint: Path, tmp_path: Path) -> None:
     path = iceformer.compile(
         minilm_checkpoint, tmp_path / "int8", buckets=(128,), attention=iceformer.Exact(), weights="int8"

@@ -75,8 +75,9 @@ def test_several_names_are_asked_for_at_once(tokenizer: TextTokenizer, text: Pat
 def test_a_chain_of_variables_has_one_value(tokenizer: TextTokenizer, text: Path) -> None:
     for example in make("variable_tracking", tokenizer, text):
         known: dict[str, str] = {}
-        for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", example.context):
-            known[name] = known[value] if value in known else value
+        pairs: list[tuple[str, str]] = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", example.context)
+        for name, value in pairs:
+            known[name] = known.get(value, value)
         asked = re.findall(r"\d+", example.question)[0]
         chain = example.answer.strip().split(", ")
         assert len(chain) == 5

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import iceformer
 from iceformer.model.encoder import Encoder
 
+from ..few import few
 from ..model.forward import forward, load_decoder
 from ..model.test_encoder_parity import encode
 from .folders import edit_json, edit_tensors, read_json, refused, tiny, write_json
@@ -66,7 +67,13 @@ DECODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", DECODERS)
+@pytest.mark.parametrize(
+    "case",
+    few(
+        DECODERS,
+        ("plain", "patterns", "output layer replaced", "convolution-like layers", "fused layers", "biases"),
+    ),
+)
 def test_logits_are_those_of_the_merged_model(case: str, tmp_path: Path) -> None:
     model_type, fields, options = DECODERS[case]
     model = tiny(tmp_path / "source", model_type, **fields)

@@ -15,6 +15,7 @@ from iceformer import kernels
 from iceformer.model.activations import CHUNK, LEVELS, round_activations
 from iceformer.model.products import FEW_ROWS, multiply_all
 
+from ..few import few
 from .test_products import EXAMPLES, activations, check, in_form, packed, product_of, scaled
 
 # Rows around a register tile of 6, a task of 256 and what is rounded together, 64. Depths and groups around a chunk of
@@ -52,7 +53,7 @@ def weights_of(rng: np.random.Generator, features: int, groups: int, columns: in
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", few(ROWS, (6, 260)))
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     depth=st.sampled_from(DEPTHS),

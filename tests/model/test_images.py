@@ -1,5 +1,6 @@
 """Encoders of images: positions for other sizes, the two spellings of names, and what is refused."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from iceformer.model.images import bicubic
 from iceformer.model.registry import build
 
+from ..few import few
 from .test_encoder_parity import TOLERANCE, convert, difference, encode, random_inputs, save
 
 IMAGES = ["vit", "dinov2", "dinov2_with_registers"]
@@ -25,8 +27,13 @@ def test_bicubic_equals_torch(old: int, new: int, antialias: bool) -> None:
     np.testing.assert_allclose(bicubic(old, new, antialias=antialias), expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [14, [43, 21]])
-@pytest.mark.parametrize("model_type", IMAGES)
+@pytest.mark.parametrize(
+    ("model_type", "size"),
+    few(
+        itertools.product(IMAGES, (14, [43, 21])),
+        [("vit", [43, 21]), ("dinov2_with_registers", [43, 21])],
+    ),
+)
 def test_images_of_another_size(model_type: str, size: Any, tmp_path: Path) -> None:
     """`input_image_size` in the config: positions as transformers interpolates them for such images."""
     reference = save(tmp_path, model_type, "AutoModel", image_size=24, patch_size=3)
@@ -45,8 +52,13 @@ def test_images_of_another_size(model_type: str, size: Any, tmp_path: Path) -> N
     np.testing.assert_allclose(outputs["pooled"], expected.pooler_output.numpy(), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("config", [{}, {"use_swiglu_ffn": True}], ids=["plain", "gated"])
-@pytest.mark.parametrize("model_type", IMAGES)
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    few(
+        itertools.product(IMAGES, ({}, {"use_swiglu_ffn": True})),
+        [("vit", {}), ("dinov2", {"use_swiglu_ffn": True})],
+    ),
+)
 def test_names_of_the_modules(model_type: str, config: dict[str, Any], tmp_path: Path) -> None:
     """Checkpoints with the names that transformers' modules have since 5, which it translates to the older ones."""
     reference = save(tmp_path, model_type, "AutoModelForImageClassification", **config)

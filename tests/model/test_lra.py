@@ -15,6 +15,7 @@ from torch.nn import functional
 import iceformer
 from iceformer.model.lra import LraConfig
 
+from ..few import few
 from .test_encoder_parity import convert, encode
 
 JAX = {
@@ -160,7 +161,7 @@ def save(folder: Path, preset: str, **changes: Any) -> Reference:
     return reference
 
 
-@pytest.mark.parametrize("preset", [pytest.param("listops", marks=pytest.mark.slow), *list(PRESETS)[1:]])
+@pytest.mark.parametrize("preset", few(PRESETS, ("retrieval", "image", "pathfinder32", "pytorch", "pytorch_tied")))
 def test_published_sizes_equal_torch(preset: str, tmp_path: Path) -> None:
     reference = save(tmp_path / "source", preset)
     lengths = np.array([57, 1, 36], np.int32)
@@ -175,6 +176,7 @@ def test_published_sizes_equal_torch(preset: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(ours, array.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_stage_and_bfloat16(tmp_path: Path) -> None:
     save(tmp_path / "source", "pytorch")
     ids = np.random.default_rng(0).integers(0, 60, (1, 200), np.int32)

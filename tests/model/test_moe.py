@@ -21,6 +21,8 @@ from iceformer.model.rounding import round_experts, round_weights
 
 from .test_products import in_form
 
+from ..few import few
+
 HIDDEN, INTERMEDIATE = 24, 40
 # XLA, and the kernels' widest instruction set. That all of them multiply alike is tested elsewhere.
 FORMS = ("", *kernels.instruction_sets()[:1])
@@ -101,13 +103,13 @@ def random_tokens(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("make", "experts", "chosen", "norm_topk_prob", "shape"),
     [
-        (mixtral, 8, 2, True, (1, 67)),
+        pytest.param(mixtral, 8, 2, True, (1, 67), marks=pytest.mark.slow),
         (mixtral, 8, 2, True, (2, 700)),
         (mixtral, 3, 1, True, (1, 1)),
-        (qwen3, 16, 4, True, (2, 700)),
-        (qwen3, 40, 8, False, (1, 1)),
+        pytest.param(qwen3, 16, 4, True, (2, 700), marks=pytest.mark.slow),
+        pytest.param(qwen3, 40, 8, False, (1, 1), marks=pytest.mark.slow),
         (qwen3, 40, 8, False, (1, 67)),
-        (qwen3, 4, 4, False, (1, 67)),
+        pytest.param(qwen3, 4, 4, False, (1, 67), marks=pytest.mark.slow),
         (qwen3, 1, 1, False, (2, 700)),
     ],
 )
@@ -118,7 +120,7 @@ def test_equals_transformers(
     np.testing.assert_allclose(result, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 257])
+@pytest.mark.parametrize("tokens", few([1, 9, 257], [9]))
 def test_all_tokens_to_the_same_experts(tokens: int) -> None:
     import torch
 
@@ -148,7 +150,7 @@ def test_tokens_do_not_depend_on_their_company() -> None:
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3])
-@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("tokens", few([1, 300], [300]))
 def test_bfloat16_is_close(make: Callable[[int, int, bool], Any], tokens: int) -> None:
     module, reference = pair(make, 8, 2, True, jnp.bfloat16)
     result, expected = outputs(module, reference, random_tokens(1, tokens))
@@ -286,7 +288,7 @@ def test_rounded_weights_are_not_copied_by_the_kernel(weights: str, tokens: int)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("tokens", few([1, 64], [64]))
 def test_weights_are_copied_one_expert_at_a_time(tokens: int, dtype: DTypeLike) -> None:
     hidden, intermediate, experts = 256, 512, 64
     module = nnx.eval_shape(lambda: random_mixture(hidden, intermediate, experts, dtype=jnp.dtype(dtype).name))

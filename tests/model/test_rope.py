@@ -18,6 +18,8 @@ from iceformer.model.rope import (
     rotary_tables,
 )
 
+from ..few import few
+
 LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -95,7 +97,7 @@ YARN_OPTIONS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", few(range(60), range(12)))
 def test_random_yarn_equals_transformers(seed: int) -> None:
     draw = random.Random(seed)
     parameters = {name: draw.choice(values) for name, values in YARN_OPTIONS.items()}
@@ -143,10 +145,12 @@ STABLELM: dict[str, Any] = {"default_partial_rotary_factor": 0.25}
 @pytest.mark.parametrize(
     ("architecture", "arguments", "config"),
     [
-        ("Phi3", PHI3, {}),
-        ("Phi3", PHI3, {"partial_rotary_factor": 0.75, "rope_theta": 300.0}),
+        pytest.param("Phi3", PHI3, {}, marks=pytest.mark.slow),
+        pytest.param("Phi3", PHI3, {"partial_rotary_factor": 0.75, "rope_theta": 300.0}, marks=pytest.mark.slow),
         ("Phi3", PHI3, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
-        ("Phi3", PHI3, {"rope_scaling": LONGROPE, "original_max_position_embeddings": 20}),
+        pytest.param(
+            "Phi3", PHI3, {"rope_scaling": LONGROPE, "original_max_position_embeddings": 20}, marks=pytest.mark.slow
+        ),
         ("Phi3", PHI3, {"rope_parameters": {**LONGROPE, "type": "longrope", "factor": 3.0}}),
         (
             "Phi3",
@@ -156,14 +160,21 @@ STABLELM: dict[str, Any] = {"default_partial_rotary_factor": 0.25}
                 "original_max_position_embeddings": 20,
             },
         ),
-        ("GPTNeoX", GPT_NEOX, {}),
-        ("GPTNeoX", GPT_NEOX, {"rotary_pct": 1.0, "rotary_emb_base": 700, "rope_theta": 5.0}),
-        ("GPTNeoX", GPT_NEOX, {"rotary_pct": 0.6, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+        pytest.param("GPTNeoX", GPT_NEOX, {}, marks=pytest.mark.slow),
+        pytest.param(
+            "GPTNeoX", GPT_NEOX, {"rotary_pct": 1.0, "rotary_emb_base": 700, "rope_theta": 5.0}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "GPTNeoX",
+            GPT_NEOX,
+            {"rotary_pct": 0.6, "rope_scaling": {"type": "linear", "factor": 3.0}},
+            marks=pytest.mark.slow,
+        ),
         ("GPTNeoX", GPT_NEOX, {"rotary_pct": 0.7, "rope_scaling": {"type": "dynamic", "factor": 3.0}}),
         ("GPTNeoX", GPT_NEOX, {"rotary_pct": 0.5, "rope_parameters": {"partial_rotary_factor": 0.9, **YARN}}),
-        ("StableLm", STABLELM, {}),
+        pytest.param("StableLm", STABLELM, {}, marks=pytest.mark.slow),
         ("StableLm", STABLELM, {"partial_rotary_factor": 0.5, "rope_theta": 300}),
-        ("Mixtral", {"default_theta": 1e6}, {}),
+        pytest.param("Mixtral", {"default_theta": 1e6}, {}, marks=pytest.mark.slow),
         ("SmolLM3", {"default_theta": 2e6}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ("NomicBert", {"default_theta": 1000.0}, {"rope_parameters": {"rope_type": "default"}}),
         ("Qwen2", {}, {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}}),

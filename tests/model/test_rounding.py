@@ -19,6 +19,8 @@ from iceformer.model.panels import unpack
 from iceformer.model.registry import build
 from iceformer.model.rounding import GROUP, form_of, quantize_kernel, round_weights
 
+from ..few import few
+
 
 @pytest.fixture(autouse=True, scope="module", params=["xla", "kernels"])
 def form(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -72,18 +74,18 @@ def test_every_group_of_inputs_has_a_scale_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape", "use_bias"),
     [
-        ("float32", (24,), False),
-        ("float32", (1, 1, 24), True),
-        ("float32", (3, 7, 24), False),
-        ("float32", (128,), False),
+        pytest.param("float32", (24,), False, marks=pytest.mark.slow),
+        pytest.param("float32", (1, 1, 24), True, marks=pytest.mark.slow),
+        pytest.param("float32", (3, 7, 24), False, marks=pytest.mark.slow),
+        pytest.param("float32", (128,), False, marks=pytest.mark.slow),
         ("float32", (3, 7, 128), True),
         ("bfloat16", (24,), True),
-        ("bfloat16", (1, 1, 24), False),
-        ("bfloat16", (3, 7, 24), True),
-        ("bfloat16", (1, 128), True),
+        pytest.param("bfloat16", (1, 1, 24), False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", (3, 7, 24), True, marks=pytest.mark.slow),
+        pytest.param("bfloat16", (1, 128), True, marks=pytest.mark.slow),
         ("bfloat16", (3, 7, 128), False),
-        ("float16", (24,), False),
-        ("float16", (1, 1, 24), True),
+        pytest.param("float16", (24,), False, marks=pytest.mark.slow),
+        pytest.param("float16", (1, 1, 24), True, marks=pytest.mark.slow),
         ("float16", (3, 7, 24), True),
     ],
     ids=str,
@@ -136,6 +138,7 @@ class Model(nnx.Module):
         return hidden
 
 
+@pytest.mark.parametrize("form", few(["xla", "kernels"], ["kernels"]), indirect=True)
 def test_int4_is_for_the_layers_of_a_stack() -> None:
     rounded = round_weights(Model(), "int4")
     found = {path: node.kernel.dtype for path, node in nnx.iter_graph(rounded) if isinstance(node, Linear)}

@@ -75,6 +75,7 @@ def test_encoder_by_itself(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_two_stage_and_bfloat16(tmp_path: Path) -> None:
     """With a budget below the length, the model is near the exact one and no longer equal to it; so in bfloat16."""
     reference = save_random(tmp_path / "source", "whisper", auto_class=AutoModel, **TINY).get_encoder()

@@ -24,6 +24,7 @@ from iceformer.serve.service import Service
 from iceformer.serve.settings import Settings
 from iceformer.serve.worker import Worker
 
+from ..conftest import Once
 from ..deploy.conftest import source  # noqa: F401
 
 CONTEXT, CHUNK, SLOTS, VOCABULARY, EOS = 256, 32, 2, 320, (2, 3)
@@ -162,15 +163,17 @@ def held_calls(served: Served) -> Iterator[threading.Event]:
 
 
 @pytest.fixture(scope="session")
-def artifact(source: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def artifact(source: tuple[Path, Any], once: Once) -> Path:  # noqa: F811
     """Two slots of 256 tokens."""
-    folder = tmp_path_factory.mktemp("serve")
-    shutil.copytree(source[0], folder / "source")
-    (folder / "source" / "chat_template.jinja").write_text(_TEMPLATE)
-    checkpoint = iceformer.convert_checkpoint(folder / "source", folder / "checkpoint")
-    return iceformer.compile(
-        checkpoint, folder / "fox", buckets=(CONTEXT,), attention=iceformer.Exact(), chunk=CHUNK, batch=SLOTS
-    )
+
+    def make(folder: Path) -> None:
+        shutil.copytree(source[0], folder / "source")
+        (folder / "source" / "chat_template.jinja").write_text(_TEMPLATE)
+        checkpoint = iceformer.convert_checkpoint(folder / "source", folder / "checkpoint")
+        options: dict[str, Any] = {"attention": iceformer.Exact(), "chunk": CHUNK, "batch": SLOTS}
+        iceformer.compile(checkpoint, folder / "fox", buckets=(CONTEXT,), **options)
+
+    return once("serve", make) / "fox"
 
 
 @pytest.fixture(scope="session")
