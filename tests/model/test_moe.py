@@ -19,9 +19,8 @@ from iceformer.model.panels import unpack
 from iceformer.model.products import FEW_ROWS
 from iceformer.model.rounding import round_experts, round_weights
 
-from .test_products import in_form
-
 from ..few import few
+from .test_products import in_form
 
 HIDDEN, INTERMEDIATE = 24, 40
 # XLA, and the kernels' widest instruction set. That all of them multiply alike is tested elsewhere.
