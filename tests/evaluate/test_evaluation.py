@@ -248,14 +248,21 @@ def test_refuses_encoders(capsys: pytest.CaptureFixture[str], text: Path, tmp_pa
     assert "expected a decoder that predicts the next token" in " ".join(err.split())
 
 
+def test_a_text_needs_a_tokenizer(long_llama: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(long_llama, tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.json").unlink()
+    text = tmp_path / "story.txt"
+    text.write_text("a story")
+    with pytest.raises(ValueError, match="the checkpoint has no tokenizer for"):
+        evaluate_checkpoint(checkpoint, tmp_path / "out", [text], CONFIGURATIONS, options=Options(**OPTIONS))
+
+
+@pytest.mark.slow
 def test_without_a_tokenizer_ids_are_read_and_tasks_left_out(long_llama: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(long_llama, tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
-    (tmp_path / "story.txt").write_text("a story")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 512, 1100))
     options = Options(**{**OPTIONS, "tokens": 1024, "windows": 1})
-    with pytest.raises(ValueError, match="the checkpoint has no tokenizer for"):
-        evaluate_checkpoint(checkpoint, tmp_path / "out", [tmp_path / "story.txt"], {"small": SMALL}, options=options)
     ids = tmp_path / "ids.npy"
     result = evaluate_checkpoint(checkpoint, tmp_path / "out", [ids], {"small": SMALL}, options=options)
     assert result.skipped == {"tasks": "the model has no tokenizer"}

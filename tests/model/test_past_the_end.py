@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TOKENS, LENGTHS, PADDING = 24, (24, 17, 3), 7
 
 
-@pytest.mark.parametrize("name", few(CONFIGS, ["qwen3_moe", "t5"]))
+@pytest.mark.parametrize("name", few(CONFIGS, ["qwen3_moe"]))
 def test_padding_reaches_no_output(name: str) -> None:
     architecture, config = build(CONFIGS[name])
     model = architecture.module(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
