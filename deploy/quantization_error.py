@@ -15,6 +15,9 @@ from .entries import SCORE_BLOCK, DecoderEntries, Weights, score_positions
 from .manifest import ArrayInfo, QuantizationError
 
 MAX_TOKENS = 2048
+_LEAST_TOKENS, _PRODUCTS = 256, 4e12
+"""Of a large model fewer tokens are read, by so many products of weights with activations, but never fewer than these,
+which are enough of random ids."""
 
 _Scores = tuple[Float[np.ndarray, " predicted"], Int[np.ndarray, " tokens"]]
 
@@ -22,23 +25,30 @@ _Scores = tuple[Float[np.ndarray, " predicted"], Int[np.ndarray, " tokens"]]
 def quantization_error(
     model: nnx.Module, rounded: nnx.Module, row: CalibrationInputs, first: int = 0
 ) -> QuantizationError:
-    """Compares two models over a row, decoders by the tokens that they predict: at its first `MAX_TOKENS` positions, or
-    from position `first` on if that is not 0."""
+    """Compares two models over a row, decoders by the tokens that they predict: at its first positions, `MAX_TOKENS` at
+    most, or from position `first` on if that is not 0."""
     if isinstance(model, Encoder):
         before, after = (_hidden(each, row)[first:] for each in (model, rounded))
         lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
         return QuantizationError(
             row.info.kind, row.tokens - first, cosine=float(np.mean((before * after).sum(-1) / lengths))
         )
-    ids = row.inputs[0] if first else row.inputs[0, :MAX_TOKENS]
+    ids = row.inputs[0] if first else _leading(model, row)
     (before, most_likely), (after, then) = (_scores(each, ids) for each in (model, rounded))
     return _compared(row, (before[first:], most_likely[first:]), (after[first:], then[first:]))
 
 
 def kv_quantization_error(model: nnx.Module, row: CalibrationInputs) -> QuantizationError:
-    """Compares a decoder with itself over a KV cache of int8, over the row's first `MAX_TOKENS`."""
-    ids = row.inputs[0, :MAX_TOKENS]
+    """Compares a decoder with itself over a KV cache of int8, over the row's first tokens, `MAX_TOKENS` at
+    most."""
+    ids = _leading(model, row)
     return _compared(row, _scores(model, ids), _scores(model, ids, "int8"))
+
+
+def _leading(model: nnx.Module, row: CalibrationInputs) -> Int[np.ndarray, " tokens"]:
+    parameters = sum(array.size for array in jax.tree.leaves(nnx.state(model)))
+    most = int(_PRODUCTS / parameters) if row.is_text else _LEAST_TOKENS
+    return row.inputs[0, : min(max(most, _LEAST_TOKENS), MAX_TOKENS)]
 
 
 def _compared(row: CalibrationInputs, *scores: _Scores) -> QuantizationError:
