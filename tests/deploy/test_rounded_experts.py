@@ -25,6 +25,7 @@ from iceformer.model.registry import build
 from iceformer.model.rounding import round_experts
 
 from ..conftest import TINY_LLAMA
+from ..model.test_moe import in_numpy, weights_of
 
 VOCABULARY, EXPERTS, HIDDEN, INTERMEDIATE = 96, 4, 32, 64
 CONFIG: dict[str, Any] = TINY_LLAMA | {
@@ -159,7 +160,7 @@ def test_the_loss_table_says_how_many_experts_got_no_token(artifact: Path) -> No
     assert table.caption == "exact attention, before and after rounding"
 
 
-def mixture_of(rngs: nnx.Rngs, gate: np.ndarray) -> SparseMoE:
+def mixture_of(rngs: nnx.Rngs, gate: np.ndarray) -> Any:
     """A mixture with random experts and the given router."""
     made: dict[str, Any] = {"num_experts_per_tok": 2, "norm_topk_prob": True, "hidden_act": "silu"}
     mixture = SparseMoE(HIDDEN, INTERMEDIATE, num_experts=gate.shape[1], rngs=rngs, param_dtype=jnp.float32, **made)
@@ -180,32 +181,24 @@ def correlated(tokens: int, seed: int) -> jax.Array:
 
 def test_experts_are_rounded_for_the_tokens_that_they_get() -> None:
     """Beside rounding to the nearest, they keep more of what they make of other tokens of the same kind."""
-    gate = np.random.default_rng(3).standard_normal((HIDDEN, 4))
-    exact, fitted, nearest = (mixture_of(nnx.Rngs(0), gate) for _ in range(3))
-    assert round_experts_for_inputs(fitted, correlated(500, seed=1)) == 0
-    round_experts(nearest, "int4")
-    x = correlated(200, seed=2)
-
-    def change(mixture: SparseMoE) -> float:
-        return float(jnp.square(mixture(x) - exact(x)).mean())
-
-    assert 0 < change(fitted) < 0.5 * change(nearest)
-
-
-def test_an_expert_without_tokens_is_counted() -> None:
     one, other, third = np.random.default_rng(3).standard_normal((3, HIDDEN))
     # Of two opposite logits one is above 0, so that two others are above that of the first expert.
     gate = np.stack([np.zeros(HIDDEN), one, -one, other, -other, third], axis=1)
-    fitted, nearest = (mixture_of(nnx.Rngs(0), gate) for _ in range(2))
-    assert round_experts_for_inputs(fitted, correlated(100, seed=1)) == 1
+    exact, fitted, nearest = (mixture_of(nnx.Rngs(0), gate) for _ in range(3))
+    assert round_experts_for_inputs(fitted, correlated(500, seed=1)) == 1
     round_experts(nearest, "int4")
-    assert fitted.experts is not None
-    assert nearest.experts is not None
+    x, stacks = correlated(100, seed=2), [exact.gate_proj[...], exact.up_proj[...], exact.down_proj[...]]
+    expected = in_numpy(exact, list(zip(*map(np.asarray, stacks), strict=True)), x)
+
+    def change(mixture: SparseMoE) -> float:
+        return float(np.square(in_numpy(exact, weights_of(mixture), x) - expected).mean())
+
+    assert 0 < change(fitted) < 0.5 * change(nearest)
     pairs = list(zip(fitted.experts, nearest.experts, strict=True))
 
     def equal(layer: str) -> list[bool]:
         return [np.array_equal(getattr(a, layer).kernel[...], getattr(b, layer).kernel[...]) for a, b in pairs]
 
     assert equal("down_proj") == [True, *[False] * 5]
-    # The first one's are rounded for the tokens of the others.
+    # Those of the expert without tokens are rounded for the tokens of the others.
     assert equal("gate_up_proj") == [False] * 6

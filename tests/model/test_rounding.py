@@ -187,7 +187,7 @@ def test_every_linear_layer_is_replaced_and_the_model_given_is_not() -> None:
     np.testing.assert_allclose(rounded(ids), before, atol=0.05 * float(jnp.abs(before).max()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_convolution_is_the_product_of_windows_with_the_rounded_weights(dtype: str) -> None:
     rng = np.random.default_rng(0)
     layer = Convolution((3, 4, 8), 70, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
@@ -222,7 +222,12 @@ def test_a_convolution_is_the_product_of_windows_with_the_rounded_weights(dtype:
             (3, 24, 24),
             marks=pytest.mark.slow,
         ),
-        ({"model_type": "dinov2", "image_size": 28, "patch_size": 14}, "pixel_values", (3, 28, 28)),
+        pytest.param(
+            {"model_type": "dinov2", "image_size": 28, "patch_size": 14},
+            "pixel_values",
+            (3, 28, 28),
+            marks=pytest.mark.slow,
+        ),
         (
             {"model_type": "whisper", "architectures": ["WhisperModel"], "max_source_positions": 10},
             "input_features",
