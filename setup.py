@@ -3,6 +3,8 @@
 kernels/native/kernels.cpp is compiled once for each instruction set, with its flags; the library chooses among them
 at run time. With a compiler that does not know AMX (GCC before 11) that set is left out. Without a compiler, or with
 ICEFORMER_BUILD_KERNELS=0, the package is installed without the library and runs in pure XLA.
+
+The library is not a Python extension: one wheel is for every version of Python.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import jaxlib
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
@@ -107,7 +110,15 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
 
-setup(
-    ext_modules=[Extension("iceformer.kernels.native.libiceformer", sources=[])],
-    cmdclass={"build_ext": BuildKernels},
-)
+class Wheel(bdist_wheel):
+    """A wheel for a platform, and for every version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("iceformer.kernels.native.libiceformer", sources=[])],
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+    )
