@@ -112,14 +112,16 @@ def test_linear_layers_agree_with_xla(front: Path, back: str) -> None:
 @pytest.mark.native
 def test_later_instructions_are_in_the_functions_of_their_instruction_set_only(built: Path) -> None:
     listing = subprocess.check_output([CROSS + "objdump", "-d", "--no-show-raw-insn", library_of(built)], text=True)
-    name, found = "", set()
+    owner, found = "", set()
     for line in listing.splitlines():
         if start := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
-            name = start[1]
+            names = re.search(r"9iceformer\d+(neon|neon_dotprod|neon_bf16)\d+[A-Za-z]", start[1])
+            owner = names[1] if names else start[1]
         elif instruction := LATER.search(line):
-            found.add((instruction[1], re.sub(r"^.*9iceformer\d+(neon[a-z_0-9]*?)\d+[A-Za-z].*$", r"\1", name)))
-    assert {set_of for _, set_of in found} == {"neon_dotprod", "neon_bf16"}
-    assert {instruction for instruction, set_of in found if set_of == "neon_dotprod"} == {"sdot"}
+            found.add((owner, instruction[1]))
+    assert {owner for owner, _ in found} == {"neon_dotprod", "neon_bf16"}
+    assert {name for owner, name in found if owner == "neon_dotprod"} == {"sdot"}
+    assert {name for owner, name in found if owner == "neon_bf16"} >= {"sdot", "bfdot", "smmla"}
 
 
 @pytest.mark.native
