@@ -28,6 +28,7 @@ TARGETS = frozenset({EXACT, TWO_STAGE, LINEAR, CHOOSE, ATTEND_CHOSEN})
 
 _STRINGS = ("iceformer_version", "iceformer_instruction_set", "iceformer_instruction_sets")
 _CHOOSE_INSTRUCTION_SET = "iceformer_choose_instruction_set"
+_WITH_BFLOAT16 = ("avx512_bf16", "amx")
 _LIBRARY = Path(__file__).parent / "native" / "libiceformer.so"
 _allowed: ContextVar[bool] = ContextVar("iceformer_kernels", default=True)
 
@@ -98,6 +99,11 @@ def instruction_set() -> str | None:
     """The instruction set that the kernels use here, e.g. "avx2"; None without the library."""
     library = _library()
     return library.iceformer_instruction_set().decode() if library else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the instruction set has products of bfloat16, which XLA uses, too."""
+    return instruction_set() in _WITH_BFLOAT16
 
 
 def instruction_sets() -> tuple[str, ...]:
