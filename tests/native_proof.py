@@ -16,7 +16,9 @@ TESTED = (
     "scripts/sanitize.sh",
     "setup.py",
     "tests/attention/amx",
+    "tests/attention/arm",
     "tests/attention/test_amx.py",
+    "tests/attention/test_arm.py",
     "tests/attention/test_native_build.py",
     "tests/attention/test_option_pairs.py",
 )

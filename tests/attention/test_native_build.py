@@ -1,4 +1,5 @@
-"""How the native kernels are built: no instruction leaks to processors without it, and sanitizers find nothing."""
+"""How the native kernels are built: no instruction leaks to processors without it, sanitizers find nothing, and a wheel
+has all of the package."""
 
 import importlib.util
 import os
@@ -49,7 +50,7 @@ def build(folder: Path, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
@@ -131,6 +132,14 @@ def test_sanitizers_find_nothing() -> None:
     sanitized(examples=10)
 
 
+def package_files() -> Iterator[Path]:
+    """What this checkout would install besides the library, through the package's links to folders."""
+    for folder, _, names in os.walk(ROOT / "iceformer", followlinks=True):
+        for file in (Path(folder, name) for name in names):
+            if file.suffix not in (".so", ".cpp", ".h", ".pyc"):
+                yield file
+
+
 @pytest.mark.native
 def test_a_wheel_from_the_source_archive_has_the_library_that_was_built_with_it(tmp_path: Path) -> None:
     def make(kind: str, folder: Path, **environment: str) -> Path:
@@ -144,8 +153,10 @@ def test_a_wheel_from_the_source_archive_has_the_library_that_was_built_with_it(
     library = "iceformer/kernels/native/libiceformer.so"
     assert not list(folder.rglob("*.so"))
     with zipfile.ZipFile(make("wheel", folder)) as wheel:
-        assert library in wheel.namelist()
-        assert not str(wheel.filename).endswith("-any.whl")
+        files = {name: wheel.read(name) for name in wheel.namelist() if re.match(r"iceformer/.*[^/]$", name)}
+        assert re.search(r"-py3-none-linux_\w+\.whl$", str(wheel.filename))
+    assert files.pop(library)
+    assert files == {file.relative_to(ROOT).as_posix(): file.read_bytes() for file in package_files()}
     # In the same folder: what was built before stays out.
     with zipfile.ZipFile(make("wheel", folder, ICEFORMER_BUILD_KERNELS="0")) as wheel:
         assert "iceformer/kernels/__init__.py" in wheel.namelist()

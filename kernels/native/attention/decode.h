@@ -130,7 +130,7 @@ class FloatProducts {
 
  private:
   // Vectors of a value that stay in registers.
-  static constexpr int kColumns = kLanes == 16 ? 4 : 2;
+  static constexpr int kColumns = ICEFORMER_REGISTERS == 32 ? 4 : 2;
 
   template <int Q, int C, class Places>
   void accumulate_columns(Places places, int64_t count, int64_t query, const float* weights, int64_t d) {

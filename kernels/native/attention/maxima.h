@@ -19,6 +19,8 @@ struct RankingQueries {
 
 #if ICEFORMER_LANES == 16
 constexpr int kProductRows = 8, kProductVectors = 2;
+#elif ICEFORMER_REGISTERS == 32
+constexpr int kProductRows = 4, kProductVectors = 4;
 #else
 constexpr int kProductRows = 4, kProductVectors = 2;
 #endif

@@ -6,6 +6,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #ifndef ICEFORMER_VERSION
 #define ICEFORMER_VERSION "unversioned"
 #endif
@@ -36,6 +40,22 @@ namespace {
 [[maybe_unused]] bool has_amx() { return amx_allowed(); }
 // For tests, on tiles that are emulated; never chosen by itself, because it comes after the baseline.
 [[maybe_unused]] bool has_amx_emulated() { return has_avx512_bf16(); }
+#elif defined(__aarch64__)
+// Whether the kernel says that the processor has all of some bits: Linux' HWCAP_ASIMDDP, HWCAP2_I8MM and HWCAP2_BF16,
+// which older headers do not name.
+bool has_bits([[maybe_unused]] unsigned long type, [[maybe_unused]] unsigned long bits) {
+#if defined(__linux__)
+  return (getauxval(type) & bits) == bits;
+#else
+  return false;
+#endif
+}
+constexpr unsigned long kCapabilities = 16, kMoreCapabilities = 26;
+[[maybe_unused]] bool has_neon() { return true; }
+[[maybe_unused]] bool has_neon_dotprod() { return has_bits(kCapabilities, 1ul << 20); }
+[[maybe_unused]] bool has_neon_bf16() {
+  return has_neon_dotprod() && has_bits(kMoreCapabilities, 1ul << 13 | 1ul << 14);
+}
 #endif
 
 struct InstructionSet {

@@ -36,6 +36,17 @@ struct Bfloat16Product {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
+#elif defined(ICEFORMER_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define ICEFORMER_BFLOAT16_DOT 1
+struct Bfloat16Product {
+  using Scope = NoScope;
+  static constexpr int64_t kRows = 1, kDepth = 1;
+  using Broadcast = Words;
+  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) { return (Words)fill_ints(load<int32_t>(word)); }
+  static ICEFORMER_INLINE Floats add(Floats sum, Broadcast a, Words b) {
+    return (Floats)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+  }
+};
 #endif
 
 // Products of words of four int8, summed in int32. The broadcast operand `a` is a key's, with each byte passed through
@@ -82,6 +93,22 @@ struct Int8Product {
     const __m512i pairs = _mm512_maddubs_epi16(a.magnitude, signed_value);
     return sum + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
   }
+#elif defined(ICEFORMER_NEON)
+  static constexpr uint32_t kFlip = 0;
+  static constexpr int32_t kStart = 0;
+  using Broadcast = int8x16_t;
+  static ICEFORMER_INLINE Broadcast broadcast(const uint32_t* word) {
+    return (int8x16_t)fill_ints(load<int32_t>(word));
+  }
+  static ICEFORMER_INLINE Ints add(Ints sum, Broadcast a, Words b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (Ints)vdotq_s32((int32x4_t)sum, a, (int8x16_t)b);
+#else
+    // Products of bytes within +-127 sum in pairs to within int16.
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8((int8x16_t)b));
+    return (Ints)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, vmull_high_s8(a, (int8x16_t)b)));
+#endif
+  }
 #else
   static constexpr uint32_t kFlip = 0;
   static constexpr int32_t kStart = 0;
@@ -109,12 +136,12 @@ struct Lanes {
   int64_t stride;
 };
 
-#if ICEFORMER_LANES == 4
-constexpr int kTileRows = 4, kTileVectors = 2;
+#if ICEFORMER_REGISTERS == 32
+constexpr int kTileRows = 6, kTileVectors = 4;
 #elif ICEFORMER_LANES == 8
 constexpr int kTileRows = 6, kTileVectors = 2;
 #else
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 // One register tile: `R` rows by `V` vectors of result (+)= left . right over `depth` words.

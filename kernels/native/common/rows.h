@@ -18,7 +18,7 @@ struct WideRows {
 };
 
 // Rows whose products are in registers at once; as many such steps make a vector of products.
-constexpr int kSteps = 4, kStepRows = kLanes / kSteps;
+constexpr int kSteps = ICEFORMER_LANES == 4 && ICEFORMER_REGISTERS == 32 ? 1 : 4, kStepRows = kLanes / kSteps;
 
 // Lane i of products[q] = the product of rows[i], of `width` elements, with vector q, packed words `stride` apart and
 // padded with zeros to whole vectors.

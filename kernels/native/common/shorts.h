@@ -24,6 +24,8 @@ ICEFORMER_INLINE Shorts widen_to_shorts(const int8_t* from) {
 #elif defined(__SSE2__)
   const __m128i bytes = _mm_cvtsi64_si128(load<long long>(from));
   return (Shorts)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+#elif defined(ICEFORMER_NEON)
+  return (Shorts)vmovl_s8(vld1_s8(from));
 #else
   typedef int8_t Bytes __attribute__((vector_size(2 * ICEFORMER_LANES)));
   return __builtin_convertvector(load<Bytes>(from), Shorts);
@@ -46,6 +48,8 @@ ICEFORMER_INLINE Shorts interleave_to_shorts(const int8_t* a, const int8_t* b) {
 #elif defined(__AVX2__)
   return (Shorts)_mm256_cvtepi8_epi16(
       _mm_unpacklo_epi8(_mm_cvtsi64_si128(load<long long>(a)), _mm_cvtsi64_si128(load<long long>(b))));
+#elif defined(ICEFORMER_NEON)
+  return (Shorts)vmovl_s8(vzip1_s8(vcreate_s8(load<uint32_t>(a)), vcreate_s8(load<uint32_t>(b))));
 #else
   int8_t both[kShorts];
   for (int i = 0; i < kLanes; ++i) {
@@ -66,6 +70,9 @@ ICEFORMER_INLINE Ints add_pairs(Ints sum, Shorts a, Shorts b) {
   return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(ICEFORMER_NEON)
+  const int16x8_t one = (int16x8_t)a, other = (int16x8_t)b;
+  return sum + (Ints)vpaddq_s32(vmull_s16(vget_low_s16(one), vget_low_s16(other)), vmull_high_s16(one, other));
 #else
   const Ints low = ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16);
   return sum + low + ((Ints)a >> 16) * ((Ints)b >> 16);
@@ -80,6 +87,8 @@ ICEFORMER_INLINE Shorts narrow_by_fours(Ints a, Ints b) {
   return (Shorts)_mm256_packs_epi32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return (Shorts)_mm_packs_epi32((__m128i)a, (__m128i)b);
+#elif defined(ICEFORMER_NEON)
+  return (Shorts)vqmovn_high_s32(vqmovn_s32((int32x4_t)a), (int32x4_t)b);
 #else
   Shorts both;
   for (int i = 0; i < kLanes; ++i) {
@@ -107,6 +116,9 @@ ICEFORMER_INLINE Floats sum_across(const Ints (&vectors)[kLanes]) {
   }
   const Ints low = (Ints)_mm256_permute2x128_si256(fours[0], fours[1], 0x20);
   return to_floats(low + (Ints)_mm256_permute2x128_si256(fours[0], fours[1], 0x31));
+#elif defined(ICEFORMER_NEON)
+  const int32x4_t low = vpaddq_s32((int32x4_t)vectors[0], (int32x4_t)vectors[1]);
+  return to_floats((Ints)vpaddq_s32(low, vpaddq_s32((int32x4_t)vectors[2], (int32x4_t)vectors[3])));
 #else
   Floats floats[kLanes];
   for (int i = 0; i < kLanes; ++i) floats[i] = to_floats(vectors[i]);

@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#define ICEFORMER_NEON 1
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -18,6 +21,13 @@
 #define ICEFORMER_LANES 8
 #else
 #define ICEFORMER_LANES 4
+#endif
+
+// Vector registers, of which sums that are in the making take most.
+#if defined(__AVX512F__) || defined(ICEFORMER_NEON)
+#define ICEFORMER_REGISTERS 32
+#else
+#define ICEFORMER_REGISTERS 16
 #endif
 
 namespace iceformer {
@@ -67,6 +77,8 @@ ICEFORMER_INLINE Ints round_to_ints(Floats values) {
   return (Ints)_mm256_cvtps_epi32((__m256)values);
 #elif defined(__SSE2__)
   return (Ints)_mm_cvtps_epi32((__m128)values);
+#elif defined(ICEFORMER_NEON)
+  return (Ints)vcvtnq_s32_f32((float32x4_t)values);
 #else
   Ints rounded;
   for (int i = 0; i < kLanes; ++i) rounded[i] = static_cast<int32_t>(__builtin_rintf(values[i]));
@@ -81,6 +93,9 @@ ICEFORMER_INLINE Floats widen(const int8_t* from) {
   return to_floats((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from)));
 #elif defined(__AVX2__)
   return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<long long>(from))));
+#elif defined(ICEFORMER_NEON)
+  const int16x8_t shorts = vmovl_s8(vcreate_s8(load<uint32_t>(from)));
+  return to_floats((Ints)vmovl_s16(vget_low_s16(shorts)));
 #else
   typedef int8_t Bytes __attribute__((vector_size(ICEFORMER_LANES)));
   return __builtin_convertvector(load<Bytes>(from), Floats);

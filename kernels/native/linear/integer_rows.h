@@ -2,7 +2,7 @@
 // row with a unit of its own: an input that is far larger than the others takes bits from those of its chunk alone.
 // Products of integers are 2 to 4 times as many in a second as those of floats.
 //
-// Integers of 8 bits are bytes where the processor has products of bytes (VNNI), else shorts: the products of bytes that
+// Integers of 8 bits are bytes where the processor has products of bytes (VNNI, Arm's dotprod), else shorts: the products of bytes that
 // AVX2 has are no more in a second, because their sums of 16 bits have to be widened.
 #pragma once
 
@@ -21,7 +21,7 @@ constexpr int64_t kByteLevels = 127;
 struct ShortInputs {
   using Scope = NoScope;
   static constexpr int64_t kPerWord = 2;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kMatrices = false;
 
   // Adds a word of a row times vectors of weights.
   template <int V>
@@ -61,7 +61,7 @@ struct ShortInputs {
 struct ByteInputs {
   using Scope = NoScope;
   static constexpr int64_t kPerWord = 4;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kMatrices = false;
 
   template <int V>
   static ICEFORMER_INLINE void add(Ints (&sum)[V], Words row, const Words (&weights)[V]) {
@@ -85,6 +85,80 @@ struct ByteInputs {
   }
 };
 
+#elif defined(ICEFORMER_NEON) && defined(__ARM_FEATURE_DOTPROD)
+
+// Words of four bytes, all signed.
+struct ByteInputs {
+  using Scope = NoScope;
+  static constexpr int64_t kPerWord = 4;
+  static constexpr bool kTiles = false, kMatrices = false;
+
+  template <int V>
+  static ICEFORMER_INLINE void add(Ints (&sum)[V], Words row, const Words (&weights)[V]) {
+    for (int v = 0; v < V; ++v)
+      sum[v] = (Ints)vdotq_s32((int32x4_t)sum[v], (int8x16_t)row, (int8x16_t)weights[v]);
+  }
+
+  static ICEFORMER_INLINE void store_row(Ints values, uint32_t* to) {
+    const int16x4_t shorts = vmovn_s32((int32x4_t)values);
+    store(to, vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(shorts, shorts))), 0));
+  }
+
+  static void pack_panel(const int8_t* panel, int64_t steps, uint32_t* to) {
+    memcpy(to, panel, sizeof(uint32_t) * kPanelOutputs * steps);
+  }
+
+  static ICEFORMER_INLINE Ints start(const uint32_t*, int64_t) { return Ints{}; }
+};
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// The same bytes for products of 2 by 8 with 8 by 2 (smmla): of two steps together, the weights of two outputs.
+struct MatrixInputs : ByteInputs {
+  static constexpr bool kMatrices = true;
+
+  // A last single step is paired with zeros.
+  static void pack_panel(const int8_t* panel, int64_t steps, uint32_t* to) {
+    constexpr int64_t kBytes = kPanelOutputs * kPanelInputs;
+    for (int64_t step = 0; step < steps; step += 2, panel += 2 * kBytes, to += 2 * kPanelOutputs)
+      for (int64_t lane = 0; lane < kPanelOutputs; lane += kLanes) {
+        const Words even = load<Words>(panel + lane * kPanelInputs);
+        const Words odd = step + 1 < steps ? load<Words>(panel + kBytes + lane * kPanelInputs) : Words{};
+        store(to + 2 * lane, interleave_low(even, odd));
+        store(to + 2 * lane + kLanes, interleave_high(even, odd));
+      }
+  }
+
+  // Products of `R` rows of `words` words with a packed panel. Behind a last single word of a row the next row's is
+  // read, or what is behind all rows, and multiplied by 0.
+  template <int R, int V>
+  static ICEFORMER_INLINE void multiply(const uint32_t* rows, int64_t words, const uint32_t* panel, Ints (&sum)[R][V]) {
+    constexpr int kPairs = (R + 1) / 2;
+    int32x4_t sums[kPairs][2 * V];
+    for (int pair = 0; pair < kPairs; ++pair)
+      for (int v = 0; v < 2 * V; ++v) sums[pair][v] = vdupq_n_s32(0);
+    for (int64_t k = 0; k < words; k += 2, panel += 2 * kPanelOutputs) {
+      int8x16_t two[kPairs];
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const uint32_t* from = rows + 2 * pair * words + k;
+        const int8x8_t first = load<int8x8_t>(from), second = load<int8x8_t>(2 * pair + 1 < R ? from + words : from);
+        two[pair] = vcombine_s8(first, second);
+      }
+      for (int v = 0; v < 2 * V; ++v) {
+        const int8x16_t weights = load<int8x16_t>(panel + v * kLanes);
+        for (int pair = 0; pair < kPairs; ++pair) sums[pair][v] = vmmlaq_s32(sums[pair][v], two[pair], weights);
+      }
+    }
+    for (int row = 0; row < R; ++row)
+      for (int v = 0; v < V; ++v) {
+        const int64x2_t low = (int64x2_t)sums[row / 2][2 * v], high = (int64x2_t)sums[row / 2][2 * v + 1];
+        sum[row][v] = (Ints)(row % 2 ? vzip2q_s64(low, high) : vzip1q_s64(low, high));
+      }
+  }
+};
+
+#endif
+
 #endif
 
 #if defined(ICEFORMER_TILES)
@@ -92,7 +166,7 @@ struct ByteInputs {
 // The same for tiles, which take signed bytes. Chunks are whole tiles.
 struct TileInputs : ByteInputs {
   using Scope = Tiles;
-  static constexpr bool kTiles = true;
+  static constexpr bool kTiles = true, kMatrices = false;
 
   static bool fits(const Linear& call) {
     return call.levels == kByteLevels && call.rows > kWideRows && call.group % (kTileSide * kPerWord) == 0;
@@ -113,7 +187,9 @@ ICEFORMER_INLINE void visit_integers(const Linear& call, const Visit& visit) {
 #if defined(ICEFORMER_TILES)
   if (TileInputs::fits(call)) return visit(TileInputs{});
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(ICEFORMER_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+  if (call.levels == kByteLevels) return visit(MatrixInputs{});
+#elif defined(__AVX512VNNI__) || (defined(ICEFORMER_NEON) && defined(__ARM_FEATURE_DOTPROD))
   if (call.levels == kByteLevels) return visit(ByteInputs{});
 #endif
   visit(ShortInputs{});
@@ -200,8 +276,9 @@ class IntegerRows {
   };
 
   // Rows and vectors whose sums are in registers at once, and the outputs that are packed together.
-#if ICEFORMER_LANES == 16
-  static constexpr int64_t kRows = 6, kVectors = 4;
+#if ICEFORMER_REGISTERS == 32
+  // Compilers load all eight vectors of weights that matrices are multiplied with first.
+  static constexpr int64_t kRows = Format::kMatrices ? 4 : 6, kVectors = 4;
 #elif ICEFORMER_LANES == 8
   static constexpr int64_t kRows = 6, kVectors = 2;
 #else
@@ -212,6 +289,8 @@ class IntegerRows {
   static constexpr int64_t kColumns = kVectors > kPanelVectors ? kVectors * kLanes : kPanelOutputs;
   static constexpr int64_t kDepth = 256, kMostChunks = kDepth / kGroupUnit;
   static_assert(kDepth == kMostChunk, "a piece has at least one chunk");
+  static_assert(!Format::kMatrices || (kVectors == kPanelVectors && kGroupUnit % (2 * kPanelInputs) == 0),
+                "a matrix has the outputs of one panel, and of the chunks of a piece only a single one has an odd step");
 
   int64_t stride() const { return round_up(task_.columns, kColumns); }
 
@@ -294,16 +373,20 @@ class IntegerRows {
     for (int64_t i = 0; i < piece.chunks; ++i, weights += words * kPanelOutputs) {
       const uint32_t* rows = row_words(piece, i, row);
       Ints sum[R][kVectors];
-      for (int v = 0; v < kVectors; ++v)
-        for (int r = 0; r < R; ++r) sum[r][v] = load<Ints>(starts + i * kColumns + v * kLanes);
-      for (int64_t k = 0; k < words; ++k) {
-        Words lanes[kVectors];
+      if constexpr (Format::kMatrices) {
+        Format::multiply(rows, words, weights, sum);
+      } else {
         for (int v = 0; v < kVectors; ++v)
-          lanes[v] = load<Words>(weights + k * kPanelOutputs + v / kPanelVectors * panel_words +
-                                 v % kPanelVectors * kLanes);
-        for (int r = 0; r < R; ++r) {
-          const Words word = (Words)fill_ints(load<int32_t>(rows + r * words + k));
-          Format::add(sum[r], word, lanes);
+          for (int r = 0; r < R; ++r) sum[r][v] = load<Ints>(starts + i * kColumns + v * kLanes);
+        for (int64_t k = 0; k < words; ++k) {
+          Words lanes[kVectors];
+          for (int v = 0; v < kVectors; ++v)
+            lanes[v] = load<Words>(weights + k * kPanelOutputs + v / kPanelVectors * panel_words +
+                                   v % kPanelVectors * kLanes);
+          for (int r = 0; r < R; ++r) {
+            const Words word = (Words)fill_ints(load<int32_t>(rows + r * words + k));
+            Format::add(sum[r], word, lanes);
+          }
         }
       }
       for (int v = 0; v < kVectors; ++v) {
