@@ -14,7 +14,7 @@ from jax import export
 
 import iceformer
 from iceformer import kernels
-from iceformer.attention import LowRank
+from iceformer.attention import METHODS, LowRank, make_method
 from iceformer.deploy.calibration import calibration_ids
 from iceformer.deploy.compile import check_options, default_buckets
 from iceformer.deploy.entries import score_block
@@ -23,6 +23,7 @@ from iceformer.deploy.session import Session
 from iceformer.deploy.tables import describe_plan
 from iceformer.model.registry import build
 
+from ..few import few
 from .conftest import TEXT, VOCABULARY
 
 
@@ -62,7 +63,24 @@ def test_refuses_other_folders(tmp_path: Path, source: tuple[Path, object]) -> N
         iceformer.compile(source[0], tmp_path / "artifact")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", few(sorted(METHODS), ["product_quant"]))
+def test_every_method_is_compiled(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    options = {"antidiagonal": {"stride": 4}, "product_quant": {"parts": 4, "bits": 4}, "lsh": {"tables": 8}}
+    method = make_method(name, **options.get(name, {}))
+    attention = iceformer.TwoStage(method, budget=32, query_block=8, key_block=4, sink=4, local=4, candidates=1.0)
+    ids = np.random.default_rng(0).integers(4, VOCABULARY, 64)
+    path = iceformer.compile(checkpoint, tmp_path / "a", buckets=(64,), chunk=32, attention=attention, calibration=ids)
+    session = iceformer.load(path)
+    logits = iceformer.load_model(checkpoint)(jnp.asarray(ids[None]))[0]
+    exact = np.asarray(jax.nn.log_softmax(logits))[np.arange(63), ids[1:]]
+    scores = session.score(ids).logprobs
+    # The first see no more than the budget, the last are the exact last block.
+    np.testing.assert_allclose(scores[:32], exact[:32], atol=1e-4)
+    assert not np.allclose(scores[32:55], exact[32:55], atol=1e-5)
+    assert np.abs(scores - exact).max() < 2
+    assert len(session.generate(ids[:40], max_new_tokens=3).ids) == 3
+
+
 def test_bfloat16_with_a_calibrated_method(checkpoint: Path, tmp_path: Path) -> None:
     """Weights take half the bytes; scores stay near float32's; the manifest says what the bases come from."""
     ids = np.random.default_rng(0).integers(4, VOCABULARY, 64)
