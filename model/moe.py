@@ -24,6 +24,9 @@ from .products import multiply_by_one_of
 
 # More rows pad more, fewer read an expert's weights more often; XLA wants at least 8 for its bfloat16 product.
 _LEAST_ROWS, _MOST_ROWS = 8, 256
+# The kernel reads an expert once for a few rows. With one, XLA would sum otherwise than with more, and a token checked
+# beside others would not have the bits that it has alone.
+_LEAST_SEPARATE_ROWS = 2
 
 _initial = nnx.initializers.normal(0.02)
 
@@ -139,7 +142,7 @@ class SparseMoE(nnx.Module):
     ) -> Float32[Array, "tokens hidden_size"]:
         tokens, chosen = experts.shape
         num_experts = self.num_experts
-        rows = _block_rows(tokens * chosen, num_experts, _LEAST_ROWS if self.experts is None else 1)
+        rows = _block_rows(tokens * chosen, num_experts, _LEAST_ROWS if self.experts is None else _LEAST_SEPARATE_ROWS)
         # Pairs by expert, padded so that a block never reaches past them.
         order = jnp.pad(jnp.argsort(experts.reshape(-1), stable=True), (0, rows)).astype(jnp.int32)
         counts = jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)

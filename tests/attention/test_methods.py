@@ -104,7 +104,7 @@ def _attend(attention: Any, query: Any, keys: Any, rows: Any, constants: Any) ->
     )
 
 
-@pytest.mark.parametrize("name", few(ALL, ["antidiagonal", "clusters", "iceformer", "label_cache"]), indirect=True)
+@pytest.mark.parametrize("name", few(ALL, ["antidiagonal", "label_cache"]), indirect=True)
 def test_chunks_of_ragged_rows_equal_one_call_and_lie_near_exact_attention(name: str) -> None:
     case, config = Case(method_of(name)), TwoStage(method_of(name), **SMALL)
     whole = case.attend(config)
@@ -120,7 +120,7 @@ def test_chunks_of_ragged_rows_equal_one_call_and_lie_near_exact_attention(name:
     np.testing.assert_array_equal(case.attend(config), whole)
 
 
-@pytest.mark.parametrize("name", few(ALL, ["lsh", "label_cache"]), indirect=True)
+@pytest.mark.parametrize("name", few(ALL, ["label_cache"]), indirect=True)
 def test_a_budget_for_every_key_is_exact_attention(name: str) -> None:
     method = method_of(name)
     assert TwoStage(method, **{**SMALL, "budget": KEYS}).within(KEYS, Mask()) == Exact()
@@ -130,7 +130,7 @@ def test_a_budget_for_every_key_is_exact_attention(name: str) -> None:
     np.testing.assert_allclose(case.attend(config)[1, :, :150], case.exact()[1, :, :150], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", few(FOR_NEW_TOKENS, ["product_quant", "label_cache"]), indirect=True)
+@pytest.mark.parametrize("name", few(FOR_NEW_TOKENS, ["clusters"]), indirect=True)
 def test_new_tokens_attend_to_a_selection(name: str) -> None:
     method = method_of(name)
     config = DecodeSelection(method, budget=64, key_block=KEY_BLOCK, sink=4, local=8)
@@ -177,7 +177,9 @@ def calibrated(method: Method, query: np.ndarray, key: np.ndarray) -> dict[str, 
 
 
 @pytest.fixture
-def query() -> np.ndarray:
+def query(form: str) -> np.ndarray:
+    if form == "kernels":
+        pytest.skip("no attention is called")
     return np.random.default_rng(1).standard_normal((8, HEAD_DIM)).astype(np.float32)
 
 

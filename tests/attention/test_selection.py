@@ -47,7 +47,7 @@ def test_select_takes_forced_then_best_with_ties_to_the_lower_index(importance, 
         ({"sink": -1}, "sink is -1"),
         ({"compensation": "mean"}, "compensation is 'mean'"),
         ({"crossover": -1}, "crossover is -1"),
-        ({"method": "nearest"}, "expected one of: low_rank, mean_pool"),
+        ({"method": "nearest"}, "method is 'nearest', expected one of: antidiagonal, .*, low_rank, "),
     ],
 )
 def test_configuration_refuses(options, message) -> None:
@@ -95,7 +95,8 @@ def test_low_rank_without_projections_says_so() -> None:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_configurations_are_values(name) -> None:
-    assert TwoStage(method=name) == TwoStage(method=make_method(name))
-    assert hash(TwoStage(method=name)) == hash(TwoStage(method=make_method(name)))
-    assert json.loads(json.dumps(attention_to_dict(TwoStage(method=name))))["method"]["name"] == name
+    config = TwoStage(method=name, budget=1024)
+    assert config == TwoStage(method=make_method(name), budget=1024)
+    assert hash(config) == hash(TwoStage(method=make_method(name), budget=1024))
+    assert json.loads(json.dumps(attention_to_dict(config)))["method"]["name"] == name
     assert attention_to_dict(Exact())["kind"] == "exact"
