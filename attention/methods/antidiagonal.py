@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from ..blocks import pad_axis
 from ..cache import Field, Fields
-from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries
+from .base import Constants, Method, RankingQueries, largest_products
 
 _RUNS = "key_runs"
 
@@ -69,6 +68,4 @@ class Antidiagonal(Method):
     def block_products(
         self, features: Float[Array, "pieces features"], index: Mapping[str, Float32[Array, "blocks runs features"]]
     ) -> Float32[Array, "blocks pieces"]:
-        runs = index[_RUNS]
-        products = matmul_transposed(runs.reshape(-1, runs.shape[2]).astype(features.dtype), features)
-        return jnp.max(products.reshape(*runs.shape[:2], -1), axis=1)
+        return largest_products(index[_RUNS], features)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from ..cache import Fields
+from ..ops import matmul_transposed
 
 Constants = Mapping[str, Shaped[Array, "kv_heads ..."]]
 """What calibration learned of a layer, by name."""
@@ -106,9 +107,28 @@ class Method(ABC):
         """
 
 
-def every_lane(query: Float[Array, "heads query_blocks queries head_dim"]) -> Int[Array, "heads query_blocks queries"]:
+def every_lane(query: Shaped[Array, "heads query_blocks queries _"]) -> Int[Array, "heads query_blocks queries"]:
     """`RankingQueries.lane` where all queries of a block rank."""
     return jnp.broadcast_to(jnp.arange(query.shape[2], dtype=jnp.int32), query.shape[:3])
+
+
+def every_query(
+    features: Shaped[Array, "heads query_blocks queries features"],
+    present: Bool[Array, "heads query_blocks queries"],
+    scale: Float32[Array, "heads query_blocks queries"] | None = None,
+) -> RankingQueries:
+    """All queries of each block by their features, whose products are logits but for a scale, if there is one."""
+    scale = jnp.ones(features.shape[:3], jnp.float32) if scale is None else scale
+    return RankingQueries(features, scale, present, every_lane(features))
+
+
+def largest_products(
+    entries: Shaped[Array, "blocks *entries features"], features: Float[Array, "queries features"]
+) -> Float32[Array, "blocks queries"]:
+    """The largest product of each query with an entry of each block."""
+    blocks, width = entries.shape[0], entries.shape[-1]
+    products = matmul_transposed(entries.reshape(-1, width).astype(features.dtype), features)
+    return jnp.max(products.reshape(blocks, -1, features.shape[0]), axis=1)
 
 
 def of_heads(constant: Shaped[Array, "kv_heads ..."], heads: int) -> Shaped[Array, "heads ..."]:

@@ -16,8 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
 from ..cache import Field, Fields
-from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries, every_lane
+from .base import Constants, Method, RankingQueries, every_query, largest_products
 
 _CENTROIDS = "cluster_centroids"
 _ROUNDS = 10
@@ -67,13 +66,11 @@ class Clusters(Method):
         present: Bool[Array, "heads query_blocks queries"],
         constants: Constants,
     ) -> RankingQueries:
-        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
+        return every_query(query, present)
 
     def block_products(
         self,
         features: Float[Array, "queries head_dim"],
         index: Mapping[str, Float32[Array, "blocks 1 clusters head_dim"]],
     ) -> Float32[Array, "blocks queries"]:
-        centroids = index[_CENTROIDS]
-        products = matmul_transposed(centroids.reshape(-1, centroids.shape[3]).astype(features.dtype), features)
-        return jnp.max(products.reshape(centroids.shape[0], -1, features.shape[0]), axis=1)
+        return largest_products(index[_CENTROIDS], features)

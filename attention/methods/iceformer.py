@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 from ..cache import Field, Fields
-from .base import Constants, Method, RankingQueries, every_lane, of_heads, required
+from .base import Constants, Method, RankingQueries, every_query, of_heads, required
 
 _RANGES, _LONGEST = "projection_ranges", "longest_key"
 _ROOM = 1.1
@@ -85,7 +85,7 @@ class Iceformer(Method):
         wide = query.astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True))
         projected = (wide / jnp.where(norm > 0, norm, 1)) @ self._directions(query.shape[3])[:-1]
-        return RankingQueries(projected, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
+        return every_query(projected, present)
 
     def block_products(
         self,

@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8
 from ..blocks import pad_axis
 from ..cache import Field, Fields
 from ..calibration import logit_projections
-from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries, every_lane, of_heads, required
+from .base import Constants, Method, RankingQueries, every_lane, largest_products, of_heads, required
 
 PROJECTED_KEY = "projected_key"
 """The index: a projection of each key."""
@@ -130,11 +129,8 @@ class LowRank(Method):
         features: Int8[Array, "ranking_queries padded_rank"],
         index: Mapping[str, Int8[Array, "blocks key_block padded_rank"]],
     ) -> Float32[Array, "blocks ranking_queries"]:
-        projected = index[PROJECTED_KEY]
-        blocks, _, rank = projected.shape
         # Sums of integer products of this size are exact in float32, which XLA multiplies faster than int8.
-        keys, queries = (x.astype(jnp.float32).reshape(-1, rank) for x in (projected, features))
-        return jnp.max(matmul_transposed(keys, queries).reshape(blocks, -1, queries.shape[0]), axis=1)
+        return largest_products(index[PROJECTED_KEY], features.astype(jnp.float32))
 
 
 def project_keys(

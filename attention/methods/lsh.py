@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ..cache import Field, Fields
-from .base import Constants, Method, RankingQueries, every_lane, of_heads, required
+from .base import Constants, Method, RankingQueries, every_query, of_heads, required
 
 _HASHES, _MEAN = "key_hashes", "mean_of_keys"
 _LEAST_COLLISIONS = 2
@@ -66,8 +66,7 @@ class Lsh(Method):
         present: Bool[Array, "heads query_blocks queries"],
         constants: Constants,
     ) -> RankingQueries:
-        scale = jnp.ones(query.shape[:3], jnp.float32)
-        return RankingQueries(self._hashes(query.astype(jnp.float32)), scale, present, every_lane(query))
+        return every_query(self._hashes(query.astype(jnp.float32)), present)
 
     def block_products(
         self, features: Int32[Array, "queries tables"], index: Mapping[str, Int32[Array, "blocks key_block tables"]]

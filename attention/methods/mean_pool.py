@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from ..cache import Field, Fields
-from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries, every_lane
+from .base import Constants, Method, RankingQueries, every_query, largest_products
 
 _MEAN = "mean_key"
 
@@ -38,9 +37,9 @@ class MeanPool(Method):
         present: Bool[Array, "heads query_blocks queries"],
         constants: Constants,
     ) -> RankingQueries:
-        return RankingQueries(query, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
+        return every_query(query, present)
 
     def block_products(
         self, features: Float[Array, "queries head_dim"], index: Mapping[str, Float32[Array, "blocks 1 head_dim"]]
     ) -> Float32[Array, "blocks queries"]:
-        return matmul_transposed(index[_MEAN][:, 0].astype(features.dtype), features)
+        return largest_products(index[_MEAN], features)

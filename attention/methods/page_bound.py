@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Float, Float32
 
 from ..cache import Field, Fields
-from ..ops import matmul_transposed
-from .base import Constants, Method, RankingQueries, every_lane
+from .base import Constants, Method, RankingQueries, every_query, largest_products
 
 BOUNDS = ("quest", "cuboid_mean")
 PAGE_BOUND = "page_bound"
@@ -64,11 +63,11 @@ class PageBound(Method):
     ) -> RankingQueries:
         of_bound = {"quest": (jnp.minimum(query, 0), jnp.maximum(query, 0)), "cuboid_mean": (query, jnp.abs(query))}
         features = jnp.concatenate(of_bound[self.bound], axis=-1)
-        return RankingQueries(features, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
+        return every_query(features, present)
 
     def block_products(
         self,
         features: Float[Array, "queries twice_head_dim"],
         index: Mapping[str, BFloat16[Array, "blocks 1 twice_head_dim"]],
     ) -> Float32[Array, "blocks queries"]:
-        return matmul_transposed(index[PAGE_BOUND][:, 0].astype(features.dtype), features)
+        return largest_products(index[PAGE_BOUND], features)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from ..cache import Field, Fields
-from .base import Constants, Method, RankingQueries, every_lane, of_heads, required
+from .base import Constants, Method, RankingQueries, every_query, of_heads, required
 
 _CODES, _CENTROIDS = "key_codes", "key_centroids"
 _MOST_KEYS, _ROUNDS = 2048, 8
@@ -74,7 +74,7 @@ class ProductQuant(Method):
         centroids = of_heads(required(constants, _CENTROIDS, self.name), query.shape[0])
         split = query.astype(jnp.float32).reshape(*query.shape[:3], self.parts, -1)
         products = jnp.einsum("hbqpw,hpcw->hbqpc", split, centroids).reshape(*query.shape[:3], -1)
-        return RankingQueries(products, jnp.ones(query.shape[:3], jnp.float32), present, every_lane(query))
+        return every_query(products, present)
 
     def block_products(
         self, features: Float32[Array, "queries table"], index: Mapping[str, UInt8[Array, "blocks key_block parts"]]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from ..cache import Field, Fields
 from ..keys import LEAST_PAGE
-from .base import Constants, Method, RankingQueries, every_lane
+from .base import Constants, Method, RankingQueries, every_query
 
 KEY_COMPONENTS = "key_components"
 """The index: the keys of a run of tokens, component by component. In float32, because XLA reads single components of
@@ -64,7 +64,7 @@ class Sparq(Method):
         kept = jnp.any(chosen[..., None] == jnp.arange(query.shape[3]), axis=2)[:, :, None]
         whole, part = jnp.sum(size, axis=-1), jnp.sum(jnp.where(kept, size, 0.0), axis=-1)
         scale = jnp.sqrt(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1.0), 1.0))
-        return RankingQueries(jnp.where(kept, wide, 0.0), scale, present, every_lane(query))
+        return every_query(jnp.where(kept, wide, 0.0), present, scale)
 
     def block_products(
         self,
