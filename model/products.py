@@ -5,8 +5,7 @@ in whatever dtype. With int8 and int4 it rounds the rows to integers of 30 bits,
 rows are XLA's, unless the weights are in a narrower dtype than the activations: the kernel then widens a panel at a
 time, where XLA would make floats of them all. Of bfloat16 with bfloat16 either may be faster: the kernel multiplies as
 fast as in float32, XLA faster where the processor multiplies bfloat16 and slower elsewhere. Where activations are to be
-rounded (`activations`), more rows and int8
-are multiplied as integers; XLA multiplies the same numbers as floats.
+rounded (`activations`), more rows and int8 are multiplied as integers; XLA multiplies the same numbers as floats.
 """
 
 import math
@@ -67,12 +66,11 @@ def multiply_all(
     Where a weight is int8, more than `FEW_ROWS` rows are rounded to integers of at most `levels`, if that is not 0.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    native = [_native(flat, weight.dtype) or _bfloat16_in_kernel(flat, weight) for weight in weights]
-    chosen = [pair for pair, is_native in zip(zip(weights, scales, strict=True), native, strict=True) if is_native]
-    in_kernel = iter(_all_in_kernel(flat, chosen, levels) if chosen else ())
+    pairs = list(zip(weights, scales, strict=True))
+    native = [pair for pair in pairs if _native(flat, pair[0])]
+    computed = iter(_all_in_kernel(flat, native, levels) if native else ())
     products = [
-        next(in_kernel) if is_native else _in_xla(flat, weight, scale, levels)
-        for weight, scale, is_native in zip(weights, scales, native, strict=True)
+        next(computed) if _native(flat, weight) else _in_xla(flat, weight, scale, levels) for weight, scale in pairs
     ]
     return [product.reshape(*x.shape[:-1], product.shape[1]) for product in products]
 
@@ -89,7 +87,7 @@ def multiply_by_one_of(
     The native kernel reads that weight where it lies, and none of the others; XLA makes a copy of it first.
     """
     pairs = list(zip(weights, scales, strict=True))
-    if _native(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weights[0].dtype):
+    if _native(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weights[0]):
         return lax.switch(number, [partial(_multiply_by, pair, levels) for pair in pairs], x)
     # A product in each branch would be compiled as often as there are weights.
     return _multiply_by(lax.switch(number, [partial(_same, pair) for pair in pairs]), levels, x)
@@ -100,7 +98,7 @@ def multiply_transposed(
 ) -> Float32[Array, "*rows out_features"]:
     """`x @ table.T`."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if flat.shape[0] <= FEW_ROWS and _native(flat, table.dtype):
+    if flat.shape[0] <= FEW_ROWS and _native(flat, table):
         (product,) = _call(flat, [table], [table.shape[0]], transposed=True)
     else:
         product = _of_floats(flat, table, axis=1)
@@ -118,13 +116,13 @@ def _same(pair: tuple[Weight, Scale | None]) -> tuple[Weight, Scale | None]:
     return pair
 
 
-def _native(x: Float[Array, "rows in_features"], dtype: jnp.dtype) -> bool:
-    narrower = dtype.itemsize < x.dtype.itemsize
-    return x.dtype in (jnp.float32, jnp.bfloat16) and kernels.enabled() and (narrower or x.shape[0] <= FEW_ROWS)
-
-
-def _bfloat16_in_kernel(x: Float[Array, "rows in_features"], weight: Weight) -> bool:
-    if not (x.dtype == weight.dtype == jnp.bfloat16 and kernels.enabled()):
+def _native(x: Float[Array, "rows in_features"], weight: Weight | Float[Array, "out_features in_features"]) -> bool:
+    """Whether the kernel multiplies by a weight."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16) or not kernels.enabled():
+        return False
+    if x.shape[0] <= FEW_ROWS or weight.dtype.itemsize < x.dtype.itemsize:
+        return True
+    if not x.dtype == weight.dtype == jnp.bfloat16:
         return False
     shapes = _in_kernel.get()
     return weight.shape in shapes if shapes is not None else not kernels.multiplies_bfloat16()
