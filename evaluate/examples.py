@@ -1,18 +1,18 @@
-"""Questions over a long context, generated from a seed: passkey, needle, line and key-value retrieval, repetition.
+"""Questions over a long context, generated from a seed: passkey, line and key-value retrieval, repetition.
 
 Examples with one context are second questions over it.
 """
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..deploy.examples import Example
 from ..deploy.tokenization import TextTokenizer
-from .line_retrieval import ANSWER_PREFIX, CLOSING, QUESTION, Record, longest_fit, make_record, pseudo_words
+from .line_retrieval import ANSWER_PREFIX, CLOSING, QUESTION, Made, Record, longest_fit, make_record, pseudo_words
 
 _GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _CITIES = (
@@ -59,6 +59,14 @@ class Setting:
         """The tokens of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids.size
 
+    def longest(self, make: Callable[[int], tuple[Made, str]]) -> tuple[Made, str]:
+        """What is made of as many pieces as fit, with its text."""
+        return longest_fit(make, lambda made: self.count(made[1]), self.tokens)[0]
+
+    def among(self, count: int) -> list[int]:
+        """Of so many pieces in a row, those at the depths."""
+        return [min(int(depth * count), count - 1) for depth in self.depths]
+
 
 def passkey(setting: Setting) -> list[HiddenAnswer]:
     """Keys of five digits in a text that repeats itself (Mohtashami and Jaggi, arXiv 2305.16300), one at each depth."""
@@ -70,28 +78,6 @@ def passkey(setting: Setting) -> list[HiddenAnswer]:
     context, depths = hide(setting, grass(setting), hidden, setting.depths)
     return [
         HiddenAnswer(context, f"What is the pass key of {name}?", f"The pass key of {name} is", f" {number}", 16, depth)
-        for name, number, depth in zip(names, numbers, depths, strict=True)
-    ]
-
-
-def needle(setting: Setting) -> list[HiddenAnswer]:
-    """Numbers of seven digits in ordinary text, as in RULER (Hsieh et al., arXiv 2404.06654), one at each depth."""
-    names, numbers = facts(setting, 7)
-    subject = "the special magic number for {} mentioned in the provided text"
-    hidden = [
-        f"One of the special magic numbers for {name} is: {number}. "
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    context, depths = hide(setting, setting.filler, hidden, setting.depths)
-    return [
-        HiddenAnswer(
-            context,
-            f"What is {subject.format(name)}?",
-            f"The{subject.format(name)[3:]} is",
-            f" {number}",
-            24,
-            depth,
-        )
         for name, number, depth in zip(names, numbers, depths, strict=True)
     ]
 
@@ -131,8 +117,7 @@ def key_value(setting: Setting) -> list[HiddenAnswer]:
         pairs = [(f"{key:08x}", f"{value:08x}") for key, value in words]
         return pairs, "{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
 
-    (pairs, context), count = longest_fit(make, lambda made: setting.count(made[1]), setting.tokens)
-    places = [min(int(depth * count), count - 1) for depth in setting.depths]
+    pairs, context = setting.longest(make)
     return [
         HiddenAnswer(
             context,
@@ -140,9 +125,9 @@ def key_value(setting: Setting) -> list[HiddenAnswer]:
             f'Key: "{pairs[place][0]}"\nCorresponding value: "',
             f'{pairs[place][1]}"',
             24,
-            place / count,
+            place / len(pairs),
         )
-        for place in places
+        for place in setting.among(len(pairs))
     ]
 
 

@@ -1,4 +1,4 @@
-"""RULER's synthetic tasks (Hsieh et al., arXiv 2404.06654) beside the plain needle: several keys, values or queries,
+"""RULER's synthetic tasks (Hsieh et al., arXiv 2404.06654): needles with one or several keys, values or queries,
 variables to track, words to count.
 
 RULER looks for each answer somewhere in what a model writes. Here the answer is compared token by token, so that where
@@ -11,13 +11,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .examples import HiddenAnswer, Setting, facts, grass, hide
-from .line_retrieval import longest_fit, pseudo_words
+from .line_retrieval import pseudo_words
 
 _NEEDLE = "One of the special magic numbers for {} is: {}. "
 _VALUES, _QUERIES, _HOPS = 4, 4, 4
 _LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 _TOP = 3
 """Words that a list is asked for."""
+
+
+def needle(setting: Setting) -> list[HiddenAnswer]:
+    """Numbers of seven digits in ordinary text, one at each depth (`niah_single_2`)."""
+    return _of_names(setting, 1)
 
 
 def multi_key(setting: Setting) -> list[HiddenAnswer]:
@@ -31,9 +36,10 @@ def multi_key(setting: Setting) -> list[HiddenAnswer]:
         pairs = [(name, int(number)) for name, number in zip(kept, rng.integers(10**6, 10**7, len(kept)), strict=True)]
         return pairs, "".join(_NEEDLE.format(*pair) for pair in pairs)
 
-    (pairs, context), _ = longest_fit(make, lambda made: setting.count(made[1]), setting.tokens)
-    places = [min(int(depth * len(pairs)), len(pairs) - 1) for depth in setting.depths]
-    return [_asked(context, [pairs[place][0]], [pairs[place][1]], place / len(pairs)) for place in places]
+    pairs, context = setting.longest(make)
+    return [
+        _asked(context, [pairs[place][0]], [pairs[place][1]], place / len(pairs)) for place in setting.among(len(pairs))
+    ]
 
 
 def multi_value(setting: Setting) -> list[HiddenAnswer]:
@@ -50,10 +56,15 @@ def multi_value(setting: Setting) -> list[HiddenAnswer]:
 
 def multi_query(setting: Setting) -> list[HiddenAnswer]:
     """Questions for several names at once (`niah_multiquery`), the first of which is that of the depth."""
+    return _of_names(setting, _QUERIES)
+
+
+def _of_names(setting: Setting, asked: int) -> list[HiddenAnswer]:
+    """Questions for the numbers of so many names, the first of which is that of the depth."""
     names, numbers = facts(setting, 7)
     hidden = [_NEEDLE.format(*pair) for pair in zip(names, numbers, strict=True)]
     context, places = hide(setting, setting.filler, hidden, setting.depths)
-    count = min(_QUERIES, len(names))
+    count = min(asked, len(names))
     chosen = [[(first + step) % len(names) for step in range(count)] for first in range(len(names))]
     return [
         _asked(context, [names[i] for i in group], [numbers[i] for i in group], place)
@@ -63,25 +74,26 @@ def multi_query(setting: Setting) -> list[HiddenAnswer]:
 
 def variable_tracking(setting: Setting) -> list[HiddenAnswer]:
     """Chains of variables that take each other's value, one from each depth on; asked for are all of a chain."""
-    chains = len(setting.depths)
-    names = _variables(setting.rng, chains * (_HOPS + 1))
-    values = [int(value) for value in setting.rng.choice(90000, chains, replace=False) + 10000]
-    statements = []
-    for chain, value in enumerate(values):
-        own = names[chain * (_HOPS + 1) : (chain + 1) * (_HOPS + 1)]
-        statements.append([f"VAR {own[0]} = {value}. ", *(f"VAR {b} = VAR {a}. " for a, b in itertools.pairwise(own))])
+    count, length = len(setting.depths), _HOPS + 1
+    names = _variables(setting.rng, count * length)
+    chains = [names[first : first + length] for first in range(0, len(names), length)]
+    values = [int(value) for value in setting.rng.choice(90000, count, replace=False) + 10000]
+    statements = [
+        [f"VAR {chain[0]} = {value}. ", *(f"VAR {b} = VAR {a}. " for a, b in itertools.pairwise(chain))]
+        for chain, value in zip(chains, values, strict=True)
+    ]
     context, places = _hide_several(setting, grass(setting), statements)
     return [
         HiddenAnswer(
             context,
             f"Find all variables that are assigned the value {value} in the text above, in the order of the text.",
-            f"According to the chain of variable assignment in the text above, {_HOPS + 1} variables are assigned the "
+            f"According to the chain of variable assignment in the text above, {length} variables are assigned the "
             f"value {value}, they are:",
-            " " + ", ".join(names[chain * (_HOPS + 1) : (chain + 1) * (_HOPS + 1)]),
+            " " + ", ".join(chain),
             48,
             place,
         )
-        for chain, (value, place) in enumerate(zip(values, places, strict=True))
+        for chain, value, place in zip(chains, values, places, strict=True)
     ]
 
 
@@ -117,7 +129,7 @@ def _most_frequent(
         order = np.random.default_rng(seed).permutation(np.repeat(words[: len(counts)], counts))
         return words[:_TOP].tolist(), introduction + written(order.tolist())
 
-    (top, context), _ = longest_fit(make, lambda made: setting.count(made[1]), setting.tokens)
+    top, context = setting.longest(make)
     question = f"What are the {_TOP} words that appear most often in the list above, the most frequent first?"
     prefix = f"The {_TOP} words that appear most often in the list are:"
     return [HiddenAnswer(context, question, prefix, " " + ", ".join(top), 48, 0.0)]
@@ -130,7 +142,9 @@ def _asked(context: str, names: Sequence[str], numbers: Sequence[int], place: fl
     noun, verb = ("numbers", "are") if several else ("number", "is")
     subject = f"special magic {noun} for {listed} mentioned in the provided text"
     question = f"What {verb} {'all ' * several}the {subject}{', in their order' * several}?"
-    return HiddenAnswer(context, question, f"The {subject} {verb}", " " + ", ".join(map(str, numbers)), 64, place)
+    return HiddenAnswer(
+        context, question, f"The {subject} {verb}", " " + ", ".join(map(str, numbers)), 24 * len(numbers), place
+    )
 
 
 def _hide_several(setting: Setting, filler: str, groups: Sequence[Sequence[str]]) -> tuple[str, list[float]]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from .examples import HiddenAnswer, Setting, key_value, lines, needle, passkey, repetition
-from .ruler import common_words, frequent_words, multi_key, multi_query, multi_value, variable_tracking
+from .examples import HiddenAnswer, Setting, key_value, lines, passkey, repetition
+from .ruler import common_words, frequent_words, multi_key, multi_query, multi_value, needle, variable_tracking
 
 TASKS: dict[str, Callable[[Setting], list[HiddenAnswer]]] = {
     task.__name__: task
