@@ -15,7 +15,6 @@ from .tables import (
     CROSSOVER_COLUMNS,
     EVIDENCE_COLUMNS,
     MEGABYTE,
-    PRODUCT_CALL,
     PRODUCT_COLUMNS,
     code_rows,
     crossovers,
@@ -23,6 +22,7 @@ from .tables import (
     describe_rounding,
     describe_task,
     evidence_rows,
+    product_call,
     product_rows,
     quantization_error_cells,
     text_rows,
@@ -130,7 +130,7 @@ def _attention_text(manifest: Manifest) -> str:
         text += f"\n\nMeasured at compile time: {call}:\n\n{_markdown_table(CROSSOVER_COLUMNS, rows)}"
     if manifest.products:
         table = _markdown_table(PRODUCT_COLUMNS, product_rows(manifest))
-        text += f"\n\nProducts of bfloat16, measured at compile time: {PRODUCT_CALL}:\n\n{table}"
+        text += f"\n\nProducts of bfloat16, measured at compile time: {product_call(manifest)}:\n\n{table}"
     return text
 
 

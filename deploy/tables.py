@@ -81,12 +81,17 @@ def product_tables(manifest: Manifest) -> list[Table]:
     """Who multiplies bfloat16 with the weights, if that was measured."""
     if not manifest.products:
         return []
-    table = Table(title="products of bfloat16, measured", caption=PRODUCT_CALL)
+    table = Table(title="products of bfloat16, measured", caption=product_call(manifest))
     for column in PRODUCT_COLUMNS:
         table.add_column(column, justify="left" if column == "computed" else "right")
     for row in product_rows(manifest):
         table.add_row(*row)
     return [table]
+
+
+def product_call(manifest: Manifest) -> str:
+    """What was timed."""
+    return f"{manifest.products[0].rows} rows with the weights of a layer; a few rows are always the kernel's"
 
 
 def product_rows(manifest: Manifest) -> list[tuple[str, ...]]:
@@ -125,7 +130,6 @@ _LABELS_SHOWN = 8
 EVIDENCE_COLUMNS = ("bucket", "attention", "weights", "KV cache", "seconds", "same token", "KL", "loss", "contract")
 _WORDS = ("attention", "weights", "KV cache", "contract")
 PRODUCT_COLUMNS = ("weights", "kernel ms", "XLA ms", "computed")
-PRODUCT_CALL = "256 rows with the weights of a layer; a few rows are always the kernel's"
 CROSSOVER_COLUMNS = ("keys", "exact ms", "selecting ms", "ratio")
 
 
